@@ -1,0 +1,120 @@
+"""Checkpoints of a run (the best and the newest are kept), and parameters alone, as Orbax writes them."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from flaxcap.train_step import TrainState
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, or does not hold what is asked for."""
+
+
+class Checkpoints:
+    """The checkpoints below a directory. Every process of a run makes one and calls the same methods."""
+
+    def __init__(self, path: epath.PathLike, keep_latest: int = 1):
+        def loss(metrics: Any) -> float:
+            return metrics["val_loss"]
+
+        # best_fn with max_to_keep would delete the newest checkpoint whenever it is not the best.
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep_latest),
+                checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=loss, best_mode="min")
+        self.path = epath.Path(path)
+        self._manager = ocp.CheckpointManager(_absolute(path), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss; of the newest checkpoint before the first validation."""
+        return self._manager.best_step()
+
+    def save(self, state: TrainState, progress: dict, val_loss: float | None = None) -> None:
+        """Saves in the background what is needed to go on; `progress` is any JSON. A step saved already is left."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        rest = state._replace(params=None)
+        # Orbax ranks every checkpoint: one between validations comes last.
+        metrics = {"val_loss": math.inf if val_loss is None else val_loss}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
+            progress=ocp.args.JsonSave(progress),  # pyright: ignore[reportCallIssue]
+        )
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
+        """The newest state, sharded as `like` (arrays, or their shapes with shardings), and its progress."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self.path}: no checkpoint")
+        like = jax.tree.map(_abstract, like)
+        found = self._restore(
+            step,
+            params=ocp.args.StandardRestore(like.params),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardRestore(like._replace(params=None)),  # pyright: ignore[reportCallIssue]
+            progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+        )
+        return found.rest._replace(params=found.params), found.progress
+
+    def restore_params(self, like: Any, step: int) -> Any:
+        """The parameters of a step, sharded as `like`."""
+        like = jax.tree.map(_abstract, like)
+        return self._restore(step, params=ocp.args.StandardRestore(like)).params  # pyright: ignore[reportCallIssue]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as e:
+            raise CheckpointError(f"{self.path / str(step)}: cannot be restored: {e}") from e
+
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def save_params(path: epath.PathLike, params: Any) -> None:
+    """Arrays alone (a dict of dicts), to a new directory."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(_absolute(path), params, force=True)
+
+
+def load_params(path: epath.PathLike) -> Any:
+    """What `save_params` wrote, on this host, as NumPy arrays. CheckpointError if there is none."""
+    if not epath.Path(path).exists():
+        raise CheckpointError(f"{path}: no parameters")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(_absolute(path)).item_metadata.tree
+            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            return checkpointer.restore(_absolute(path), restore_args=to_numpy)
+        except (ValueError, KeyError, OSError) as e:
+            raise CheckpointError(f"{path}: cannot be read: {e}") from e
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=x.sharding)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    text = str(path)
+    return epath.Path(text) if "://" in text else epath.Path(text).expanduser().resolve()

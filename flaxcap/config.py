@@ -1,0 +1,226 @@
+"""The preset: typed dataclasses, and the one place where a default stands.
+
+A preset file has a `get_config()` that returns a `Config`; the command line overrides its fields
+(`--config.train.epochs=3`). The resolved preset is saved as JSON beside every run and export.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import typing
+
+from etils import epath
+
+
+class ConfigError(ValueError):
+    """A preset, or a field of one, that cannot be used."""
+
+
+def _field(default, help: str, choices: tuple = ()):
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _group(cls, help: str):
+    return dataclasses.field(default_factory=cls, metadata={"help": help})
+
+
+@dataclasses.dataclass
+class Shapes:
+    num_train: int = _field(2400, "rendered training images")
+    num_val: int = _field(200, "rendered validation images, each with a held-out kind of object")
+    num_test: int = _field(200, "rendered test images, each with a held-out kind of object")
+    seed: int = _field(0, "seed of the rendered scenes")
+
+
+@dataclasses.dataclass
+class Data:
+    train_split: str = _field("train", "TFDS split trained on, such as train+restval")
+    val_split: str = _field("val", "TFDS split that chooses the best checkpoint")
+    test_split: str = _field("test", "TFDS split kept for the end; empty: none")
+    max_images: int = _field(0, "take at most so many images of each split; 0: all")
+    max_captions: int = _field(0, "take at most so many captions of each split; 0: all")
+    vocab_size: int = _field(5000, "keep so many of the training captions' most frequent words")
+    max_length: int = _field(50, "longest caption in tokens, <start> and <end> included; longer ones are cut")
+    shapes: Shapes = _group(Shapes, "the rendered data set `shapes`")
+
+
+@dataclasses.dataclass
+class Encoder:
+    weights: str = _field("imagenet", "imagenet (downloaded once), random, or the path of a Keras no-top .h5")
+    block: str = _field("mixed10", "InceptionV3 block that gives the features, mixed0 to mixed10")
+    image_size: int = _field(299, "pixels a side that pictures are resized to")
+    dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
+    store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
+    batch_size: int = _field(16, "images a forward pass")
+    shard_images: int = _field(1024, "images a file of features; an interrupted prepare goes on at such a file")
+    seed: int = _field(0, "seed of random weights")
+
+
+@dataclasses.dataclass
+class Model:
+    image_dim: int = _field(256, "width that the features are projected to")
+    embedding_dim: int = _field(256, "width of a word's embedding")
+    attention_dim: int = _field(512, "width of the additive attention")
+    hidden_dim: int = _field(512, "width of the recurrent state")
+    head_dim: int = _field(512, "width of the first of the two output layers")
+    cell: str = _field("gru", "recurrent cell", ("gru", "lstm"))
+    attention_gate: bool = _field(False, "scale the context by a learned gate (Show, Attend and Tell, 4.2.1)")
+    initial_state: str = _field("zeros", "first recurrent state: zeros, or from the mean of the image's grid",
+                                ("zeros", "mean"))  # fmt: skip
+
+
+@dataclasses.dataclass
+class Train:
+    batch_images: int = _field(64, "images a step, over all devices")
+    captions_per_image: int = _field(5, "captions of an image that share a step")
+    epochs: int = _field(20, "passes over the training captions")
+    learning_rate: float = _field(1e-3, "peak learning rate of Adam")
+    warmup_steps: int = _field(100, "steps of linear warm-up")
+    schedule: str = _field("cosine", "learning rate after the warm-up", ("cosine", "constant"))
+    clip_norm: float = _field(5.0, "largest global norm of the gradient; 0: no clipping")
+    dtype: str = _field("float32", "arithmetic of the decoder; parameters and loss are always float32",
+                        ("float32", "bfloat16"))  # fmt: skip
+    num_buckets: int = _field(4, "lengths that batches are padded to, chosen from the data")
+    features: str = _field("auto", "where features live: in device memory, streamed from the store, or by size",
+                           ("auto", "device", "stream"))  # fmt: skip
+    log_every: int = _field(20, "steps between lines of metrics")
+    checkpoint_every: int = _field(0, "steps between checkpoints; one is kept each epoch in any case; 0: no more")
+    keep_latest: int = _field(1, "newest checkpoints kept, beside the best")
+
+
+@dataclasses.dataclass
+class Decode:
+    method: str = _field("greedy", "how captions are decoded", ("greedy", "sample"))
+    max_length: int = _field(30, "most tokens of a generated caption, <end> included")
+    temperature: float = _field(1.0, "sampling: divides the logits; smaller is safer")
+    top_k: int = _field(0, "sampling: choose among so many best words; 0: all")
+    batch_size: int = _field(64, "images decoded at once")
+
+
+@dataclasses.dataclass
+class Config:
+    dataset: str = _field("coco_captions", "coco_captions, flickr8k, folder or shapes")
+    seed: int = _field(0, "seed of initialisation and of the order of the batches")
+    data: Data = _group(Data, "what is read")
+    encoder: Encoder = _group(Encoder, "how pictures become features")
+    model: Model = _group(Model, "the caption decoder")
+    train: Train = _group(Train, "how it is trained")
+    decode: Decode = _group(Decode, "how it captions")
+
+
+def load(path: str) -> Config:
+    """The preset of a `.py` file with `get_config()`, or of a saved `config.json`.
+
+    Raises ConfigError where the file is missing, is not a preset or names an unknown field.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
+    if path.endswith(".json"):
+        try:
+            return from_dict(json.loads(file.read_text()), path)
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{path}: not JSON ({e})") from e
+    spec = importlib.util.spec_from_file_location(file.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: a preset is a .py or a .json file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"--config={path}: has no get_config()")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config() gave {type(config).__name__}, not flaxcap.config.Config")
+    return config
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(tree: object, where: str, cls: type = Config):
+    """The dataclass of a parsed JSON tree; every unknown field or wrong type is a ConfigError."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: found {type(tree).__name__}, expected an object")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise ConfigError(f"{where}: unknown field {name!r}{nearest(name, list(hints))}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
+            continue
+        if hint is float and type(value) is int:
+            value = float(value)
+        if type(value) is not hint:
+            raise ConfigError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
+        values[name] = value
+    return cls(**values)
+
+
+def leaves(config: object, prefix: str = "") -> dict[str, tuple[object, str]]:
+    """{"train.epochs": (value, help), ...} for every field."""
+    found = {}
+    for f in dataclasses.fields(typing.cast(typing.Any, config)):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = (value, f.metadata["help"])
+    return found
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """"; did you mean ...?" or, where nothing is near, nothing."""
+    match = difflib.get_close_matches(name, names, 1, 0.5)
+    if not match:
+        last = {n.rsplit(".", 1)[-1]: n for n in names}
+        match = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), 1, 0.6)]
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+_POSITIVE = (
+    "data.vocab_size encoder.image_size encoder.batch_size encoder.shard_images model.image_dim model.embedding_dim "
+    "model.attention_dim model.hidden_dim model.head_dim train.batch_images train.captions_per_image "
+    "train.epochs train.learning_rate train.num_buckets train.log_every train.keep_latest "
+    "decode.max_length decode.temperature decode.batch_size"
+).split()
+_NOT_NEGATIVE = (
+    "data.max_images data.max_captions train.warmup_steps train.clip_norm train.checkpoint_every decode.top_k"
+).split()
+
+
+def check(config: Config) -> Config:
+    """The same preset, or a ConfigError that names the field, what was found and what was expected."""
+    values = leaves(config)
+    for name in _POSITIVE:
+        if not typing.cast(float, values[name][0]) > 0:
+            raise ConfigError(f"--config.{name}={values[name][0]}: expected more than 0")
+    for name in _NOT_NEGATIVE:
+        if not typing.cast(float, values[name][0]) >= 0:
+            raise ConfigError(f"--config.{name}={values[name][0]}: expected 0 or more")
+    if config.data.max_length < 3:
+        raise ConfigError(f"--config.data.max_length={config.data.max_length}: expected 3 or more")
+    _check_choices(config, "")
+    return config
+
+
+def _check_choices(node: object, prefix: str) -> None:
+    for f in dataclasses.fields(typing.cast(typing.Any, node)):
+        value, choices = getattr(node, f.name), f.metadata.get("choices", ())
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{f.name}.")
+        elif choices and value not in choices:
+            raise ConfigError(f"--config.{prefix}{f.name}={value}: expected one of {', '.join(choices)}"
+                              + nearest(str(value), list(choices)))  # fmt: skip
+
+
+def difference(old: Config, new: Config, names: typing.Iterable[str]) -> list[str]:
+    """"model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
+    a, b = leaves(old), leaves(new)
+    picked = [k for k in a if any(k == n or k.startswith(n + ".") for n in names)]
+    return [f"{k} was {a[k][0]}, is {b[k][0]}" for k in picked if a[k][0] != b[k][0]]
+
+

@@ -1,0 +1,221 @@
+"""Any folder of images with a file of captions."""
+
+import csv
+import hashlib
+import io
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+
+from flaxcap.data.base import CaptionBuilder, DataError, bad, field, image_path, read_bytes, read_text, shown
+from flaxcap.data.coco_captions import read_annotations
+
+COLUMNS = ("image", "caption", "split")
+LINE_KEYS = ("image", "caption", "captions", "split")
+_SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+class Caption(NamedTuple):
+    """One caption, and where it stands, for messages."""
+
+    image: str  # path below the folder
+    text: str
+    split: str | None
+    where: str
+
+
+class _Image(NamedTuple):
+    filename: str
+    image_id: int
+    captions: list[tuple[int, str]]  # (id, text)
+    split: str | None
+
+
+class Folder(CaptionBuilder):
+    """A folder (`manual_dir`) of images, in any subfolders, with one file of captions. That file is one of
+
+    - `captions.csv`: a header and the columns image, caption and, if wanted, split; a row a caption;
+    - `captions.jsonl`: a JSON object a line: {"image": ..., "caption": ...} or
+      {"image": ..., "captions": [...]}, and "split" if wanted;
+    - COCO annotations: `captions.json`, or the folder's only `.json` file, with "images" (id, file_name) and
+      "annotations" (id, image_id, caption). An image without a caption is left out.
+
+    Images are named by their paths below the folder. image/id is the image's place, from 0, in the
+    file, or COCO's id. Without splits in the file, `split_by_name` makes them.
+
+    The path of the prepared copy has a hash of the captions file, so that changed captions are prepared anew.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, manual_dir, **kwargs):
+        if manual_dir is None:
+            raise DataError("folder: expected --manual_dir to name the folder of images and captions")
+        folder = pathlib.Path(manual_dir).expanduser()
+        self.captions_file = _captions_file(folder)
+        digest = hashlib.sha256(read_bytes(self.captions_file)).hexdigest()[:8]
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name) or "root"
+        super().__init__(manual_dir=folder, variant=f"{name}-{digest}", **kwargs)
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        del dl_manager
+        file = self.captions_file
+        captions, ids = _READERS[file.suffix](read_text(file), file)
+        images = _group(captions, ids, file)
+        if not images:
+            raise bad(file, "", "", "no captions", "at least one")
+        if next(iter(images.values())).split is None:
+            splits = split_by_name(list(images))
+        else:
+            splits = {}
+            for name, image in images.items():
+                splits.setdefault(image.split, []).append(name)
+        return {
+            split: self._generate_examples([images[name] for name in names])
+            for split, names in splits.items()
+        }
+
+    def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
+        assert self.manual_dir is not None
+        for image in images:
+            yield (
+                image.image_id,
+                {
+                    "image": read_bytes(self.manual_dir / image.filename),
+                    "image/filename": image.filename,
+                    "image/id": image.image_id,
+                    "captions": [{"id": number, "text": text} for number, text in image.captions],
+                },
+            )
+
+
+def split_by_name(names: list[str]) -> dict[str, list[str]]:
+    """About 90% train, 5% val and 5% test, by the SHA-256 of each name, in the given order.
+
+    An image keeps its split when others come or go, but for this: of two images or more one at least is in
+    train and one in val; where the hashes leave none there, the lowest goes to train, the highest to val.
+    """
+    rank = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
+    split_of = {name: "train" if at < 0.9 else "val" if at < 0.95 else "test" for name, at in rank.items()}
+    if len(names) >= 2 and "val" not in split_of.values():
+        split_of[max(names, key=rank.__getitem__)] = "val"
+    if "train" not in split_of.values():
+        split_of[min(names, key=rank.__getitem__)] = "train"
+    return {split: [name for name in names if split_of[name] == split] for split in ("train", "val", "test")}
+
+
+def _captions_file(folder: pathlib.Path) -> pathlib.Path:
+    expected = "captions.csv, captions.jsonl, captions.json or a single other .json file"
+    if not folder.is_dir():
+        raise DataError(
+            f"--manual_dir={folder}: found no directory of this name, expected one with {expected}"
+        )
+    files = [folder / f"captions.{suffix}" for suffix in ("csv", "jsonl", "json")]
+    files = [file for file in files if file.is_file()] or sorted(folder.glob("*.json"))
+    if len(files) != 1:
+        raise bad(
+            folder, "", "", ", ".join(file.name for file in files) or "no captions file", f"one of {expected}"
+        )
+    return files[0]
+
+
+def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Path) -> dict[str, _Image]:
+    """{path: image with its captions}, each checked, in the order of first appearance."""
+    images: dict[str, _Image] = {}
+    any_split = captions[0].split if captions else None
+    for number, caption in enumerate(captions):
+        if not caption.text.strip():
+            raise bad(file, caption.where, "caption", shown(caption.text), "words")
+        if (caption.split is None) != (any_split is None):
+            raise bad(file, caption.where, "split", shown(caption.split), "one in every record, or in none")
+        if caption.split is not None and (not _SPLIT_NAME.fullmatch(caption.split) or caption.split == "all"):
+            raise bad(
+                file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val"
+            )
+        image = images.get(caption.image)
+        if image is None:
+            image_path(file.parent, caption.image, file, caption.where, "image")
+            image_id = len(images) if ids is None else ids[caption.image]
+            image = images[caption.image] = _Image(caption.image, image_id, [], caption.split)
+        if image.split != caption.split:
+            raise bad(
+                file,
+                caption.where,
+                "split",
+                shown(caption.split),
+                f"{image.split!r}, as before for this image",
+            )
+        image.captions.append((number, caption.text.strip()))
+    return images
+
+
+def _read_csv(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    captions = []
+    try:
+        header = next(rows, [])
+        if not {"image", "caption"} <= set(header) <= set(COLUMNS) or len(set(header)) != len(header):
+            raise bad(file, "line 1", "", shown(header), "the columns image, caption and perhaps split")
+        for row in rows:
+            where = f"line {rows.line_num}"
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise bad(file, where, "", f"{len(row)} values", f"{len(header)}; quote text that has commas")
+            record = dict(zip(header, row, strict=True))
+            captions.append(Caption(record["image"], record["caption"], record.get("split"), where))
+    except csv.Error as error:
+        raise DataError(f"{file}, line {rows.line_num}: is not CSV: {error}") from error
+    return captions, None
+
+
+def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
+    captions = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        where = f"line {number}"
+        if not line.strip():
+            continue
+        record = _parse(line, f"{file}, {where}")
+        image = field(record, "image", str, file, where)
+        assert isinstance(record, dict)
+        unknown = sorted(set(record) - set(LINE_KEYS))
+        if unknown or ("caption" in record) == ("captions" in record):
+            found = ", ".join(map(repr, record))
+            raise bad(file, where, "", f"the keys {found}", "image, caption or captions, and perhaps split")
+        split = field(record, "split", str, file, where) if "split" in record else None
+        if "caption" in record:
+            texts = [field(record, "caption", str, file, where)]
+        else:
+            texts = field(record, "captions", list, file, where)
+            if not texts or not all(isinstance(each, str) for each in texts):
+                raise bad(file, where, "captions", shown(texts), "a list of strings, not empty")
+        captions += [Caption(image, each, split, where) for each in texts]
+    return captions, None
+
+
+def _read_coco(text: str, file: pathlib.Path) -> tuple[list[Caption], dict[str, int]]:
+    images = read_annotations(_parse(text, str(file)), file)
+    captions = [
+        Caption(name, caption, None, f"annotation {number}")
+        for name, image in images.items()
+        for number, caption in image.captions
+    ]
+    return captions, {name: image.image_id for name, image in images.items()}
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON: {error}") from error
+
+
+_READERS: dict[str, Callable[[str, pathlib.Path], tuple[list[Caption], Any]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".json": _read_coco,
+}

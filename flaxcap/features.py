@@ -1,0 +1,178 @@
+"""Extraction: every picture of a split through the frozen encoder, once, into the store."""
+
+import collections
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxcap import config as config_lib
+from flaxcap.encoders import inception_v3
+from flaxcap.encoders.images import ImageError
+from flaxcap.store import POSITIONS, Skipped, Split, StoreError
+
+Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
+
+
+class BadImagesError(ValueError):
+    """More pictures than allowed cannot be read."""
+
+
+def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Encode:
+    """`encode(images_IYX3 uint8) -> feats_IPF` in `config.store_dtype`, jitted, on this process's devices.
+
+    `params`: unfolded. Images are sharded over the devices where their number allows.
+    """
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    folded = jax.device_put(inception_v3.fold(params), NamedSharding(mesh, P()))
+    dtype, store_dtype = jnp.dtype(config.dtype), jnp.dtype(config.store_dtype)
+
+    @jax.jit
+    def forward(folded: inception_v3.Params, images_IYX3: jax.Array) -> jax.Array:
+        return inception_v3.apply(folded, images_IYX3, block=config.block, dtype=dtype).astype(store_dtype)
+
+    def encode(images_IYX3: np.ndarray) -> jax.Array:
+        spec = P("data") if len(images_IYX3) % mesh.size == 0 else P()
+        return forward(folded, jax.device_put(images_IYX3, NamedSharding(mesh, spec)))
+
+    return encode
+
+
+def extract(
+    split: Split,
+    load: Callable[[int], np.ndarray],
+    encode: Encode,
+    *,
+    batch_size: int,
+    feature_dim: int,
+    dtype: str,
+    num_workers: int,
+    max_bad_fraction: float,
+    name: str,
+) -> None:
+    """Writes the split's unfinished shards; of several processes each takes its share of them.
+
+    `load(row)` gives a picture's pixels, or raises ImageError: then its row stays empty and is listed as skipped.
+    `num_workers` threads load ahead, and the network is one batch ahead of what is written. BadImagesError as
+    soon as more than `max_bad_fraction` of the split is skipped.
+    """
+    array = split.create_array(feature_dim, dtype)
+    shards = split.unfinished()[jax.process_index() :: jax.process_count()]
+    if not shards:
+        return
+    skipped = split.skipped()
+    images = sum(len(split.shard(n)) for n in shards)
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(num_workers, "load") as pool:
+        rows = itertools.chain.from_iterable(split.shard(n) for n in shards)
+        loaded = _load_ahead(pool, load, rows, 4 * batch_size)
+        bar = tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None)
+        items = iter(bar)
+        for number in shards:
+            span = split.shard(number)
+            feats_NPF = np.full((len(span), POSITIONS, feature_dim), np.nan, array.dtype.numpy_dtype)
+            bad: list[Skipped] = []
+            good = _without_bad(itertools.islice(items, len(span)), split, bad)
+            for rows_I, feats_IPF in _encode_ahead(good, encode, batch_size):
+                feats_NPF[rows_I - span.start] = feats_IPF
+            skipped += bad
+            if len(skipped) > max_bad_fraction * split.images:
+                listed = "\n".join(f"  {s.filename}: {s.reason}" for s in skipped[:10])
+                raise BadImagesError(
+                    f"{split.path}: {len(skipped)} of {split.images} pictures cannot be read, more than"
+                    f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
+                )
+            array[span.start : span.stop].write(feats_NPF).result()
+            split.finish(number, bad)
+    logging.info("%s: %d images, %.1f images/s", name, images, images / (time.perf_counter() - begin))
+
+
+def _load_ahead(
+    pool: ThreadPoolExecutor, load: Callable[[int], np.ndarray], rows: Iterator[int], ahead: int
+) -> Iterator[tuple[int, np.ndarray | ImageError]]:
+    """(row, what was loaded or why not), in order, `ahead` of them under way."""
+
+    def attempt(row: int) -> tuple[int, np.ndarray | ImageError]:
+        try:
+            return row, load(row)
+        except ImageError as e:
+            return row, e
+
+    under_way = collections.deque(pool.submit(attempt, row) for row in itertools.islice(rows, ahead))
+    try:
+        while under_way:
+            done = under_way.popleft()
+            under_way.extend(pool.submit(attempt, row) for row in itertools.islice(rows, 1))
+            yield done.result()
+    finally:
+        for future in under_way:
+            future.cancel()
+
+
+def _without_bad(
+    items: Iterator[tuple[int, np.ndarray | ImageError]], split: Split, bad: list[Skipped]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The pictures that were loaded; the others are put into `bad`."""
+    for row, found in items:
+        if isinstance(found, ImageError):
+            logging.warning("%s: skipped: %s", split.rows[row].filename, found)
+            bad.append(Skipped(row, split.rows[row].filename, str(found)))
+        else:
+            yield row, found
+
+
+def _encode_ahead(
+    items: Iterator[tuple[int, np.ndarray]], encode: Encode, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, their features): a batch is handed to the device before the last one is waited for."""
+    running = None
+    while group := list(itertools.islice(items, batch_size)):
+        rows_I = np.array([row for row, _ in group])
+        images = [image for _, image in group]
+        # The last batch is filled up with its last picture: one shape, one compilation.
+        sent = rows_I, encode(np.stack(images + images[-1:] * (batch_size - len(images))))
+        if running is not None:
+            yield running[0], np.asarray(running[1])[: len(running[0])]
+        running = sent
+    if running is not None:
+        yield running[0], np.asarray(running[1])[: len(running[0])]
+
+
+def npy_loader(folder: epath.Path, split: Split, feature_dim: int) -> Callable[[int], np.ndarray]:
+    """`load(row)` for feature maps that were made elsewhere: FILENAME.npy, [64, F] or [8, 8, F], as TensorFlow's
+    tutorial writes them. StoreError where one is missing or of another shape.
+    """
+
+    def load(row: int) -> np.ndarray:
+        feats = read_npy(folder, split.rows[row].filename)
+        if feats.size != POSITIONS * feature_dim or feats.shape[-1] != feature_dim:
+            raise StoreError(
+                f"{folder}: features of {split.rows[row].filename} have shape {list(feats.shape)},"
+                f" expected [{POSITIONS}, {feature_dim}]"
+            )
+        return feats.reshape(POSITIONS, feature_dim)
+
+    return load
+
+
+def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
+    """The feature map of an image file. StoreError where there is none, or it is no array."""
+    name = epath.Path(filename).name
+    for candidate in (f"{name}.npy", f"{epath.Path(name).stem}.npy"):
+        file = folder / candidate
+        if file.exists():
+            try:
+                with file.open("rb") as f:
+                    return np.load(f, allow_pickle=False)
+            except ValueError as e:
+                raise StoreError(f"{file}: not a NumPy array ({e})") from e
+    raise StoreError(f"{folder}: no {name}.npy")

@@ -1,0 +1,83 @@
+"""What a run says: metrics as JSON lines and for TensorBoard, and a clock that counts training alone."""
+
+import json
+import time
+from typing import Any
+
+import jax
+import tensorboardX
+from etils import epath
+
+
+class Clock:
+    """Seconds spent training: not compiling, validating or saving. Saved in checkpoints, it survives restarts."""
+
+    def __init__(self, progress: dict | None = None):
+        progress = progress or {}
+        self.seconds: float = progress.get("seconds", 0.0)
+        self.captions: int = progress.get("captions", 0)
+        self._since: float | None = None
+
+    def run(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def progress(self) -> dict[str, float]:
+        """For a checkpoint; the clock runs on."""
+        if self._since is not None:
+            self.pause()
+            self.run()
+        return {"seconds": self.seconds, "captions": self.captions}
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard's event files in a directory; on processes but the first, nothing.
+
+    A run that goes on after step k loses the lines behind k: it will write them again.
+    """
+
+    def __init__(self, workdir: epath.PathLike, step: int):
+        self._file = epath.Path(workdir) / "metrics.jsonl"
+        self._lines: list[dict] = [line for line in read(workdir) if line["step"] <= step]
+        self._board: Any = None
+        if jax.process_index() == 0:
+            self._rewrite()
+            if "://" not in str(workdir):  # tensorboardX knows disks only
+                self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._lines.append({"step": step, **values})
+        if jax.process_index() != 0:
+            return
+        if "://" in str(self._file):
+            self._rewrite()  # object stores do not append
+        else:
+            with self._file.open("a") as f:
+                f.write(json.dumps(self._lines[-1]) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def _rewrite(self) -> None:
+        self._file.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+
+
+def read(workdir: epath.PathLike) -> list[dict]:
+    """The lines of `metrics.jsonl`; a line that a kill cut short is left out."""
+    file = epath.Path(workdir) / "metrics.jsonl"
+    found = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return found

@@ -1,0 +1,134 @@
+"""One step of training, and of evaluation, over a mesh of devices. No input or output here."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxcap import config as config_lib
+from flaxcap.model import Captioner, Params
+from flaxcap.text import PAD
+
+Bind = Callable[[Params], Captioner]
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # int32 []
+    params: Params  # float32
+    opt_state: Any
+    key: jax.Array  # root of the run's randomness; a step folds its number in
+
+
+class Inputs(NamedTuple):
+    """A batch on the devices, sharded over its images.
+
+    `bank_NPF` holds features, a part on each device; image i's are those at `index_I[i]` of its own device's part.
+    """
+
+    bank_NPF: jax.Array
+    index_I: jax.Array  # int32
+    tokens_ICT: jax.Array  # int32
+
+
+def make_mesh(devices: list | None = None) -> Mesh:
+    """One axis, "data", over all devices of all processes."""
+    devices = jax.devices() if devices is None else devices
+    # make_mesh's default became Explicit axes, under which emb[ids] and scan carries need sharding types.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def over_images(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P("data"))
+
+
+def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then down a half cosine to 2% of it, or constant."""
+    if config.schedule == "constant":
+        return optax.linear_schedule(0, config.learning_rate, max(config.warmup_steps, 1))
+    warmup = min(config.warmup_steps, steps // 2)
+    return optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50
+    )
+
+
+def make_optimizer(config: config_lib.Train, steps: int) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients; `steps`: length of the whole run."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, optax.adam(learning_rate(config, steps)))
+
+
+def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    """A new run's state, made in place on every device."""
+
+    def make() -> TrainState:
+        params_key, key = jax.random.split(jax.random.key(seed))
+        params = init(params_key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
+
+    return jax.jit(make, out_shardings=replicated(mesh))()
+
+
+def gather(mesh: Mesh, inputs: Inputs) -> jax.Array:
+    """`feats_IPF`, each device reading its own part of the bank: nothing travels."""
+    take = jax.shard_map(
+        lambda bank, index: bank[index], mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
+    )
+    return take(inputs.bank_NPF, inputs.index_I)
+
+
+def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums over the batch, each float32 []: cross-entropy (nats), tokens that count, tokens guessed right."""
+    hidden_ICTH, _ = model(feats_IPF, tokens_ICT[..., :-1])
+    targets_ICT = tokens_ICT[..., 1:]
+    logits_ICTV = model.logits(hidden_ICTH)
+    losses_ICT = optax.softmax_cross_entropy_with_integer_labels(logits_ICTV, targets_ICT)
+    real_ICT = (targets_ICT != PAD).astype(jnp.float32)
+    right_ICT = (logits_ICTV.argmax(-1) == targets_ICT).astype(jnp.float32)
+    return (losses_ICT * real_ICT).sum(), real_ICT.sum(), (right_ICT * real_ICT).sum()
+
+
+def make_train_step(bind: Bind, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    """`train_step(state, inputs) -> (state, metrics)`, jitted; the state is donated."""
+
+    def loss_fn(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, tuple]:
+        total, count, right = token_losses(bind(params), feats_IPF, tokens_ICT)
+        return total / jnp.maximum(count, 1), (count, right)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
+        feats_IPF = gather(mesh, inputs)
+        (loss, (count, right)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params, feats_IPF, inputs.tokens_ICT
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": right / jnp.maximum(count, 1),
+            "tokens": count,
+            "grad_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    return train_step
+
+
+def make_eval_step(bind: Bind, mesh: Mesh) -> Callable:
+    """`eval_step(params, inputs) -> (cross-entropy in nats, tokens, right tokens)`: sums over the batch, jitted."""
+
+    @jax.jit
+    def eval_step(params: Params, inputs: Inputs) -> tuple[jax.Array, ...]:
+        return token_losses(bind(params), gather(mesh, inputs), inputs.tokens_ICT)
+
+    return eval_step
+
+
