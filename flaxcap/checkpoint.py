@@ -10,10 +10,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from flaxcap.errors import UserError
 from flaxcap.train_step import TrainState
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, or does not hold what is asked for."""
 
 
@@ -44,9 +45,8 @@ class Checkpoints:
         """The step of the lowest validation loss; of the newest checkpoint before the first validation."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, progress: dict, val_loss: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, progress: dict, val_loss: float | None = None) -> None:
         """Saves in the background what is needed to go on; `progress` is any JSON. A step saved already is left."""
-        step = int(state.step)
         if step in self._manager.all_steps():
             return
         rest = state._replace(params=None)

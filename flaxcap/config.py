@@ -12,8 +12,10 @@ import typing
 
 from etils import epath
 
+from flaxcap.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A preset, or a field of one, that cannot be used."""
 
 
@@ -53,13 +55,18 @@ class Encoder:
     dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
     store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
     batch_size: int = _field(16, "images a forward pass")
-    shard_images: int = _field(1024, "images a file of features; an interrupted prepare goes on at such a file")
+    shard_images: int = _field(
+        1024, "images a file of features; an interrupted prepare goes on at such a file"
+    )
     seed: int = _field(0, "seed of random weights")
 
 
 @dataclasses.dataclass
 class Model:
     image_dim: int = _field(256, "width that the features are projected to")
+    positions: bool = _field(
+        False, "add a learned embedding of its place in the grid to each projected feature"
+    )
     embedding_dim: int = _field(256, "width of a word's embedding")
     attention_dim: int = _field(512, "width of the additive attention")
     hidden_dim: int = _field(512, "width of the recurrent state")
@@ -85,7 +92,9 @@ class Train:
     features: str = _field("auto", "where features live: in device memory, streamed from the store, or by size",
                            ("auto", "device", "stream"))  # fmt: skip
     log_every: int = _field(20, "steps between lines of metrics")
-    checkpoint_every: int = _field(0, "steps between checkpoints; one is kept each epoch in any case; 0: no more")
+    checkpoint_every: int = _field(
+        0, "steps between checkpoints; one is kept each epoch in any case; 0: no more"
+    )
     keep_latest: int = _field(1, "newest checkpoints kept, beside the best")
 
 
@@ -173,7 +182,7 @@ def leaves(config: object, prefix: str = "") -> dict[str, tuple[object, str]]:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """"; did you mean ...?" or, where nothing is near, nothing."""
+    """ "; did you mean ...?" or, where nothing is near, nothing."""
     match = difflib.get_close_matches(name, names, 1, 0.5)
     if not match:
         last = {n.rsplit(".", 1)[-1]: n for n in names}
@@ -181,15 +190,35 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-_POSITIVE = (
-    "data.vocab_size encoder.image_size encoder.batch_size encoder.shard_images model.image_dim model.embedding_dim "
-    "model.attention_dim model.hidden_dim model.head_dim train.batch_images train.captions_per_image "
-    "train.epochs train.learning_rate train.num_buckets train.log_every train.keep_latest "
-    "decode.max_length decode.temperature decode.batch_size"
-).split()
-_NOT_NEGATIVE = (
-    "data.max_images data.max_captions train.warmup_steps train.clip_norm train.checkpoint_every decode.top_k"
-).split()
+_POSITIVE = [
+    "data.vocab_size",
+    "encoder.image_size",
+    "encoder.batch_size",
+    "encoder.shard_images",
+    "model.image_dim",
+    "model.embedding_dim",
+    "model.attention_dim",
+    "model.hidden_dim",
+    "model.head_dim",
+    "train.batch_images",
+    "train.captions_per_image",
+    "train.epochs",
+    "train.learning_rate",
+    "train.num_buckets",
+    "train.log_every",
+    "train.keep_latest",
+    "decode.max_length",
+    "decode.temperature",
+    "decode.batch_size",
+]
+_NOT_NEGATIVE = [
+    "data.max_images",
+    "data.max_captions",
+    "train.warmup_steps",
+    "train.clip_norm",
+    "train.checkpoint_every",
+    "decode.top_k",
+]
 
 
 def check(config: Config) -> Config:
@@ -218,9 +247,7 @@ def _check_choices(node: object, prefix: str) -> None:
 
 
 def difference(old: Config, new: Config, names: typing.Iterable[str]) -> list[str]:
-    """"model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
+    """ "model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
     a, b = leaves(old), leaves(new)
     picked = [k for k in a if any(k == n or k.startswith(n + ".") for n in names)]
     return [f"{k} was {a[k][0]}, is {b[k][0]}" for k in picked if a[k][0] != b[k][0]]
-
-

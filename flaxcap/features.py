@@ -18,12 +18,13 @@ from jax.sharding import PartitionSpec as P
 from flaxcap import config as config_lib
 from flaxcap.encoders import inception_v3
 from flaxcap.encoders.images import ImageError
+from flaxcap.errors import UserError
 from flaxcap.store import POSITIONS, Skipped, Split, StoreError
 
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
 
-class BadImagesError(ValueError):
+class BadImagesError(UserError):
     """More pictures than allowed cannot be read."""
 
 

@@ -80,7 +80,9 @@ class Feed:
         return (max(len(self._rows(d)) for d in self._devices), *self._split.array.shape[1:])
 
     def _fits(self) -> bool:
-        return int(np.prod(self._shape())) * self._split.array.dtype.numpy_dtype.itemsize < free_memory(self._local)
+        return int(np.prod(self._shape())) * self._split.array.dtype.numpy_dtype.itemsize < free_memory(
+            self._local
+        )
 
     def _load(self) -> jax.Array:
         shape = self._shape()

@@ -12,10 +12,8 @@ from etils import epath
 class Clock:
     """Seconds spent training: not compiling, validating or saving. Saved in checkpoints, it survives restarts."""
 
-    def __init__(self, progress: dict | None = None):
-        progress = progress or {}
-        self.seconds: float = progress.get("seconds", 0.0)
-        self.captions: int = progress.get("captions", 0)
+    def __init__(self, progress: dict):
+        self.seconds: float = progress.get("seconds", 0.0)  # up to the last pause
         self._since: float | None = None
 
     def run(self) -> None:
@@ -23,16 +21,12 @@ class Clock:
             self._since = time.perf_counter()
 
     def pause(self) -> None:
-        if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
-            self._since = None
+        self.seconds = self.now()
+        self._since = None
 
-    def progress(self) -> dict[str, float]:
-        """For a checkpoint; the clock runs on."""
-        if self._since is not None:
-            self.pause()
-            self.run()
-        return {"seconds": self.seconds, "captions": self.captions}
+    def now(self) -> float:
+        """Seconds up to now."""
+        return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
 
 class Metrics:

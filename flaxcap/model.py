@@ -15,6 +15,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from flaxcap import config as config_lib
+from flaxcap.encoders import inception_v3
 
 Params = dict[str, Any]
 
@@ -49,7 +50,9 @@ def _recurrent_init(attention_dim: int, hidden_dim: int) -> Callable:
 class Captioner(nnx.Module):
     """Features [I, P, F] and token ids [I, C, T] -> logits [I, C, T, V]."""
 
-    def __init__(self, config: config_lib.Model, feature_dim: int, vocab_size: int, dtype: Any, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: config_lib.Model, feature_dim: int, vocab_size: int, dtype: Any, *, rngs: nnx.Rngs
+    ):
         """`dtype`: of the arithmetic; parameters are float32."""
         c = config
         self.config = config
@@ -58,6 +61,9 @@ class Captioner(nnx.Module):
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.float32, "rngs": rngs}
         linear: dict[str, Any] = options | {"kernel_init": initializers.glorot_uniform()}
         self.image = nnx.Linear(feature_dim, c.image_dim, **linear)
+        if c.positions:
+            shape = (inception_v3.GRID**2, c.image_dim)
+            self.position = nnx.Param(initializers.normal(0.1)(rngs.params(), shape, jnp.float32))
         self.key = nnx.Linear(c.image_dim, c.attention_dim, **linear)
         self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **linear)
         self.embedding = nnx.Embed(
@@ -81,7 +87,10 @@ class Captioner(nnx.Module):
 
     def remember(self, feats_IPF: jax.Array) -> Memory:
         """The projected grid and its attention keys."""
-        values_IPE = jax.nn.relu(self.image(feats_IPF.astype(self.dtype)))
+        values_IPE = self.image(feats_IPF.astype(self.dtype))
+        if self.config.positions:
+            values_IPE = values_IPE + self.position[None].astype(self.dtype)
+        values_IPE = jax.nn.relu(values_IPE)
         return Memory(values_IPE, self.key(values_IPE))
 
     def start(self, memory: Memory, captions: int) -> Carry:
@@ -145,7 +154,9 @@ class Captioner(nnx.Module):
         return jnp.moveaxis(hidden, 0, 2), jnp.moveaxis(alpha, 0, 2)
 
 
-def create(config: config_lib.Config, feature_dim: int, vocab_size: int) -> tuple[Callable[[Params], Captioner], Callable]:
+def create(
+    config: config_lib.Config, feature_dim: int, vocab_size: int
+) -> tuple[Callable[[Params], Captioner], Callable]:
     """`bind(params) -> Captioner` for use inside a jitted function, and `init(key) -> params`, a plain dict."""
 
     def make(key: jax.Array) -> Captioner:

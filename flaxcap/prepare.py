@@ -72,7 +72,9 @@ def builder_options(config: config_lib.Config) -> dict:
 def roles(config: config_lib.Config) -> dict[str, str]:
     """{"train": "train+restval", ...}: which TFDS split plays which part."""
     d = config.data
-    return {r: s for r, s in zip(store_lib.ROLES, (d.train_split, d.val_split, d.test_split), strict=True) if s}
+    return {
+        r: s for r, s in zip(store_lib.ROLES, (d.train_split, d.val_split, d.test_split), strict=True) if s
+    }
 
 
 def _describe(
@@ -101,7 +103,11 @@ def _describe(
     captions = (caption for row in train.rows for caption in row.captions)
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
     store_lib.write_whole(path / "vocabulary.json", vocabulary.to_json())
-    manifest["vocabulary"] = {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash}
+    manifest["vocabulary"] = {
+        "size": config.data.vocab_size,
+        "words": len(vocabulary),
+        "sha256": vocabulary.hash,
+    }
     _write_manifest(path, manifest)
 
 

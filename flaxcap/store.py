@@ -25,13 +25,14 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap.encoders import inception_v3
+from flaxcap.errors import UserError
 from flaxcap.text import Vocabulary
 
 ROLES = ("train", "val", "test")
 POSITIONS = inception_v3.GRID**2
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A store that is missing, unfinished, damaged, or made of something else."""
 
 
@@ -183,7 +184,10 @@ class Split:
             "shape": [self.images, *chunk[1:]],
             "data_type": dtype,
             "fill_value": "NaN",  # a row that was never written cannot be taken for features
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *chunk[1:]]}},
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self.shard_rows, *chunk[1:]]},
+            },
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         }
         spec = {"driver": "zarr3", "kvstore": _kvstore(self.path / "features"), "metadata": metadata}

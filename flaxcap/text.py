@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxcap.errors import UserError
+
 PAD, UNK, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
 
 
-class VocabularyError(ValueError):
+class VocabularyError(UserError):
     """A vocabulary file that cannot be used, or captions that none can be made of."""
 
 

@@ -51,7 +51,7 @@ def over_images(mesh: Mesh) -> NamedSharding:
 
 
 def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then down a half cosine to 2% of it, or constant."""
+    """Linear warm-up to the peak, then constant, or down a half cosine to 2% of it at `steps`, the run's last."""
     if config.schedule == "constant":
         return optax.linear_schedule(0, config.learning_rate, max(config.warmup_steps, 1))
     warmup = min(config.warmup_steps, steps // 2)
@@ -60,10 +60,10 @@ def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: config_lib.Train, steps: int) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients; `steps`: length of the whole run."""
+def make_optimizer(config: config_lib.Train, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.adam(learning_rate(config, steps)))
+    return optax.chain(clip, optax.adam(schedule))
 
 
 def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
@@ -96,26 +96,28 @@ def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) 
     return (losses_ICT * real_ICT).sum(), real_ICT.sum(), (right_ICT * real_ICT).sum()
 
 
-def make_train_step(bind: Bind, optimizer: optax.GradientTransformation, mesh: Mesh) -> Callable:
+def make_train_step(
+    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted; the state is donated."""
 
     def loss_fn(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, tuple]:
         total, count, right = token_losses(bind(params), feats_IPF, tokens_ICT)
-        return total / jnp.maximum(count, 1), (count, right)
+        return total / jnp.maximum(count, 1), {"nats": total, "tokens": count, "right": right}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
         feats_IPF = gather(mesh, inputs)
-        (loss, (count, right)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, feats_IPF, inputs.tokens_ICT
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {
+        metrics = sums | {
             "loss": loss,
-            "accuracy": right / jnp.maximum(count, 1),
-            "tokens": count,
+            "captions": (inputs.tokens_ICT[..., 0] != PAD).sum(),
             "grad_norm": optax.global_norm(grads),
+            "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
@@ -130,5 +132,3 @@ def make_eval_step(bind: Bind, mesh: Mesh) -> Callable:
         return token_losses(bind(params), gather(mesh, inputs), inputs.tokens_ICT)
 
     return eval_step
-
-

@@ -16,6 +16,8 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from google.protobuf.message import DecodeError
 
+from flaxcap.errors import UserError
+
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
 
@@ -37,7 +39,7 @@ _DECODERS = {"image": tfds.decode.SkipDecoding()}
 T = TypeVar("T")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Bad user data; the message names the file, record and field, what was found and what was expected."""
 
 

@@ -228,11 +228,14 @@ class Shapes(CaptionBuilder):
             image_id = 3 * number + SPLITS.index(split)
             rng = np.random.default_rng([self.seed, image_id])
             things = _scene(rng, split)
-            yield image_id, {
-                "image": render(things, rng),
-                "image/filename": f"{split}-{number:05d}.jpg",
-                "image/id": image_id,
-                "captions": [
-                    {"id": 5 * image_id + k, "text": text} for k, text in enumerate(captions(things, rng))
-                ],
-            }
+            yield (
+                image_id,
+                {
+                    "image": render(things, rng),
+                    "image/filename": f"{split}-{number:05d}.jpg",
+                    "image/id": image_id,
+                    "captions": [
+                        {"id": 5 * image_id + k, "text": text} for k, text in enumerate(captions(things, rng))
+                    ],
+                },
+            )

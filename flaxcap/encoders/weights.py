@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from flaxcap.encoders import inception_v3
+from flaxcap.errors import UserError
 
 OFFICIAL_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
@@ -28,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 _BATCH_NORM = {"beta": "beta", "moving_mean": "mean", "moving_variance": "var"}  # Keras's name -> ours
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that cannot be had or are not an InceptionV3's; the message names file, layer and remedy."""
 
 

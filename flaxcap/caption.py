@@ -1,0 +1,101 @@
+"""`flaxcap caption`: words for any picture, and a drawing of where the model looked."""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from flaxcap import data, decode, export, features, fetch, plots, prepare
+from flaxcap.encoders import images
+
+
+class Captioned(NamedTuple):
+    """A picture's caption, or why it has none."""
+
+    name: str
+    caption: str = ""
+    log_prob: float = 0.0  # nats, <end> included
+    plot: str = ""  # path of the attention picture
+    reason: str = ""  # of a picture that cannot be captioned
+
+
+def caption(
+    captioner: export.Captioner,
+    pictures: Iterable[tuple[str, Callable[[], bytes]]],
+    *,
+    plot_dir: epath.PathLike | None = None,
+    seed: int = 0,
+) -> Iterator[Captioned]:
+    """Captions pictures, given as names and functions that get their bytes, in their order, a batch at a time.
+
+    With `plot_dir`, an attention picture of each is written there. A picture that cannot be read gets a reason.
+    """
+    config = captioner.config
+    encode = features.make_encode(captioner.encoder, config.encoder)
+    run = decode.make_decode(captioner.bind, config.decode)
+    keys = (jax.random.fold_in(jax.random.key(seed), n) for n in itertools.count())
+    pictures = iter(pictures)
+    numbers = itertools.count()
+    while group := list(itertools.islice(pictures, config.encoder.batch_size)):
+        loaded = [_load(name, get, config.encoder.image_size) for name, get in group]
+        good = [pixels for _, pixels, _ in loaded if pixels is not None]
+        found = None
+        if good:
+            # One shape for a full batch and one for a single picture: two compilations at most.
+            size = 1 if len(group) == 1 else config.encoder.batch_size
+            feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
+            found = jax.device_get(
+                run(captioner.params, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys))
+            )
+        place = 0
+        for name, pixels, reason in loaded:
+            number = next(numbers)
+            if pixels is None or found is None:
+                yield Captioned(name, reason=reason)
+                continue
+            text = captioner.vocabulary.decode(found.tokens_IT[place])
+            words = [*text.split(), "<end>"]
+            plot = ""
+            if plot_dir is not None:
+                path = pathlib.Path(plot_dir) / f"{number:04d}-{_stem(name)}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                plots.attention_plot(Image.fromarray(pixels), words, found.alpha_ITP[place], path)
+                plot = str(path)
+            yield Captioned(name, text, float(found.log_prob_I[place]), plot)
+            place += 1
+
+
+def from_sources(sources: list[str]) -> list[tuple[str, Callable[[], bytes]]]:
+    """Pictures of paths, directories and addresses."""
+    return [(name, lambda name=name: fetch.read(name)) for name in fetch.names(sources)]
+
+
+def from_split(
+    captioner: export.Captioner, data_dir: epath.PathLike, role: str, count: int
+) -> list[tuple[str, Callable[[], bytes]]]:
+    """The first `count` pictures of a split ("train", "val" or "test") of the data set the model was trained on."""
+    config = captioner.config
+    splits = prepare.roles(config)
+    if role not in splits:
+        raise data.DataError(f"--split={role}: expected one of {', '.join(splits)}")
+    builder = data.prepare(config.dataset, data_dir, **prepare.builder_options(config))
+    examples = data.read(builder, splits[role])
+    some = [examples[n] for n in range(min(count, len(examples)))]
+    return [(e.filename, lambda e=e: e.image) for e in some]
+
+
+def _load(name: str, get: Callable[[], bytes], size: int) -> tuple[str, np.ndarray | None, str]:
+    try:
+        return name, images.decode(get(), size), ""
+    except (images.ImageError, fetch.FetchError) as e:
+        return name, None, str(e)
+
+
+def _stem(name: str) -> str:
+    stem = pathlib.PurePosixPath(name.split("?", 1)[0]).stem
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:60] or "picture"

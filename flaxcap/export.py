@@ -1,0 +1,127 @@
+"""A captioner at rest: loaded from a run or from an export, and written as one.
+
+An export is a directory that needs nothing else:
+
+    config.json  vocabulary.json  about.json   preset; words; where it comes from, preprocessing
+    decoder/  encoder/                         parameters alone (Orbax)
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+import flaxcap
+from flaxcap import checkpoint, model, store
+from flaxcap import config as config_lib
+from flaxcap.checkpoint import CheckpointError, Checkpoints
+from flaxcap.encoders import images, inception_v3, weights
+from flaxcap.text import Vocabulary
+
+
+class Captioner(NamedTuple):
+    """Everything that turns a picture into words."""
+
+    config: config_lib.Config
+    vocabulary: Vocabulary
+    bind: Any  # see model.create
+    params: model.Params
+    encoder: inception_v3.Params  # unfolded
+    about: dict
+
+
+def load(
+    *,
+    workdir: epath.PathLike | None = None,
+    model_dir: epath.PathLike | None = None,
+    data_dir: epath.PathLike = "",
+) -> Captioner:
+    """The best checkpoint of a run, whose store is in `data_dir`, or an export. CheckpointError if it is not there."""
+    if model_dir is not None:
+        return _load_export(epath.Path(model_dir))
+    if workdir is None:
+        raise CheckpointError("no model is named: give --workdir=RUN or --model=EXPORT")
+    return _load_run(epath.Path(workdir), data_dir)
+
+
+def read_config(directory: epath.PathLike) -> config_lib.Config:
+    """The preset saved in a run or an export."""
+    file = epath.Path(directory) / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory}: no {file.name}: neither a run nor an export of flaxcap")
+    return config_lib.load(str(file))
+
+
+def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
+    config = read_config(workdir)
+    vocabulary = _vocabulary(workdir)
+    prepared = store.Store(store.path_for(data_dir, config))
+    bind, init = model.create(config, prepared.feature_dim, len(vocabulary))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
+    step = checkpoints.best_step
+    if step is None:
+        raise CheckpointError(f"{workdir}: no checkpoint yet; `flaxcap train` makes them")
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.eval_shape(init, jax.random.key(0))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    params = checkpoints.restore_params(like, step)
+    checkpoints.close()
+    if (prepared.path / "encoder").exists():
+        encoder = checkpoint.load_params(prepared.path / "encoder")
+    else:  # features made elsewhere: their encoder is taken to be the preset's
+        encoder, _ = weights.load(config.encoder.weights, block=config.encoder.block)
+    about = {
+        "step": step,
+        "dataset": config.dataset,
+        "preprocessing": images.PREPROCESSING,
+        "encoder_sha256": prepared.manifest["encoder"]["weights_sha256"],
+        "feature_dim": prepared.feature_dim,
+        "flaxcap": flaxcap.__version__,
+    }
+    return Captioner(config, vocabulary, bind, params, encoder, about)
+
+
+def _load_export(path: epath.Path) -> Captioner:
+    config = read_config(path)
+    vocabulary = _vocabulary(path)
+    file = path / "about.json"
+    try:
+        about = json.loads(file.read_text())
+        feature_dim = int(about["feature_dim"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{file}: cannot be read ({e!r})") from e
+    if about.get("preprocessing") != images.PREPROCESSING:
+        raise CheckpointError(
+            f"{file}: trained with pictures prepared as {about.get('preprocessing')!r}, this version"
+            f" prepares them as {images.PREPROCESSING!r}"
+        )
+    bind, init = model.create(config, feature_dim, len(vocabulary))
+    params = checkpoint.load_params(path / "decoder")
+    expected = jax.tree.map(np.shape, jax.eval_shape(init, jax.random.key(0)))
+    found = jax.tree.map(np.shape, params)
+    if found != expected:
+        raise CheckpointError(f"{path / 'decoder'}: found parameters {found}, expected {expected}")
+    return Captioner(config, vocabulary, bind, params, checkpoint.load_params(path / "encoder"), about)
+
+
+def _vocabulary(directory: epath.Path) -> Vocabulary:
+    file = directory / "vocabulary.json"
+    if not file.exists():
+        raise CheckpointError(f"{directory}: no {file.name}")
+    return Vocabulary.from_json(file.read_text(), str(file))
+
+
+def write(captioner: Captioner, out: epath.PathLike) -> None:
+    """An export. CheckpointError if `out` holds something already."""
+    path = epath.Path(out)
+    if path.exists() and any(path.iterdir()):
+        raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
+    path.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_params(path / "decoder", captioner.params)
+    checkpoint.save_params(path / "encoder", captioner.encoder)
+    (path / "vocabulary.json").write_text(captioner.vocabulary.to_json())
+    (path / "about.json").write_text(json.dumps(captioner.about, indent=2) + "\n")
+    # Last: what has a config.json is whole.
+    (path / "config.json").write_text(config_lib.to_json(captioner.config))

@@ -1,0 +1,283 @@
+"""The command line: flags in, calls out. Nothing here is about captioning."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+import flaxcap
+from flaxcap import config as config_lib
+from flaxcap.errors import UserError
+
+FAILED, PREEMPTED = 1, 75  # 75: EX_TEMPFAIL, "saved; run me again"
+
+# What each command is for, an example, and its flags. JAX is imported when a command runs: help is quick.
+COMMANDS = {
+    "prepare": (
+        "Turn a data set into features, captions and a vocabulary, once.",
+        "flaxcap prepare --config=experiments/shapes.py --data_dir=data",
+    ),
+    "train": (
+        "Train a captioner on prepared features; the same command goes on where it stopped.",
+        "flaxcap train --config=experiments/shapes.py --data_dir=data --workdir=runs/shapes",
+    ),
+    "evaluate": (
+        "Score a captioner on a prepared split: its loss, and the captions it generates.",
+        "flaxcap evaluate --workdir=runs/shapes --data_dir=data --split=test",
+    ),
+    "caption": (
+        "Caption pictures: files, directories, http(s) addresses.",
+        "flaxcap caption photo.jpg holiday/ https://example.com/cat.jpg --model=exported --plot",
+    ),
+    "export": (
+        "Write a trained captioner to a directory that needs nothing else.",
+        "flaxcap export --workdir=runs/shapes --data_dir=data --out=exported",
+    ),
+}
+
+
+def run() -> None:
+    """The `flaxcap` program."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs a command line (without the program's name) and returns its exit status."""
+    if not args or args[0] in ("help", "--help", "-h"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"flaxcap {flaxcap.__version__}")
+        return 0
+    command, rest = args[0], list(args[1:])
+    try:
+        if command not in COMMANDS:
+            hint = config_lib.nearest(command, list(COMMANDS))
+            raise UserError(f"unknown command {command!r}{hint}; `flaxcap --help` lists them")
+        values = flags.FlagValues()
+        _define(command, values)
+        if {"--help", "-h", "-help"} & set(rest):
+            print(_help(command, values))
+            return 0
+        config, positional = _parse(command, rest, values)
+        logging.set_verbosity(values["verbosity"].value)
+        return _RUN[command](values, config, positional)
+    except (UserError, flags.Error) as e:
+        print(f"flaxcap {command}: {e}", file=sys.stderr)
+        return FAILED
+
+
+def _define(command: str, values: flags.FlagValues) -> None:
+    """The flags of a command."""
+    text: dict[str, Any] = {"flag_values": values}
+    flags.DEFINE_string("config", None, "the preset: experiments/NAME.py, or a saved config.json", **text)
+    flags.DEFINE_string("data_dir", "data", "where prepared data sets and features are kept", **text)
+    flags.DEFINE_integer("verbosity", logging.WARNING, "-1: warnings, 0: what libraries tell, 1: all", **text)
+    if command != "prepare":
+        flags.DEFINE_string("workdir", None, "the run: its checkpoints, metrics and plots", **text)
+    if command in ("evaluate", "caption"):
+        flags.DEFINE_string("model", None, "an export, instead of a run", **text)
+        flags.DEFINE_integer("seed", 0, "seed of sampling", **text)
+    if command == "prepare":
+        flags.DEFINE_string("manual_dir", None, "your own files: see the data set's description", **text)
+        flags.DEFINE_string(
+            "npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text
+        )
+        flags.DEFINE_string("encoder_weights", None, "a Keras no-top .h5, instead of downloading it", **text)
+        flags.DEFINE_integer(
+            "num_workers", os.cpu_count() or 1, "threads that decode pictures", lower_bound=1, **text
+        )
+        flags.DEFINE_float(
+            "max_bad_fraction", 0.05, "unreadable pictures are skipped; more than this share stop the run",
+            lower_bound=0, upper_bound=1, **text,
+        )  # fmt: skip
+    elif command == "train":
+        flags.DEFINE_boolean("resume", True, "go on with the run in --workdir, where there is one", **text)
+        flags.DEFINE_string("init_from", None, "start a new run from the parameters of this export", **text)
+    elif command == "evaluate":
+        flags.DEFINE_enum("split", "val", ("train", "val", "test"), "which split", **text)
+        flags.DEFINE_string(
+            "out_dir", None, "where predictions.json and scores.json go; default: WORKDIR/SPLIT", **text
+        )
+    elif command == "caption":
+        flags.DEFINE_enum(
+            "split", None, ("train", "val", "test"), "caption pictures of the data set itself", **text
+        )
+        flags.DEFINE_integer("num_images", 5, "how many of --split", lower_bound=1, **text)
+        flags.DEFINE_boolean("plot", False, "draw where the model looked for each word", **text)
+        flags.DEFINE_string("out_dir", "captions", "where the drawings go", **text)
+    elif command == "export":
+        flags.DEFINE_string("out", None, "the new directory", **text)
+
+
+def _parse(
+    command: str, args: list[str], values: flags.FlagValues
+) -> tuple[config_lib.Config | None, list[str]]:
+    """The preset with its overrides (None where none is named and none saved), and what is not a flag."""
+    overrides = [a for a in args if a.startswith(("--config.", "-config."))]
+    positional = values(["flaxcap", *(a for a in args if a not in overrides)])[1:]
+    if positional and command != "caption":
+        raise UserError(f"unexpected {positional[0]!r}; values are given as --flag=value")
+    config = _preset(command, values)
+    if config is None:
+        if overrides:
+            raise UserError(
+                f"{overrides[0]}: there is no preset to override; give --config=experiments/NAME.py"
+            )
+        return None, positional
+    known = config_lib.leaves(config)
+    for override in overrides:
+        name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
+        if name not in known:
+            raise config_lib.ConfigError(
+                f"--config.{name}: no such field{config_lib.nearest(name, list(known))}; `flaxcap {command} --help`"
+                " lists them"
+            )
+        if not equals and known[name][0] is not True and known[name][0] is not False:
+            raise config_lib.ConfigError(f"--config.{name}: give it as --config.{name}=VALUE")
+    overridden = flags.FlagValues()
+    argv = ["flaxcap", *overrides]
+    holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=overridden, sys_argv=argv)
+    overridden(argv)
+    return config_lib.check(holder.value), positional
+
+
+def _preset(command: str, values: flags.FlagValues) -> config_lib.Config | None:
+    """The preset named by --config, else the one saved with the run or export."""
+    if values["config"].value:
+        return config_lib.load(values["config"].value)
+    if command in ("prepare", "train"):
+        raise UserError("no preset: give --config=experiments/NAME.py")
+    from flaxcap import export
+
+    saved = ("model" in values and values["model"].value) or values["workdir"].value
+    return export.read_config(saved) if saved else None
+
+
+def _need(values: flags.FlagValues, *names: str) -> list[str]:
+    for name in names:
+        if not values[name].value:
+            raise UserError(f"--{name} is missing: {values[name].help}")
+    return [values[name].value for name in names]
+
+
+def _prepare(values: flags.FlagValues, config: config_lib.Config, _: list[str]) -> int:
+    from flaxcap import prepare
+
+    names = ("manual_dir", "npy_dir", "encoder_weights", "num_workers", "max_bad_fraction")
+    prepare.prepare(config, values["data_dir"].value, **{n: values[n].value for n in names})
+    return 0
+
+
+def _train(values: flags.FlagValues, config: config_lib.Config, _: list[str]) -> int:
+    from flaxcap import train
+
+    workdir, data_dir = _need(values, "workdir", "data_dir")
+    try:
+        train.train(
+            config, workdir, data_dir, resume=values["resume"].value, init_from=values["init_from"].value
+        )
+    except train.Preempted as e:
+        print(f"flaxcap train: {e}")
+        return PREEMPTED
+    return 0
+
+
+def _evaluate(values: flags.FlagValues, config: config_lib.Config | None, _: list[str]) -> int:
+    from flaxcap import evaluate
+
+    captioner = _captioner(values, config)
+    split = values["split"].value
+    out_dir = values["out_dir"].value or os.path.join(values["workdir"].value or "evaluation", split)
+    scores = evaluate.evaluate(captioner, values["data_dir"].value, split, out_dir, values["seed"].value)
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        print(f"{name:{width}}  {value:.4f}")
+    print(f"{out_dir}/predictions.json, {out_dir}/scores.json")
+    return 0
+
+
+def _caption(values: flags.FlagValues, config: config_lib.Config | None, sources: list[str]) -> int:
+    from flaxcap import caption
+
+    if bool(sources) == bool(values["split"].value):
+        raise UserError("name pictures to caption (files, directories, addresses), or a --split")
+    captioner = _captioner(values, config)
+    if sources:
+        pictures = caption.from_sources(sources)
+    else:
+        pictures = caption.from_split(
+            captioner, values["data_dir"].value, values["split"].value, values["num_images"].value
+        )
+    plot_dir = values["out_dir"].value if values["plot"].value else None
+    failed = 0
+    for found in caption.caption(captioner, pictures, plot_dir=plot_dir, seed=values["seed"].value):
+        if found.reason:
+            failed += 1
+            print(f"{found.name}: {found.reason}", file=sys.stderr)
+            continue
+        print(f"{found.name}: {found.caption}  (log-probability {found.log_prob:.2f})")
+        if found.plot:
+            print(f"  {found.plot}")
+    return FAILED if failed else 0
+
+
+def _export(values: flags.FlagValues, config: config_lib.Config | None, _: list[str]) -> int:
+    from flaxcap import export
+
+    _need(values, "workdir", "out")
+    export.write(_captioner(values, config), values["out"].value)
+    print(f"exported to {values['out'].value}")
+    return 0
+
+
+def _captioner(values: flags.FlagValues, config: config_lib.Config | None) -> Any:
+    """The model of --model or --workdir; of the preset, what does not make the model may be overridden."""
+    from flaxcap import export
+
+    model_dir = values["model"].value if "model" in values else None
+    captioner = export.load(
+        workdir=values["workdir"].value, model_dir=model_dir, data_dir=values["data_dir"].value
+    )
+    if config is None:
+        return captioner
+    changed = config_lib.difference(captioner.config, config, ("model", "encoder", "data"))
+    if changed:
+        raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
+    return captioner._replace(config=config)
+
+
+_RUN: dict[str, Any] = {
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "caption": _caption,
+    "export": _export,
+}
+
+
+def _overview() -> str:
+    lines = [
+        f"flaxcap {flaxcap.__version__}: trains attention image captioners, and captions pictures with them.",
+        "",
+    ]
+    lines += [f"  {name:9} {purpose}" for name, (purpose, _) in COMMANDS.items()]
+    lines += ["", "In this order:", ""]
+    lines += [f"  {example}" for _, example in COMMANDS.values()]
+    return "\n".join([*lines, "", "`flaxcap COMMAND --help` tells its flags and the fields of a preset."])
+
+
+def _help(command: str, values: flags.FlagValues) -> str:
+    purpose, example = COMMANDS[command]
+    lines = [purpose, "", f"  {example}", "", "Flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.value is None else f" (default: {flag.value})"
+        lines.append(f"  --{name}: {flag.help}{default}")
+    lines += ["", "Fields of the preset, each set by --config.FIELD=VALUE, with flaxcap's defaults:"]
+    for name, (default, text) in config_lib.leaves(config_lib.Config()).items():
+        lines.append(f"  {name} = {default!r}: {text}")
+    return "\n".join(lines)
