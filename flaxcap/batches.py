@@ -19,10 +19,10 @@ from flaxcap.text import PAD, Tokens
 
 
 class Batch(NamedTuple):
-    """`tokens_ICT`: ids with <start> and <end>, <pad> after; an absent caption is all <pad>. `rows_I`: rows of the store."""
+    """Images with some of their captions."""
 
-    rows_I: np.ndarray  # int32
-    tokens_ICT: np.ndarray  # int32
+    rows_I: np.ndarray  # int32: rows of the store
+    tokens_ICT: np.ndarray  # int32: with <start> and <end>, <pad> after; an absent caption is all <pad>
 
 
 class Plan:
@@ -102,7 +102,7 @@ class Plan:
         starts = self.tokens.starts
         present_IC = captions_IC >= 0
         lengths_IC = np.where(present_IC, starts[captions_IC + 1] - starts[captions_IC], 0)
-        time_T = np.arange(self.buckets[self.bucket_S[number]])
+        time_T = np.arange(int(self.buckets[self.bucket_S[number]]))
         real_ICT = time_T < lengths_IC[..., None]
         places_ICT = np.where(real_ICT, starts[captions_IC][..., None] + time_T, 0)
         tokens_ICT = np.where(real_ICT, self.tokens.ids[places_ICT], PAD)

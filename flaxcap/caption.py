@@ -49,9 +49,7 @@ def caption(
             # One shape for a full batch and one for a single picture: two compilations at most.
             size = 1 if len(group) == 1 else config.encoder.batch_size
             feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
-            found = jax.device_get(
-                run(captioner.params, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys))
-            )
+            found = jax.device_get(run(captioner.params, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys)))
         place = 0
         for name, pixels, reason in loaded:
             number = next(numbers)

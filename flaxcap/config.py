@@ -55,18 +55,14 @@ class Encoder:
     dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
     store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
     batch_size: int = _field(16, "images a forward pass")
-    shard_images: int = _field(
-        1024, "images a file of features; an interrupted prepare goes on at such a file"
-    )
+    shard_images: int = _field(1024, "images a file of features; an interrupted prepare goes on at such a file")
     seed: int = _field(0, "seed of random weights")
 
 
 @dataclasses.dataclass
 class Model:
     image_dim: int = _field(256, "width that the features are projected to")
-    positions: bool = _field(
-        False, "add a learned embedding of its place in the grid to each projected feature"
-    )
+    positions: bool = _field(False, "add a learned embedding of its place in the grid to each projected feature")
     embedding_dim: int = _field(256, "width of a word's embedding")
     attention_dim: int = _field(512, "width of the additive attention")
     hidden_dim: int = _field(512, "width of the recurrent state")
@@ -92,9 +88,7 @@ class Train:
     features: str = _field("auto", "where features live: in device memory, streamed from the store, or by size",
                            ("auto", "device", "stream"))  # fmt: skip
     log_every: int = _field(20, "steps between lines of metrics")
-    checkpoint_every: int = _field(
-        0, "steps between checkpoints; one is kept each epoch in any case; 0: no more"
-    )
+    checkpoint_every: int = _field(0, "steps between checkpoints; one is kept each epoch in any case; 0: no more")
     keep_latest: int = _field(1, "newest checkpoints kept, beside the best")
 
 
@@ -190,46 +184,30 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-_POSITIVE = [
-    "data.vocab_size",
-    "encoder.image_size",
-    "encoder.batch_size",
-    "encoder.shard_images",
-    "model.image_dim",
-    "model.embedding_dim",
-    "model.attention_dim",
-    "model.hidden_dim",
-    "model.head_dim",
-    "train.batch_images",
-    "train.captions_per_image",
-    "train.epochs",
-    "train.learning_rate",
-    "train.num_buckets",
-    "train.log_every",
-    "train.keep_latest",
-    "decode.max_length",
-    "decode.temperature",
-    "decode.batch_size",
-]
-_NOT_NEGATIVE = [
-    "data.max_images",
-    "data.max_captions",
-    "train.warmup_steps",
-    "train.clip_norm",
-    "train.checkpoint_every",
-    "decode.top_k",
-]
+_POSITIVE = {
+    "data": ("vocab_size",),
+    "encoder": ("image_size", "batch_size", "shard_images"),
+    "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
+    "train": (
+        "batch_images", "captions_per_image", "epochs", "learning_rate", "num_buckets", "log_every", "keep_latest",
+    ),
+    "decode": ("max_length", "temperature", "batch_size"),
+}  # fmt: skip
+_NOT_NEGATIVE = {
+    "data": ("max_images", "max_captions"),
+    "train": ("warmup_steps", "clip_norm", "checkpoint_every"),
+    "decode": ("top_k",),
+}
 
 
 def check(config: Config) -> Config:
     """The same preset, or a ConfigError that names the field, what was found and what was expected."""
-    values = leaves(config)
-    for name in _POSITIVE:
-        if not typing.cast(float, values[name][0]) > 0:
-            raise ConfigError(f"--config.{name}={values[name][0]}: expected more than 0")
-    for name in _NOT_NEGATIVE:
-        if not typing.cast(float, values[name][0]) >= 0:
-            raise ConfigError(f"--config.{name}={values[name][0]}: expected 0 or more")
+    for table, least, expected in ((_POSITIVE, 1e-30, "more than 0"), (_NOT_NEGATIVE, 0, "0 or more")):
+        for group, names in table.items():
+            for name in names:
+                value = getattr(getattr(config, group), name)
+                if not value >= least:
+                    raise ConfigError(f"--config.{group}.{name}={value}: expected {expected}")
     if config.data.max_length < 3:
         raise ConfigError(f"--config.data.max_length={config.data.max_length}: expected 3 or more")
     _check_choices(config, "")

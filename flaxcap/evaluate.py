@@ -81,7 +81,5 @@ def _truth(config: Config, ids: list[int], texts: list[str]) -> dict[str, float]
     swapped = texts[half:] + texts[:half]
     return {
         "true": float(np.mean([judge(i, text) for i, text in zip(ids, texts, strict=True)])),
-        "true_of_another_image": float(
-            np.mean([judge(i, text) for i, text in zip(ids, swapped, strict=True)])
-        ),
+        "true_of_another_image": float(np.mean([judge(i, text) for i, text in zip(ids, swapped, strict=True)])),
     }

@@ -5,6 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,9 +26,7 @@ class Feed:
         """
         images = plan.table_SI.shape[1]
         if images % mesh.size:
-            raise ConfigError(
-                f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices"
-            )
+            raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
         self._split, self._plan, self._sharding = split, plan, over_images(mesh)
         self._width = images // mesh.size  # columns a device
         self._devices = list(mesh.devices.flat)
@@ -66,12 +65,12 @@ class Feed:
                 for future in ready:
                     future.cancel()
 
-    def _columns(self, device: jax.Device) -> np.ndarray:
+    def _columns(self, device: Any) -> np.ndarray:
         first = self._devices.index(device) * self._width
         return np.arange(first, first + self._width)
 
     @functools.cache  # noqa: B019  (a feed lives as long as its run)
-    def _rows(self, device: jax.Device) -> np.ndarray:
+    def _rows(self, device: Any) -> np.ndarray:
         columns = self._columns(device)
         return self._plan.column_rows(columns[0], columns[-1] + 1)
 
@@ -80,9 +79,7 @@ class Feed:
         return (max(len(self._rows(d)) for d in self._devices), *self._split.array.shape[1:])
 
     def _fits(self) -> bool:
-        return int(np.prod(self._shape())) * self._split.array.dtype.numpy_dtype.itemsize < free_memory(
-            self._local
-        )
+        return int(np.prod(self._shape())) * self._split.array.dtype.numpy_dtype.itemsize < free_memory(self._local)
 
     def _load(self) -> jax.Array:
         shape = self._shape()

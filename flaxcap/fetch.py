@@ -52,7 +52,7 @@ def read(name: str) -> bytes:
 class _WebOnly(urllib.request.HTTPRedirectHandler):
     """A redirection may not leave the web either."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: ANN
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         _check_scheme(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

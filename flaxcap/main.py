@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,16 @@ def main(args: Sequence[str]) -> int:
         if {"--help", "-h", "-help"} & set(rest):
             print(_help(command, values))
             return 0
-        config, positional = _parse(command, rest, values)
-        logging.set_verbosity(values["verbosity"].value)
-        return _RUN[command](values, config, positional)
+        overrides = [a for a in rest if a.startswith(("--config.", "-config."))]
+        positional = values(["flaxcap", *(a for a in rest if a not in overrides)])[1:]
+        given = types.SimpleNamespace(**values.flag_values_dict())
+        if positional and command != "caption":
+            raise UserError(f"unexpected {positional[0]!r}; values are given as --flag=value")
+        for name in _NEEDED.get(command, ()):
+            if not getattr(given, name):
+                raise UserError(f"--{name} is missing: {values[name].help}")
+        logging.set_verbosity(given.verbosity)
+        return _RUN[command](given, _preset(command, given, overrides), positional)
     except (UserError, flags.Error) as e:
         print(f"flaxcap {command}: {e}", file=sys.stderr)
         return FAILED
@@ -83,13 +91,9 @@ def _define(command: str, values: flags.FlagValues) -> None:
         flags.DEFINE_integer("seed", 0, "seed of sampling", **text)
     if command == "prepare":
         flags.DEFINE_string("manual_dir", None, "your own files: see the data set's description", **text)
-        flags.DEFINE_string(
-            "npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text
-        )
+        flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text)
         flags.DEFINE_string("encoder_weights", None, "a Keras no-top .h5, instead of downloading it", **text)
-        flags.DEFINE_integer(
-            "num_workers", os.cpu_count() or 1, "threads that decode pictures", lower_bound=1, **text
-        )
+        flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode pictures", lower_bound=1, **text)
         flags.DEFINE_float(
             "max_bad_fraction", 0.05, "unreadable pictures are skipped; more than this share stop the run",
             lower_bound=0, upper_bound=1, **text,
@@ -103,9 +107,7 @@ def _define(command: str, values: flags.FlagValues) -> None:
             "out_dir", None, "where predictions.json and scores.json go; default: WORKDIR/SPLIT", **text
         )
     elif command == "caption":
-        flags.DEFINE_enum(
-            "split", None, ("train", "val", "test"), "caption pictures of the data set itself", **text
-        )
+        flags.DEFINE_enum("split", None, ("train", "val", "test"), "caption pictures of the data set itself", **text)
         flags.DEFINE_integer("num_images", 5, "how many of --split", lower_bound=1, **text)
         flags.DEFINE_boolean("plot", False, "draw where the model looked for each word", **text)
         flags.DEFINE_string("out_dir", "captions", "where the drawings go", **text)
@@ -113,86 +115,62 @@ def _define(command: str, values: flags.FlagValues) -> None:
         flags.DEFINE_string("out", None, "the new directory", **text)
 
 
-def _parse(
-    command: str, args: list[str], values: flags.FlagValues
-) -> tuple[config_lib.Config | None, list[str]]:
-    """The preset with its overrides (None where none is named and none saved), and what is not a flag."""
-    overrides = [a for a in args if a.startswith(("--config.", "-config."))]
-    positional = values(["flaxcap", *(a for a in args if a not in overrides)])[1:]
-    if positional and command != "caption":
-        raise UserError(f"unexpected {positional[0]!r}; values are given as --flag=value")
-    config = _preset(command, values)
-    if config is None:
-        if overrides:
-            raise UserError(
-                f"{overrides[0]}: there is no preset to override; give --config=experiments/NAME.py"
-            )
-        return None, positional
+def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:
+    """The preset of --config, else the one saved with the run or export, with `--config.FIELD=VALUE` applied."""
+    if given.config:
+        config = config_lib.load(given.config)
+    elif saved := getattr(given, "model", None) or getattr(given, "workdir", None):
+        from flaxcap import export
+
+        config = export.read_config(saved)
+    else:
+        raise UserError("which model? give --workdir=RUN or --model=EXPORT")
     known = config_lib.leaves(config)
     for override in overrides:
         name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
         if name not in known:
-            raise config_lib.ConfigError(
-                f"--config.{name}: no such field{config_lib.nearest(name, list(known))}; `flaxcap {command} --help`"
-                " lists them"
-            )
-        if not equals and known[name][0] is not True and known[name][0] is not False:
+            hint = config_lib.nearest(name, list(known))
+            raise config_lib.ConfigError(f"--config.{name}: no such field{hint}; `flaxcap {command} --help` lists them")
+        if not equals and not isinstance(known[name][0], bool):
             raise config_lib.ConfigError(f"--config.{name}: give it as --config.{name}=VALUE")
     overridden = flags.FlagValues()
     argv = ["flaxcap", *overrides]
     holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=overridden, sys_argv=argv)
     overridden(argv)
-    return config_lib.check(holder.value), positional
+    return config_lib.check(holder.value)
 
 
-def _preset(command: str, values: flags.FlagValues) -> config_lib.Config | None:
-    """The preset named by --config, else the one saved with the run or export."""
-    if values["config"].value:
-        return config_lib.load(values["config"].value)
-    if command in ("prepare", "train"):
-        raise UserError("no preset: give --config=experiments/NAME.py")
-    from flaxcap import export
-
-    saved = ("model" in values and values["model"].value) or values["workdir"].value
-    return export.read_config(saved) if saved else None
-
-
-def _need(values: flags.FlagValues, *names: str) -> list[str]:
-    for name in names:
-        if not values[name].value:
-            raise UserError(f"--{name} is missing: {values[name].help}")
-    return [values[name].value for name in names]
-
-
-def _prepare(values: flags.FlagValues, config: config_lib.Config, _: list[str]) -> int:
+def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import prepare
 
-    names = ("manual_dir", "npy_dir", "encoder_weights", "num_workers", "max_bad_fraction")
-    prepare.prepare(config, values["data_dir"].value, **{n: values[n].value for n in names})
+    prepare.prepare(
+        config,
+        given.data_dir,
+        manual_dir=given.manual_dir,
+        npy_dir=given.npy_dir,
+        encoder_weights=given.encoder_weights,
+        num_workers=given.num_workers,
+        max_bad_fraction=given.max_bad_fraction,
+    )
     return 0
 
 
-def _train(values: flags.FlagValues, config: config_lib.Config, _: list[str]) -> int:
+def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import train
 
-    workdir, data_dir = _need(values, "workdir", "data_dir")
     try:
-        train.train(
-            config, workdir, data_dir, resume=values["resume"].value, init_from=values["init_from"].value
-        )
+        train.train(config, given.workdir, given.data_dir, resume=given.resume, init_from=given.init_from)
     except train.Preempted as e:
         print(f"flaxcap train: {e}")
         return PREEMPTED
     return 0
 
 
-def _evaluate(values: flags.FlagValues, config: config_lib.Config | None, _: list[str]) -> int:
+def _evaluate(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import evaluate
 
-    captioner = _captioner(values, config)
-    split = values["split"].value
-    out_dir = values["out_dir"].value or os.path.join(values["workdir"].value or "evaluation", split)
-    scores = evaluate.evaluate(captioner, values["data_dir"].value, split, out_dir, values["seed"].value)
+    out_dir = given.out_dir or os.path.join(given.workdir or "evaluation", given.split)
+    scores = evaluate.evaluate(_captioner(given, config), given.data_dir, given.split, out_dir, given.seed)
     width = max(map(len, scores))
     for name, value in scores.items():
         print(f"{name:{width}}  {value:.4f}")
@@ -200,21 +178,19 @@ def _evaluate(values: flags.FlagValues, config: config_lib.Config | None, _: lis
     return 0
 
 
-def _caption(values: flags.FlagValues, config: config_lib.Config | None, sources: list[str]) -> int:
+def _caption(given: types.SimpleNamespace, config: config_lib.Config, sources: list[str]) -> int:
     from flaxcap import caption
 
-    if bool(sources) == bool(values["split"].value):
+    if bool(sources) == bool(given.split):
         raise UserError("name pictures to caption (files, directories, addresses), or a --split")
-    captioner = _captioner(values, config)
+    captioner = _captioner(given, config)
     if sources:
         pictures = caption.from_sources(sources)
     else:
-        pictures = caption.from_split(
-            captioner, values["data_dir"].value, values["split"].value, values["num_images"].value
-        )
-    plot_dir = values["out_dir"].value if values["plot"].value else None
+        pictures = caption.from_split(captioner, given.data_dir, given.split, given.num_images)
     failed = 0
-    for found in caption.caption(captioner, pictures, plot_dir=plot_dir, seed=values["seed"].value):
+    plot_dir = given.out_dir if given.plot else None
+    for found in caption.caption(captioner, pictures, plot_dir=plot_dir, seed=given.seed):
         if found.reason:
             failed += 1
             print(f"{found.name}: {found.reason}", file=sys.stderr)
@@ -225,31 +201,26 @@ def _caption(values: flags.FlagValues, config: config_lib.Config | None, sources
     return FAILED if failed else 0
 
 
-def _export(values: flags.FlagValues, config: config_lib.Config | None, _: list[str]) -> int:
+def _export(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import export
 
-    _need(values, "workdir", "out")
-    export.write(_captioner(values, config), values["out"].value)
-    print(f"exported to {values['out'].value}")
+    export.write(_captioner(given, config), given.out)
+    print(f"exported to {given.out}")
     return 0
 
 
-def _captioner(values: flags.FlagValues, config: config_lib.Config | None) -> Any:
-    """The model of --model or --workdir; of the preset, what does not make the model may be overridden."""
+def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
+    """The model of --model or --workdir; of its preset, what does not make the model may be overridden."""
     from flaxcap import export
 
-    model_dir = values["model"].value if "model" in values else None
-    captioner = export.load(
-        workdir=values["workdir"].value, model_dir=model_dir, data_dir=values["data_dir"].value
-    )
-    if config is None:
-        return captioner
+    captioner = export.load(workdir=given.workdir, model_dir=getattr(given, "model", None), data_dir=given.data_dir)
     changed = config_lib.difference(captioner.config, config, ("model", "encoder", "data"))
     if changed:
         raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
     return captioner._replace(config=config)
 
 
+_NEEDED = {"prepare": ("config",), "train": ("config", "workdir"), "export": ("workdir", "out")}
 _RUN: dict[str, Any] = {
     "prepare": _prepare,
     "train": _train,

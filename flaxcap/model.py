@@ -50,9 +50,7 @@ def _recurrent_init(attention_dim: int, hidden_dim: int) -> Callable:
 class Captioner(nnx.Module):
     """Features [I, P, F] and token ids [I, C, T] -> logits [I, C, T, V]."""
 
-    def __init__(
-        self, config: config_lib.Model, feature_dim: int, vocab_size: int, dtype: Any, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: config_lib.Model, feature_dim: int, vocab_size: int, dtype: Any, *, rngs: nnx.Rngs):
         """`dtype`: of the arithmetic; parameters are float32."""
         c = config
         self.config = config
@@ -66,9 +64,7 @@ class Captioner(nnx.Module):
             self.position = nnx.Param(initializers.normal(0.1)(rngs.params(), shape, jnp.float32))
         self.key = nnx.Linear(c.image_dim, c.attention_dim, **linear)
         self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **linear)
-        self.embedding = nnx.Embed(
-            vocab_size, c.embedding_dim, embedding_init=initializers.uniform(0.1), **options
-        )
+        self.embedding = nnx.Embed(vocab_size, c.embedding_dim, embedding_init=initializers.uniform(0.1), **options)
         self.word = nnx.Linear(c.embedding_dim, gates, **linear)
         self.context = nnx.Linear(c.image_dim, gates, use_bias=False, **linear)
         # One product gives the attention's query and the gates' recurrent part.
@@ -108,7 +104,7 @@ class Captioner(nnx.Module):
         return self.word(self.embedding(tokens))
 
     def attend(self, memory: Memory, query_ICA: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Additive attention (Bahdanau et al. 2015, arXiv:1409.0473): context [I, C, E] and weights [I, C, P] float32."""
+        """Additive attention (Bahdanau et al. 2015, arXiv:1409.0473): context [I, C, E], weights [I, C, P] float32."""
         energy_ICPA = jnp.tanh(memory.keys_IPA[:, None] + query_ICA[:, :, None])
         scores_ICP = self.score(energy_ICPA)[..., 0].astype(jnp.float32)
         alpha_ICP = jax.nn.softmax(scores_ICP)
@@ -125,7 +121,7 @@ class Captioner(nnx.Module):
         if c.attention_gate:
             context_ICE = context_ICE * jax.nn.sigmoid(self.gate(hidden_ICH))
         input_ICG = word_ICG + self.context(context_ICE)
-        if c.cell == "lstm":
+        if carry.cell_ICH is not None:
             i, f, g, o = jnp.split(input_ICG + recurrent_ICG, 4, -1)
             # The forget gate starts open (Jozefowicz et al. 2015).
             cell = jax.nn.sigmoid(f + 1) * carry.cell_ICH + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -142,7 +138,7 @@ class Captioner(nnx.Module):
         return self.vocabulary(self.head(hidden)).astype(jnp.float32)
 
     def __call__(self, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Teacher forcing: hidden states [I, C, T, H] after each given token, and the attention weights [I, C, T, P]."""
+        """Teacher forcing: hidden states [I, C, T, H] after each given token, attention weights [I, C, T, P]."""
         memory = self.remember(feats_IPF)
         words_TICG = self.read(jnp.moveaxis(tokens_ICT, 2, 0))
 

@@ -1,7 +1,7 @@
 """Pictures of a run: its loss, and where the model looked."""
 
 import os
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +11,7 @@ from PIL import Image
 matplotlib.use("Agg")
 
 
-def loss_plot(lines: list[dict], path: str | os.PathLike[str]) -> None:
+def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
     """A PNG of the training and validation loss (nats a token) by step, from the lines of `metrics.jsonl`."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -30,9 +30,7 @@ def loss_plot(lines: list[dict], path: str | os.PathLike[str]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def attention_plot(
-    image: Image.Image, words: list[str], alpha_TP: np.ndarray, path: str | os.PathLike[str]
-) -> None:
+def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, path: str | os.PathLike[str]) -> None:
     """A PNG with the picture, and the picture once a word with the attention over its grid laid on it.
 
     `alpha_TP`: a row of weights a word, P a square number. Each overlay is scaled to its own largest weight,

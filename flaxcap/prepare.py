@@ -72,9 +72,7 @@ def builder_options(config: config_lib.Config) -> dict:
 def roles(config: config_lib.Config) -> dict[str, str]:
     """{"train": "train+restval", ...}: which TFDS split plays which part."""
     d = config.data
-    return {
-        r: s for r, s in zip(store_lib.ROLES, (d.train_split, d.val_split, d.test_split), strict=True) if s
-    }
+    return {r: s for r, s in zip(store_lib.ROLES, (d.train_split, d.val_split, d.test_split), strict=True) if s}
 
 
 def _describe(
@@ -169,7 +167,7 @@ def _write_encoder(
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> tuple[int, dict]:
-    """Keeps the encoder with the features, so that new pictures meet the same one; F, and the manifest's words on it."""
+    """Keeps the encoder beside the features, so that new pictures meet the same one; F, and the manifest's words."""
     encoder = config.encoder
     described = {"preset": dataclasses.asdict(encoder), "preprocessing": images.PREPROCESSING}
     examples = data.read(builder, config.data.train_split)

@@ -1,5 +1,6 @@
 """`flaxcap train`: the loop. Everything it does to arrays is in train_step, everything it reads in feed."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -21,16 +22,10 @@ from flaxcap.feed import Feed
 from flaxcap.text import Tokens, Vocabulary
 
 # What a run cannot change on its way: the meaning of its parameters, and of its steps.
-FIXED = [
-    "dataset",
-    "seed",
-    "data",
-    "encoder",
-    "model",
-    "train.batch_images",
-    "train.captions_per_image",
-    "train.num_buckets",
-]
+FIXED = (
+    *("dataset", "seed", "data", "encoder", "model"),
+    *("train.batch_images", "train.captions_per_image", "train.num_buckets"),
+)
 
 
 class Preempted(Exception):
@@ -107,9 +102,7 @@ def train(
                 loss, accuracy = validate(eval_step, state.params, val_plan, val_feed)
                 best = min(best, loss)
                 metrics.write(step, {"epoch": epoch, "val/loss": loss, "val/accuracy": accuracy})
-                bar.write(
-                    f"epoch {epoch}: validation loss {loss:.4f}, accuracy {accuracy:.1%}, best {best:.4f}"
-                )
+                bar.write(f"epoch {epoch}: validation loss {loss:.4f}, accuracy {accuracy:.1%}, best {best:.4f}")
                 _plot(workdir)
             checkpoints.save(step, state, {"best": best, "seconds": clock.seconds}, loss)
             if sigterm.received:
@@ -139,9 +132,9 @@ def make_feed(config: Config, split: store.Split, vocabulary: Vocabulary, mesh: 
 def validate(eval_step: Callable, params: model.Params, plan: Plan, feed: Feed) -> tuple[float, float]:
     """Cross-entropy (nats a token) and teacher-forced accuracy over every caption of a plan, each counted once."""
     batches = (plan.in_order(n) for n in range(plan.steps_per_epoch))
-    sums = [eval_step(params, inputs) for inputs in feed.ahead(batches)]
-    total, count, right = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return float(total / count), float(right / count)
+    sums = jax.device_get([eval_step(params, inputs) for inputs in feed.ahead(batches)])
+    total, count, right = (math.fsum(column) for column in zip(*sums, strict=True))
+    return total / count, right / count
 
 
 def _every(interval: int, step: int) -> bool:
@@ -160,9 +153,7 @@ def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: 
                 f"--workdir={workdir} holds a run of another preset: {'; '.join(changed)}; take another --workdir"
             )
         if Vocabulary.from_json(words.read_text(), str(words)).hash != vocabulary.hash:
-            raise ConfigError(
-                f"--workdir={workdir} holds a run with another vocabulary; take another --workdir"
-            )
+            raise ConfigError(f"--workdir={workdir} holds a run with another vocabulary; take another --workdir")
     if jax.process_index() == 0:
         store.write_whole(words, vocabulary.to_json())
         store.write_whole(file, config_lib.to_json(config))

@@ -101,22 +101,20 @@ def make_train_step(
 ) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted; the state is donated."""
 
-    def loss_fn(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss_fn(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, dict]:
         total, count, right = token_losses(bind(params), feats_IPF, tokens_ICT)
         return total / jnp.maximum(count, 1), {"nats": total, "tokens": count, "right": right}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
         feats_IPF = gather(mesh, inputs)
-        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, feats_IPF, inputs.tokens_ICT
-        )
+        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, feats_IPF, inputs.tokens_ICT)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         metrics = sums | {
             "loss": loss,
             "captions": (inputs.tokens_ICT[..., 0] != PAD).sum(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics

@@ -42,9 +42,7 @@ def write_coco_zips(
             sentences = []
             for k, text in enumerate(captions_of(number)):
                 sentence_id = 10 * image_id + k
-                annotated[year]["annotations"].append(
-                    {"image_id": image_id, "id": sentence_id, "caption": text}
-                )
+                annotated[year]["annotations"].append({"image_id": image_id, "id": sentence_id, "caption": text})
                 sentences.append({"tokens": text.lower().split(), "raw": text, "sentid": sentence_id})
             karpathy.append(
                 {

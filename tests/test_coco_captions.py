@@ -137,9 +137,7 @@ def test_a_wrong_checksum_names_the_file(server, tmp_path):
     arguments = hosts(url, served)
     size, digest = arguments["checksums"]["val2014.zip"]
     arguments["checksums"]["val2014.zip"] = (size, digest[::-1])
-    with pytest.raises(
-        data.DataError, match=r"^val2014\.zip: the download is not the expected file(.|\n)*" + digest
-    ):
+    with pytest.raises(data.DataError, match=r"^val2014\.zip: the download is not the expected file(.|\n)*" + digest):
         data.prepare("coco_captions", tmp_path, **arguments)
     assert not list(tmp_path.glob("coco_captions/*/*"))
 
@@ -153,18 +151,12 @@ def test_the_official_checksums_hold_for_a_mirror_too(server, tmp_path):
 def test_what_cannot_be_fetched_is_asked_for(server, tmp_path, sample):
     url, served, _ = server
     arguments = hosts(url, served)
-    with pytest.raises(
-        data.DataError, match=r"caption_datasets\.zip: could not be .*404(.|\n)*put it as caption_data"
-    ):
-        data.prepare(
-            "coco_captions", tmp_path, **arguments | {"karpathy_url": f"{url}/gone/caption_datasets.zip"}
-        )
+    with pytest.raises(data.DataError, match=r"caption_datasets\.zip: could not be .*404(.|\n)*put it as caption_data"):
+        data.prepare("coco_captions", tmp_path, **arguments | {"karpathy_url": f"{url}/gone/caption_datasets.zip"})
     nobody = "http://127.0.0.1:9"  # the discard port: refused
     folder = tmp_path / "by hand"
     folder.mkdir()
-    with pytest.raises(
-        data.DataError, match=rf"^train2014\.zip(.|\n)*by hand and put.*{re.escape(str(folder))}"
-    ):
+    with pytest.raises(data.DataError, match=rf"^train2014\.zip(.|\n)*by hand and put.*{re.escape(str(folder))}"):
         data.prepare("coco_captions", tmp_path, manual_dir=folder, **arguments | {"base_url": nobody})
 
 
@@ -278,9 +270,7 @@ def test_damaged_zips_are_named(zips, tmp_path):
         data.prepare("coco_captions", tmp_path, manual_dir=zips)
     at = whole.index(jpeg_of(0)) + 300
     (zips / "train2014.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-    with pytest.raises(
-        data.DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: is damaged \(Bad CRC"
-    ):
+    with pytest.raises(data.DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: is damaged \(Bad CRC"):
         data.prepare("coco_captions", tmp_path, manual_dir=zips)
     (zips / "caption_datasets.zip").unlink()
     (zips / "dataset_coco.json").write_text("{")
@@ -289,9 +279,7 @@ def test_damaged_zips_are_named(zips, tmp_path):
         data.prepare("coco_captions", tmp_path, manual_dir=zips)
     with zipfile.ZipFile(zips / ANNOTATIONS, "w") as archive:
         archive.writestr("annotations/instances_val2014.json", "{}")
-    with pytest.raises(
-        data.DataError, match=r"annotations.*: found no annotations/captions_train2014\.json in it"
-    ):
+    with pytest.raises(data.DataError, match=r"annotations.*: found no annotations/captions_train2014\.json in it"):
         data.prepare("coco_captions", tmp_path, manual_dir=zips)
 
 

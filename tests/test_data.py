@@ -82,9 +82,7 @@ def test_splits_in_tfds_notation(builder, split, ids):
     assert [found[k].image_id for k in range(-len(ids), 0)] == ids
 
 
-@pytest.mark.parametrize(
-    "split", ["test", "none", "train+dev", "train[:100]", "train[:0]", "train[3:1]", "train[", ""]
-)
+@pytest.mark.parametrize("split", ["test", "none", "train+dev", "train[:100]", "train[:0]", "train[3:1]", "train[", ""])
 def test_an_unknown_split_lists_those_there_are(builder, split):
     with pytest.raises(data.DataError, match=r"train \(5 images\), val \(3 images\)\.$") as error:
         data.read(builder, split)
@@ -102,10 +100,7 @@ def test_indices_beyond_the_ends(builder):
 
 def test_bytes_pass_untouched(tmp_path):
     hard = [b"", b"\0", b"\xff\xd8 not a JPEG", b"trailing\0\0\0", bytes(range(256)) * 300]
-    given = [
-        data.Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0"))
-        for k, image in enumerate(hard)
-    ]
+    given = [data.Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0")) for k, image in enumerate(hard)]
     given.append(data.Example(b"no caption", 2**62, "", ()))
     assert list(data.read(prepared(tmp_path, train=given), "train")) == given
 

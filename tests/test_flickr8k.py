@@ -151,9 +151,7 @@ def test_missing_files_are_named(folder):
     fails(folder, "no images in it, expected a directory Images or Flicker8k_Dataset")
     shutil.rmtree(folder)
     fails(folder, "--manual_dir=.*flickr: found no directory")
-    with pytest.raises(
-        data.DataError, match=r"expected --manual_dir to name the directory of Flickr8k\.token"
-    ):
+    with pytest.raises(data.DataError, match=r"expected --manual_dir to name the directory of Flickr8k\.token"):
         data.prepare("flickr8k", folder.parent / "data")
 
 

@@ -59,9 +59,7 @@ def coco_tree() -> dict:
 
 
 def everything(builder) -> dict[str, data.Example]:
-    return {
-        example.filename: example for split in builder.info.splits for example in data.read(builder, split)
-    }
+    return {example.filename: example for split in builder.info.splits for example in data.read(builder, split)}
 
 
 def fails(folder: pathlib.Path, message: str) -> None:
@@ -86,9 +84,7 @@ def test_each_kind_of_captions_file(folder, tmp_path, kind):
         ids = range(100, 104)
     found = everything(data.prepare("folder", tmp_path / "data", manual_dir=folder))
     assert {name: list(example.captions) for name, example in found.items()} == CAPTIONS
-    assert {name: example.image_id for name, example in found.items()} == dict(
-        zip(CAPTIONS, ids, strict=True)
-    )
+    assert {name: example.image_id for name, example in found.items()} == dict(zip(CAPTIONS, ids, strict=True))
     for name in IMAGES:
         assert found[name].image == encoded(name)
 

@@ -110,9 +110,7 @@ def test_what_is_transparent_becomes_white(image, options):
 
 
 def test_what_is_half_transparent_is_mixed_with_white_and_keeps_no_hidden_colour():
-    assert close(
-        decode(encode(Image.new("RGBA", (8, 8), (200, 0, 0, 128)), "PNG"), 4)[0, 0], [227, 127, 127], 1
-    )
+    assert close(decode(encode(Image.new("RGBA", (8, 8), (200, 0, 0, 128)), "PNG"), 4)[0, 0], [227, 127, 127], 1)
     half = np.zeros((8, 8, 4), np.uint8)
     half[:, :4] = 0, 0, 255, 255
     half[:, 4:] = 255, 0, 0, 0  # red, but not to be seen: it must not bleed into blue
@@ -210,10 +208,7 @@ def bomb(width: int, height: int) -> bytes:
 
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
 
 

@@ -63,9 +63,7 @@ def numbered(model, kind):
 def keras_features(model, images):
     """Keras's own grids for the early block and for mixed10."""
     with jax.numpy_rank_promotion("allow"):
-        run = jax.jit(
-            lambda x: model.stateless_call([v.value for v in trained], [v.value for v in others], x)[0]
-        )
+        run = jax.jit(lambda x: model.stateless_call([v.value for v in trained], [v.value for v in others], x)[0])
         trained, others = model.trainable_variables, model.non_trainable_variables
         return [np.asarray(grid) for grid in run(images.astype(np.float32) / 127.5 - 1)]
 
@@ -162,14 +160,10 @@ def test_init_depends_on_the_key_alone_and_holds_only_what_the_block_needs():
 @pytest.mark.parametrize(("block", "size"), [("mixed0", 83), ("mixed0", 120), ("mixed4", 160)])
 def test_a_batch_equals_its_images_one_by_one(block, size):
     images = pictures(3, size)
-    folded = inception_v3.fold(
-        inception_v3.measure(inception_v3.init(jax.random.key(1), block), images, block)
-    )
+    folded = inception_v3.fold(inception_v3.measure(inception_v3.init(jax.random.key(1), block), images, block))
     feats = np.asarray(apply(folded, images, block=block))
     assert feats.shape == (3, 64, inception_v3.FEATURES[block])
-    single = [
-        np.asarray(apply(folded, images[i : i + 1].astype(np.float32), block=block))[0] for i in range(3)
-    ]
+    single = [np.asarray(apply(folded, images[i : i + 1].astype(np.float32), block=block))[0] for i in range(3)]
     np.testing.assert_allclose(feats, single, atol=1e-5)
 
 

@@ -329,9 +329,7 @@ def test_setup_copies_the_commit_to_all_workers_and_installs(pod: Launch):
     (pod.repo / "launch.sh").write_text((pod.repo / "launch.sh").read_text() + "# not committed\n")
     assert "not committed" in pod("setup", WORKER="0").stderr
     scp, install = pod.log()
-    assert scp == (
-        "gcloud compute tpus tpu-vm scp build/pod.tar.gz pod:flaxcap.tar.gz --worker=all --zone=z1 --quiet"
-    )
+    assert scp == ("gcloud compute tpus tpu-vm scp build/pod.tar.gz pod:flaxcap.tar.gz --worker=all --zone=z1 --quiet")
     assert install.startswith("gcloud compute tpus tpu-vm ssh pod --worker=all --command=")
     assert install.endswith("flaxcap/launch.sh worker install --zone=z1 --quiet")
     names = subprocess.run(
@@ -519,9 +517,7 @@ def test_worker_runs_one_program_and_stops_it_gently(vm: Launch):
 
 def test_an_interrupted_setup_is_not_taken_for_a_whole_one(vm: Launch):
     vm("create")
-    vm(
-        "setup", status=1, VERSION_INFO="3, 10, 12"
-    )  # no Python that will do, nor after uv has been asked for one
+    vm("setup", status=1, VERSION_INFO="3, 10, 12")  # no Python that will do, nor after uv has been asked for one
     assert "is not set up" in vm("run", status=1).stderr
     log = "\n".join(vm.log())
     assert "python -m pip install --quiet --user uv" in log

@@ -21,9 +21,7 @@ def params():
     draw = np.random.default_rng(0)
     params = inception_v3.init(jax.random.key(0), BLOCK)
     for conv in params.values():
-        conv["beta"], conv["mean"], conv["var"] = draw.uniform(0, 1, (3, *conv["beta"].shape)).astype(
-            np.float32
-        )
+        conv["beta"], conv["mean"], conv["var"] = draw.uniform(0, 1, (3, *conv["beta"].shape)).astype(np.float32)
     return params
 
 
@@ -141,6 +139,23 @@ def test_damaged_files_are_refused(params, tmp_path):
         weights.load("imagnet", block=BLOCK)
 
 
+def test_mutated_files_are_read_or_refused(params, tmp_path):
+    path = write(tmp_path / "weights.h5", official(params))
+    whole, refused = path.read_bytes(), 0
+    described = [found.start() for found in re.finditer(b"TREE|HEAP|SNOD|conv2d|batch", whole)]
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        mutated = np.frombuffer(whole, np.uint8).copy()
+        places = draw.choice(described, 3) + draw.integers(0, 500, 3)
+        mutated[places % len(mutated)] = draw.integers(0, 256, 3)
+        path.write_bytes(mutated.tobytes())
+        try:
+            weights.read(path, BLOCK)
+        except WeightsError:
+            refused += 1
+    assert 20 < refused < 180
+
+
 def test_random_weights_are_measured_and_named_by_their_values():
     images = np.random.default_rng(0).integers(0, 256, (2, 83, 83, 3), np.uint8)
     first, hash_first = weights.load("random", block=BLOCK, measure_on=images)
@@ -217,8 +232,7 @@ def test_the_cache_is_in_the_home_directory_unless_told_otherwise(server, tmp_pa
 def test_several_that_want_the_file_download_it_once(server, tmp_path):
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(weights.fetch(server.url, server.md5, tmp_path)))
-        for _ in range(4)
+        threading.Thread(target=lambda: found.append(weights.fetch(server.url, server.md5, tmp_path))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()

@@ -51,9 +51,7 @@ def prepare(
     if dataset == "coco_captions" and (copies := _prepared(root / dataset, "2014/*")):
         return copies[-1]
     if builder.data_path.exists():
-        raise DataError(
-            f"{builder.data_dir}: there, but not a prepared data set; delete it or take another data_dir"
-        )
+        raise DataError(f"{builder.data_dir}: there, but not a prepared data set; delete it or take another data_dir")
     builder.download_and_prepare(
         file_format=FILE_FORMAT, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
@@ -80,9 +78,7 @@ def judge(dataset: str, **builder_kwargs) -> Callable[[int, str], bool] | None:
 def _builder_class(dataset: str) -> type[CaptionBuilder]:
     if dataset not in _BUILDERS:
         nearest = difflib.get_close_matches(dataset, NAMES, n=1, cutoff=0)[0]
-        raise DataError(
-            f"dataset {dataset!r}: expected one of {', '.join(NAMES)}; the nearest is {nearest!r}"
-        )
+        raise DataError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}; the nearest is {nearest!r}")
     return getattr(importlib.import_module(f"flaxcap.data.{dataset}"), _BUILDERS[dataset])
 
 
@@ -94,7 +90,5 @@ def _prepared(directory: epath.Path, pattern: str) -> list[tfds.core.DatasetBuil
         if any(form.value == FILE_FORMAT for form in copy.info.available_file_formats()):
             copies.append(copy)
         else:
-            logging.warning(
-                "%s: prepared as %s, not as %s: not used", path.parent, copy.info.file_format, FILE_FORMAT
-            )
+            logging.warning("%s: prepared as %s, not as %s: not used", path.parent, copy.info.file_format, FILE_FORMAT)
     return sorted(copies, key=lambda copy: copy.version)

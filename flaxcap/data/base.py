@@ -129,9 +129,7 @@ class _Shards:
         if self._room < len(record):
             self._finish()
             # Their proper names say how many there are, which is known at the end.
-            self._paths.append(
-                self._template.data_dir / f"{self._template.split}.{len(self._paths)}.unfinished"
-            )
+            self._paths.append(self._template.data_dir / f"{self._template.split}.{len(self._paths)}.unfinished")
             with self._explained():
                 self._writer = array_record_module.ArrayRecordWriter(str(self._paths[-1]), _WRITER_OPTIONS)
             self._room = SHARD_BYTES
@@ -181,9 +179,7 @@ class Split(Sequence[Example]):
             )
             self._length = len(self._source)
         except (ValueError, NotImplementedError) as error:
-            there = ", ".join(
-                f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items()
-            )
+            there = ", ".join(f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items())
             raise DataError(f"{self._where}: {error}\nSplits that are there: {there}.") from error
 
     def __len__(self) -> int:

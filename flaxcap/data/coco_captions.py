@@ -94,18 +94,14 @@ class CocoCaptions(CaptionBuilder):
             for filename, annotated in read_annotations(tree, where).items():
                 if f"{year}/{filename}" not in members:
                     zipped = f"{filename!r}, which is not in {files[f'{year}.zip']}"
-                    raise bad(
-                        where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/"
-                    )
+                    raise bad(where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/")
                 # By their ids, as Karpathy's file and TFDS's builder have them.
                 captions = sorted((number, text) for number, text in annotated.captions if text.strip())
                 images[filename] = _Image(filename, year, annotated.image_id, captions)
         splits = _read_karpathy(files[KARPATHY], images)
         return {split: self._generate_examples(found, files) for split, found in splits.items()}
 
-    def _generate_examples(
-        self, images: list[_Image], files: dict[str, pathlib.Path]
-    ) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, images: list[_Image], files: dict[str, pathlib.Path]) -> Iterator[tuple[int, dict]]:
         with contextlib.ExitStack() as stack:
             archives = {year: stack.enter_context(_open(files[f"{year}.zip"])) for year in YEARS}
             for image in images:
@@ -177,9 +173,7 @@ def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str
     """The images of each split, in the order of Karpathy's file, which is `path` or in the zip `path`."""
     # Its tokens would take gigabytes as Python objects; they are dropped while it is parsed.
     wanted = ("images", "filename", "split")
-    file, tree = _load(
-        path, KARPATHY_JSON, lambda record: {key: record[key] for key in wanted if key in record}
-    )
+    file, tree = _load(path, KARPATHY_JSON, lambda record: {key: record[key] for key in wanted if key in record})
     splits: dict[str, list[_Image]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
     for index, record in enumerate(field(tree, "images", list, file, "")):

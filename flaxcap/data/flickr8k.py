@@ -43,9 +43,7 @@ class Flickr8k(CaptionBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager
         if self.manual_dir is None:
-            raise DataError(
-                f"flickr8k: expected --manual_dir to name the directory of {TOKENS} and the images"
-            )
+            raise DataError(f"flickr8k: expected --manual_dir to name the directory of {TOKENS} and the images")
         there = [self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()]
         if not there:
             raise bad(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
@@ -62,13 +60,9 @@ class Flickr8k(CaptionBuilder):
             for where, line in _lines(file):
                 name = line.strip()
                 if name in taken:
-                    raise bad(
-                        file, where, "", f"{name!r}, which is in {taken[name]} already", "each image once"
-                    )
+                    raise bad(file, where, "", f"{name!r}, which is in {taken[name]} already", "each image once")
                 if name not in captions:
-                    raise bad(
-                        file, where, "", f"{name!r}, of which {tokens} has no caption", "a captioned image"
-                    )
+                    raise bad(file, where, "", f"{name!r}, of which {tokens} has no caption", "a captioned image")
                 taken[name] = f"{filename}, {where}"
                 images.append(_Image(image_path(there[0], name, file, where, ""), ids[name], captions[name]))
             splits[split] = self._generate_examples(images)

@@ -74,10 +74,7 @@ class Folder(CaptionBuilder):
             splits = {}
             for name, image in images.items():
                 splits.setdefault(image.split, []).append(name)
-        return {
-            split: self._generate_examples([images[name] for name in names])
-            for split, names in splits.items()
-        }
+        return {split: self._generate_examples([images[name] for name in names]) for split, names in splits.items()}
 
     def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
         assert self.manual_dir is not None
@@ -111,15 +108,11 @@ def split_by_name(names: list[str]) -> dict[str, list[str]]:
 def _captions_file(folder: pathlib.Path) -> pathlib.Path:
     expected = "captions.csv, captions.jsonl, captions.json or a single other .json file"
     if not folder.is_dir():
-        raise DataError(
-            f"--manual_dir={folder}: found no directory of this name, expected one with {expected}"
-        )
+        raise DataError(f"--manual_dir={folder}: found no directory of this name, expected one with {expected}")
     files = [folder / f"captions.{suffix}" for suffix in ("csv", "jsonl", "json")]
     files = [file for file in files if file.is_file()] or sorted(folder.glob("*.json"))
     if len(files) != 1:
-        raise bad(
-            folder, "", "", ", ".join(file.name for file in files) or "no captions file", f"one of {expected}"
-        )
+        raise bad(folder, "", "", ", ".join(file.name for file in files) or "no captions file", f"one of {expected}")
     return files[0]
 
 
@@ -133,9 +126,7 @@ def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Pa
         if (caption.split is None) != (any_split is None):
             raise bad(file, caption.where, "split", shown(caption.split), "one in every record, or in none")
         if caption.split is not None and (not _SPLIT_NAME.fullmatch(caption.split) or caption.split == "all"):
-            raise bad(
-                file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val"
-            )
+            raise bad(file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val")
         image = images.get(caption.image)
         if image is None:
             image_path(file.parent, caption.image, file, caption.where, "image")

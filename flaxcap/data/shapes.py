@@ -28,7 +28,7 @@ TEXTURES = ("plain", "striped", "dotted")
 SIZES = {"small": 20, "large": 34}  # radius in pixels
 SHAPES = ("ring", "square", "triangle")
 CANVAS = 160
-SPLITS = ("train", "val", "test")
+SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 # A relation's words, and the words for it from the other object's side.
 _RELATIONS = {
@@ -79,7 +79,7 @@ def _scene(rng: np.random.Generator, split: str) -> list[Thing]:
         good = np.flatnonzero(_clear(centres, radius_K))
         if len(good):
             places = centres[good[0]].tolist()
-            return [Thing(*kind, x, y) for kind, (x, y) in zip(kinds, places, strict=True)]
+            return [Thing(*kind, x=x, y=y) for kind, (x, y) in zip(kinds, places, strict=True)]
 
 
 def _clear(centres_NK2: np.ndarray, radius_K: np.ndarray) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Image encoders: the frozen network, its weights, and the pixels it takes."""

@@ -13,7 +13,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 # What `decode` and the encoder do to an image, for the store's manifest: other features would not match.
 PREPROCESSING = (
-    "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored;"
+    "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored; large JPEG reduced;"
     " Pillow bilinear with antialiasing to a square, aspect not kept; pixel / 127.5 - 1"
 )
 
@@ -38,8 +38,8 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
 
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
     large as needed is decoded at a half, a quarter or an eighth of its size, still twice as large as needed:
-    four times faster for a camera's picture, and 0.3 grey levels of 255 from a full decoding on average, 4 at
-    most. ImageError if the bytes are empty, cut off, damaged, not an image of `FORMATS`, or an image of over
+    four times faster for a camera's picture, and within half a grey level of a full decoding on average.
+    ImageError if the bytes are empty, cut off, damaged, not an image of `FORMATS`, or an image of over
     `max_pixels`, which is seen before its pixels are unpacked. Memory: up to 17 bytes a pixel of the file
     (WebP; others 14), so about 1 GB for one of `max_pixels`.
     """
@@ -51,14 +51,12 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
             if not all(image.size):
                 raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
             if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed"
-                )
+                raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
             return _square(image, size)
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"not an image of a kind that is read here ({', '.join(FORMATS)})") from None
+        raise ImageError(f"not an image, or a damaged header (read here: {', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from error
     except Exception as error:  # for damaged files Pillow's decoders raise nearly every kind of exception
@@ -67,9 +65,7 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
 
 def _square(image: ImageFile.ImageFile, size: int) -> np.ndarray:
     drafted = image.draft(None, (2 * size, 2 * size))
-    box = (
-        drafted[1] if drafted else None
-    )  # without the last row and column, where these are only partly covered
+    box = drafted[1] if drafted else None  # without the last row and column, where these are only partly covered
     image.load()
     orientation = _orientation(image)
     # A square can be turned upright and laid over white after it was resized, when its pixels are few.

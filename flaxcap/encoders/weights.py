@@ -86,7 +86,9 @@ def read(path: str | os.PathLike[str], block: str = "mixed10") -> inception_v3.P
     try:
         with h5py.File(path, "r") as file:
             return _read(file, inception_v3.kernel_shapes(block))
-    except (OSError, RuntimeError, KeyError, UnicodeError) as error:  # what h5py raises for damaged files
+    except WeightsError:
+        raise
+    except Exception as error:  # for damaged files h5py raises nearly every kind of exception
         raise WeightsError(f"{path} is not a readable HDF5 file: {error}") from error
 
 
@@ -124,9 +126,7 @@ def _array(file: h5py.File, layer: str, weight: str, shape: tuple[int, ...]) -> 
     if found is None:
         raise WeightsError(f"{where}: found nothing, expected an array of shape {list(shape)}")
     if found.shape != shape or found.dtype.kind != "f":
-        raise WeightsError(
-            f"{where}: found {found.dtype} {list(found.shape or ())}, expected floats of {list(shape)}"
-        )
+        raise WeightsError(f"{where}: found {found.dtype} {list(found.shape or ())}, expected floats of {list(shape)}")
     if found.external or found.is_virtual:
         raise WeightsError(f"{where}: found data kept in another file, expected it in this one")
     with np.errstate(all="ignore"):  # a float64 too large becomes inf, and is named below
@@ -175,9 +175,7 @@ def fetch(url: str, md5: str, cache_dir: str | os.PathLike[str] | None = None) -
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(f"cannot download the encoder's weights ({url}: {error}). {by_hand}") from error
     if (found := _digest(path, "md5")) != md5:
-        raise WeightsError(
-            f"{path} has MD5 {found}, expected {md5}. Delete it to download it again. {by_hand}"
-        )
+        raise WeightsError(f"{path} has MD5 {found}, expected {md5}. Delete it to download it again. {by_hand}")
     return path
 
 
