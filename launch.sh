@@ -148,7 +148,7 @@ run() {
     for name in WORKDIR DATA_DIR; do
       [[ ${!name} == gs://?* ]] || die "$name=${!name}: must be a gs:// path, since a TPU VM's disks go with it"
     done
-    set -- flaxcap train --config="$PRESET" --workdir="$WORKDIR" --data_dir="$DATA_DIR"
+    set -- flaxcap train --config="$PRESET" --workdir="$WORKDIR" --data_dir="$DATA_DIR" --distributed=auto
   fi
   case $(program_states) in
     *running*) die "already running on $TPU_NAME: ./launch.sh logs shows it, ./launch.sh stop ends it" ;;

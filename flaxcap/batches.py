@@ -21,7 +21,7 @@ from flaxcap.text import PAD, Tokens
 class Batch(NamedTuple):
     """Images with some of their captions."""
 
-    rows_I: np.ndarray  # int32: rows of the store
+    rows_I: np.ndarray  # int32: rows of the store; -1 where a place stays empty
     tokens_ICT: np.ndarray  # int32: with <start> and <end>, <pad> after; an absent caption is all <pad>
 
 
@@ -106,9 +106,7 @@ class Plan:
         real_ICT = time_T < lengths_IC[..., None]
         places_ICT = np.where(real_ICT, starts[captions_IC][..., None] + time_T, 0)
         tokens_ICT = np.where(real_ICT, self.tokens.ids[places_ICT], PAD)
-        # A place without an entry repeats a row of its own column: it must stay on its device.
-        stand_in_I = np.where(entries_I >= 0, entries_I, self.table_SI[0])
-        rows_I = self.tokens.rows[np.maximum(self.entries_EC[stand_in_I, 0], 0)]
+        rows_I = np.where(entries_I >= 0, self.tokens.rows[self.entries_EC[entries_I, 0]], -1)
         return Batch(rows_I.astype(np.int32), tokens_ICT.astype(np.int32))
 
 

@@ -41,28 +41,28 @@ def caption(
     keys = (jax.random.fold_in(jax.random.key(seed), n) for n in itertools.count())
     pictures = iter(pictures)
     numbers = itertools.count()
-    while group := list(itertools.islice(pictures, config.encoder.batch_size)):
-        loaded = [_load(name, get, config.encoder.image_size) for name, get in group]
-        good = [pixels for _, pixels, _ in loaded if pixels is not None]
+    batch_size = features.batch_size(config.encoder)
+    while group := list(itertools.islice(pictures, batch_size)):
+        loaded = [_load(get, config.encoder.image_size, plot_dir is not None) for _, get in group]
+        good = [picture.pixels for picture in loaded if isinstance(picture, _Picture)]
         found = None
         if good:
             # One shape for a full batch and one for a single picture: two compilations at most.
-            size = 1 if len(group) == 1 else config.encoder.batch_size
+            size = 1 if len(group) == 1 else batch_size
             feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
             found = jax.device_get(run(captioner.params, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys)))
         place = 0
-        for name, pixels, reason in loaded:
+        for (name, _), picture in zip(group, loaded, strict=True):
             number = next(numbers)
-            if pixels is None or found is None:
-                yield Captioned(name, reason=reason)
+            if not isinstance(picture, _Picture) or found is None:
+                yield Captioned(name, reason=str(picture))
                 continue
             text = captioner.vocabulary.decode(found.tokens_IT[place])
-            words = [*text.split(), "<end>"]
             plot = ""
-            if plot_dir is not None:
+            if plot_dir is not None and picture.shown is not None:
                 path = pathlib.Path(plot_dir) / f"{number:04d}-{_stem(name)}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                plots.attention_plot(Image.fromarray(pixels), words, found.alpha_ITP[place], path)
+                plots.attention_plot(Image.fromarray(picture.shown), text.split(), found.alpha_ITP[place], path)
                 plot = str(path)
             yield Captioned(name, text, float(found.log_prob_I[place]), plot)
             place += 1
@@ -87,11 +87,18 @@ def from_split(
     return [(e.filename, lambda e=e: e.image) for e in some]
 
 
-def _load(name: str, get: Callable[[], bytes], size: int) -> tuple[str, np.ndarray | None, str]:
+class _Picture(NamedTuple):
+    pixels: np.ndarray  # as the encoder takes it
+    shown: np.ndarray | None  # in its own aspect, for the drawing
+
+
+def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | Exception:
+    """A picture, or why it cannot be had."""
     try:
-        return name, images.decode(get(), size), ""
+        found = get()
+        return _Picture(images.decode(found, size), images.upright(found) if show else None)
     except (images.ImageError, fetch.FetchError) as e:
-        return name, None, str(e)
+        return e
 
 
 def _stem(name: str) -> str:

@@ -79,6 +79,11 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(like)).params  # pyright: ignore[reportCallIssue]
 
     def _restore(self, step: int, **items: Any) -> Any:
+        saved = self._manager.item_metadata(step)
+        expected = jax.tree.map(lambda x: x.shape, items["params"].item)
+        found = saved["params"] and jax.tree.map(lambda m: tuple(m.shape), saved["params"].tree)
+        if found != expected:
+            raise CheckpointError(f"{self.path / str(step)}: found parameters {found}, expected {expected}")
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as e:
@@ -104,8 +109,10 @@ def load_params(path: epath.PathLike) -> Any:
         raise CheckpointError(f"{path}: no parameters")
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            tree = checkpointer.metadata(_absolute(path)).item_metadata.tree
-            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found = checkpointer.metadata(_absolute(path)).item_metadata
+            if found is None:
+                raise ValueError("its files are missing or damaged")
+            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
             return checkpointer.restore(_absolute(path), restore_args=to_numpy)
         except (ValueError, KeyError, OSError) as e:
             raise CheckpointError(f"{path}: cannot be read: {e}") from e

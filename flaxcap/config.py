@@ -8,6 +8,9 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
+import re
+import traceback
 import typing
 
 from etils import epath
@@ -20,6 +23,8 @@ class ConfigError(UserError):
 
 
 def _field(default, help: str, choices: tuple = ()):
+    if choices:
+        help = f"{help} <{'|'.join(choices)}>"
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -50,11 +55,12 @@ class Data:
 @dataclasses.dataclass
 class Encoder:
     weights: str = _field("imagenet", "imagenet (downloaded once), random, or the path of a Keras no-top .h5")
-    block: str = _field("mixed10", "InceptionV3 block that gives the features, mixed0 to mixed10")
+    block: str = _field("mixed10", "InceptionV3 block that gives the features",
+                        tuple(f"mixed{n}" for n in range(11)))  # fmt: skip
     image_size: int = _field(299, "pixels a side that pictures are resized to")
     dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
     store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
-    batch_size: int = _field(16, "images a forward pass")
+    batch_size: int = _field(0, "images a forward pass; 0: 4 on a CPU, where that is fastest, else 64")
     shard_images: int = _field(1024, "images a file of features; an interrupted prepare goes on at such a file")
     seed: int = _field(0, "seed of random weights")
 
@@ -69,7 +75,7 @@ class Model:
     head_dim: int = _field(512, "width of the first of the two output layers")
     cell: str = _field("gru", "recurrent cell", ("gru", "lstm"))
     attention_gate: bool = _field(False, "scale the context by a learned gate (Show, Attend and Tell, 4.2.1)")
-    initial_state: str = _field("zeros", "first recurrent state: zeros, or from the mean of the image's grid",
+    initial_state: str = _field("zeros", "first recurrent state, made of nothing or of the mean of the image's grid",
                                 ("zeros", "mean"))  # fmt: skip
 
 
@@ -103,7 +109,7 @@ class Decode:
 
 @dataclasses.dataclass
 class Config:
-    dataset: str = _field("coco_captions", "coco_captions, flickr8k, folder or shapes")
+    dataset: str = _field("coco_captions", "the data set", ("coco_captions", "flickr8k", "folder", "shapes"))
     seed: int = _field(0, "seed of initialisation and of the order of the batches")
     data: Data = _group(Data, "what is read")
     encoder: Encoder = _group(Encoder, "how pictures become features")
@@ -115,27 +121,40 @@ class Config:
 def load(path: str) -> Config:
     """The preset of a `.py` file with `get_config()`, or of a saved `config.json`.
 
-    Raises ConfigError where the file is missing, is not a preset or names an unknown field.
+    Raises ConfigError where the file is missing, is not a preset, or has an unknown field or one of another type.
     """
     file = epath.Path(path)
     if not file.exists():
         raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
     if path.endswith(".json"):
         try:
-            return from_dict(json.loads(file.read_text()), path)
-        except json.JSONDecodeError as e:
+            tree = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: not JSON ({e})") from e
+        return from_dict(tree, path)
     spec = importlib.util.spec_from_file_location(file.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={path}: a preset is a .py or a .json file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as e:  # a preset is a program: it may raise anything
+        raise ConfigError(f"--config={path}: {_what_failed(e, path)}") from e
+    if config is None:
         raise ConfigError(f"--config={path}: has no get_config()")
-    config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() gave {type(config).__name__}, not flaxcap.config.Config")
-    return config
+    return from_dict(dataclasses.asdict(config), path)
+
+
+def _what_failed(error: Exception, path: str) -> str:
+    """An error inside a preset, its line, and what may have been meant."""
+    file = os.path.abspath(path)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    hint = nearest(unknown[1], list(leaves(Config()))) if unknown else ""
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{hint}"
 
 
 def to_json(config: Config) -> str:
@@ -155,7 +174,7 @@ def from_dict(tree: object, where: str, cls: type = Config):
         if dataclasses.is_dataclass(hint):
             values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
             continue
-        if hint is float and type(value) is int:
+        if hint is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not hint:
             raise ConfigError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
@@ -177,16 +196,17 @@ def leaves(config: object, prefix: str = "") -> dict[str, tuple[object, str]]:
 
 def nearest(name: str, names: list[str]) -> str:
     """ "; did you mean ...?" or, where nothing is near, nothing."""
-    match = difflib.get_close_matches(name, names, 1, 0.5)
+    last, end = {n.rsplit(".", 1)[-1]: n for n in names}, name.rsplit(".", 1)[-1]
+    match = [last[end]] if end in last else difflib.get_close_matches(name, names, 1, 0.5)
     if not match:
-        last = {n.rsplit(".", 1)[-1]: n for n in names}
-        match = [last[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), 1, 0.6)]
+        match = [last[m] for m in difflib.get_close_matches(end, list(last), 1, 0.6)]
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 _POSITIVE = {
     "data": ("vocab_size",),
-    "encoder": ("image_size", "batch_size", "shard_images"),
+    "data.shapes": ("num_train", "num_val"),
+    "encoder": ("image_size", "shard_images"),
     "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
     "train": (
         "batch_images", "captions_per_image", "epochs", "learning_rate", "num_buckets", "log_every", "keep_latest",
@@ -195,21 +215,31 @@ _POSITIVE = {
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "data": ("max_images", "max_captions"),
+    "data.shapes": ("num_test",),
+    "encoder": ("batch_size",),
     "train": ("warmup_steps", "clip_norm", "checkpoint_every"),
     "decode": ("top_k",),
 }
+_SEEDS = ("seed", "data.shapes.seed", "encoder.seed")
 
 
 def check(config: Config) -> Config:
     """The same preset, or a ConfigError that names the field, what was found and what was expected."""
+    values: dict[str, typing.Any] = {name: value for name, (value, _) in leaves(config).items()}
     for table, least, expected in ((_POSITIVE, 1e-30, "more than 0"), (_NOT_NEGATIVE, 0, "0 or more")):
         for group, names in table.items():
             for name in names:
-                value = getattr(getattr(config, group), name)
+                value = values[f"{group}.{name}"]
                 if not value >= least:
                     raise ConfigError(f"--config.{group}.{name}={value}: expected {expected}")
     if config.data.max_length < 3:
         raise ConfigError(f"--config.data.max_length={config.data.max_length}: expected 3 or more")
+    for name in _SEEDS:
+        if not 0 <= values[name] < 2**32:
+            raise ConfigError(f"--config.{name}={values[name]}: expected 0 to {2**32 - 1}")
+    for name in ("data.train_split", "data.val_split"):
+        if not values[name]:
+            raise ConfigError(f"--config.{name} is empty: expected the name of a split")
     _check_choices(config, "")
     return config
 

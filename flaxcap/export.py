@@ -2,10 +2,11 @@
 
 An export is a directory that needs nothing else:
 
-    config.json  vocabulary.json  about.json   preset; words; where it comes from, preprocessing
+    config.json  vocabulary.json  about.json   preset; words; where it comes from, preprocessing, checksums
     decoder/  encoder/                         parameters alone (Orbax)
 """
 
+import hashlib
 import json
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
         "dataset": config.dataset,
         "preprocessing": images.PREPROCESSING,
         "encoder_sha256": prepared.manifest["encoder"]["weights_sha256"],
+        "vocabulary_sha256": vocabulary.hash,
         "feature_dim": prepared.feature_dim,
         "flaxcap": flaxcap.__version__,
     }
@@ -84,12 +86,12 @@ def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
 
 
 def _load_export(path: epath.Path) -> Captioner:
-    config = read_config(path)
+    config = config_lib.check(read_config(path))
     vocabulary = _vocabulary(path)
     file = path / "about.json"
     try:
         about = json.loads(file.read_text())
-        feature_dim = int(about["feature_dim"])
+        feature_dim, files = int(about["feature_dim"]), dict(about["files"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{file}: cannot be read ({e!r})") from e
     if about.get("preprocessing") != images.PREPROCESSING:
@@ -97,13 +99,43 @@ def _load_export(path: epath.Path) -> Captioner:
             f"{file}: trained with pictures prepared as {about.get('preprocessing')!r}, this version"
             f" prepares them as {images.PREPROCESSING!r}"
         )
+    if about.get("vocabulary_sha256") != vocabulary.hash:
+        raise CheckpointError(f"{path / 'vocabulary.json'}: not the vocabulary that the model was trained with")
+    found = _checksums(path)
+    damaged = [name for name, digest in files.items() if found.get(name) != digest]
+    if damaged:
+        raise CheckpointError(f"{path / damaged[0]}: missing, or not as it was written; copy the export again")
     bind, init = model.create(config, feature_dim, len(vocabulary))
-    params = checkpoint.load_params(path / "decoder")
-    expected = jax.tree.map(np.shape, jax.eval_shape(init, jax.random.key(0)))
-    found = jax.tree.map(np.shape, params)
-    if found != expected:
-        raise CheckpointError(f"{path / 'decoder'}: found parameters {found}, expected {expected}")
-    return Captioner(config, vocabulary, bind, params, checkpoint.load_params(path / "encoder"), about)
+    decoder = _params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))
+    shapes = inception_v3.kernel_shapes(config.encoder.block).items()
+    norm = ("beta", "mean", "var")
+    layers = {name: {"kernel": np.empty(shape)} | {n: np.empty(shape[3]) for n in norm} for name, shape in shapes}
+    encoder = _params(path / "encoder", layers)
+    return Captioner(config, vocabulary, bind, decoder, encoder, about)
+
+
+def _params(path: epath.Path, expected: Any) -> Any:
+    """The parameters saved there. CheckpointError if their names or shapes are not the expected ones."""
+    found = checkpoint.load_params(path)
+    shapes, right = (
+        {jax.tree_util.keystr(k, simple=True, separator="/"): np.shape(x) for k, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
+    )
+    wrong = [name for name in sorted(shapes | right) if shapes.get(name) != right.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{path}: {len(wrong)} parameters do not fit the preset: {name} has shape"
+            f" {shapes.get(name, 'none (it is missing)')}, expected {right.get(name, 'none')}"
+        )
+    return found
+
+
+def _checksums(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of the files that hold parameters, by their names below `path`."""
+    folders = [found for name in ("decoder", "encoder") for found in (path / name).walk()]
+    files = sorted(folder / name for folder, _, names in folders for name in names)
+    return {f.relative_to(path).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def _vocabulary(directory: epath.Path) -> Vocabulary:
@@ -116,12 +148,12 @@ def _vocabulary(directory: epath.Path) -> Vocabulary:
 def write(captioner: Captioner, out: epath.PathLike) -> None:
     """An export. CheckpointError if `out` holds something already."""
     path = epath.Path(out)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
     path.mkdir(parents=True, exist_ok=True)
     checkpoint.save_params(path / "decoder", captioner.params)
     checkpoint.save_params(path / "encoder", captioner.encoder)
     (path / "vocabulary.json").write_text(captioner.vocabulary.to_json())
-    (path / "about.json").write_text(json.dumps(captioner.about, indent=2) + "\n")
+    (path / "about.json").write_text(json.dumps(captioner.about | {"files": _checksums(path)}, indent=2) + "\n")
     # Last: what has a config.json is whole.
     (path / "config.json").write_text(config_lib.to_json(captioner.config))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,12 @@ def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Enco
     return encode
 
 
+def batch_size(config: config_lib.Encoder) -> int:
+    """Images a forward pass: the preset's, or what suits this machine's devices."""
+    devices = jax.local_devices()
+    return config.batch_size or (4 if devices[0].platform == "cpu" else 64) * len(devices)
+
+
 def extract(
     split: Split,
     load: Callable[[int], np.ndarray],
@@ -67,7 +74,8 @@ def extract(
     soon as more than `max_bad_fraction` of the split is skipped.
     """
     array = split.create_array(feature_dim, dtype)
-    shards = split.unfinished()[jax.process_index() :: jax.process_count()]
+    # By number, not by place in the list: a process may ask later, when others have finished some of theirs.
+    shards = [n for n in split.unfinished() if n % jax.process_count() == jax.process_index()]
     if not shards:
         return
     skipped = split.skipped()
@@ -92,8 +100,7 @@ def extract(
                     f"{split.path}: {len(skipped)} of {split.images} pictures cannot be read, more than"
                     f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
                 )
-            array[span.start : span.stop].write(feats_NPF).result()
-            split.finish(number, bad)
+            split.write(array, number, feats_NPF, bad)
     logging.info("%s: %d images, %.1f images/s", name, images, images / (time.perf_counter() - begin))
 
 
@@ -155,10 +162,10 @@ def npy_loader(folder: epath.Path, split: Split, feature_dim: int) -> Callable[[
 
     def load(row: int) -> np.ndarray:
         feats = read_npy(folder, split.rows[row].filename)
-        if feats.size != POSITIONS * feature_dim or feats.shape[-1] != feature_dim:
+        if feats.shape[-1] != feature_dim:
             raise StoreError(
-                f"{folder}: features of {split.rows[row].filename} have shape {list(feats.shape)},"
-                f" expected [{POSITIONS}, {feature_dim}]"
+                f"{folder}: features of {split.rows[row].filename} are {feats.shape[-1]} wide, expected {feature_dim}"
+                " as the others"
             )
         return feats.reshape(POSITIONS, feature_dim)
 
@@ -166,14 +173,17 @@ def npy_loader(folder: epath.Path, split: Split, feature_dim: int) -> Callable[[
 
 
 def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
-    """The feature map of an image file. StoreError where there is none, or it is no array."""
-    name = epath.Path(filename).name
-    for candidate in (f"{name}.npy", f"{epath.Path(name).stem}.npy"):
-        file = folder / candidate
-        if file.exists():
-            try:
-                with file.open("rb") as f:
-                    return np.load(f, allow_pickle=False)
-            except ValueError as e:
-                raise StoreError(f"{file}: not a NumPy array ({e})") from e
-    raise StoreError(f"{folder}: no {name}.npy")
+    """The feature map of an image file: floats `[64, F]` or `[8, 8, F]`. StoreError where there is none."""
+    file = folder / f"{filename}.npy"
+    if not file.exists():
+        raise StoreError(f"{file}: not there; expected the features of {filename}")
+    try:
+        with file.open("rb") as f:
+            feats = np.lib.format.read_array(f, allow_pickle=False)
+    except (OSError, ValueError, MemoryError, OverflowError) as e:
+        raise StoreError(f"{file}: not a NumPy array ({e})") from e
+    if feats.dtype.kind != "f" or feats.ndim < 2 or math.prod(feats.shape[:-1]) != POSITIONS:
+        raise StoreError(f"{file}: found {feats.dtype} {list(feats.shape)}, expected floats of [{POSITIONS}, F]")
+    if not np.isfinite(feats).all():
+        raise StoreError(f"{file}: found numbers that are not finite")
+    return feats

@@ -46,7 +46,8 @@ class Feed:
             bank = self._bank
         else:
             index = np.tile(np.arange(self._width), len(self._local))
-            bank = put(self._split.read(rows))
+            # What stands in an empty place is never looked at: it has no token.
+            bank = put(self._split.read(np.where(rows < 0, batch.rows_I.max(), rows)))
         return Inputs(bank, put(index.astype(np.int32)), put(batch.tokens_ICT[columns]))
 
     def ahead(self, batches: Iterable[Batch], depth: int = 2) -> Iterator[Inputs]:

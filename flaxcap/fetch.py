@@ -1,6 +1,11 @@
 """Pictures from wherever a user names them: files, directories, web addresses."""
 
+import concurrent.futures
+import http.client
 import pathlib
+import string
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -9,8 +14,9 @@ from collections.abc import Iterator
 from flaxcap.errors import UserError
 
 MAX_BYTES = 32 << 20
-TIMEOUT_S = 20
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+TIMEOUT_S = 20  # that a server may be silent
+TOTAL_S = 60  # that a whole download may take
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
 
 class FetchError(UserError):
@@ -25,7 +31,7 @@ def names(sources: list[str]) -> Iterator[str]:
             continue
         path = pathlib.Path(source).expanduser()
         if path.is_dir():
-            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            found = sorted(str(p) for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
                 raise FetchError(f"{source}: the directory holds no picture ({', '.join(sorted(SUFFIXES))})")
             yield from found
@@ -64,17 +70,46 @@ def _check_scheme(url: str) -> None:
 
 
 def _download(url: str) -> bytes:
-    _check_scheme(url)
-    opener = urllib.request.build_opener(_WebOnly())
-    request = urllib.request.Request(url, headers={"User-Agent": "flaxcap"})
+    # Every wait is bounded only from outside: a look-up, a handshake, headers that come byte by byte. The thread is
+    # left behind when its time is over, and does not keep the program from ending.
+    future: concurrent.futures.Future[bytes] = concurrent.futures.Future()
+    end = time.monotonic() + TOTAL_S
+
+    def work() -> None:
+        try:
+            future.set_result(_get(url, end))
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=work, name="fetch", daemon=True).start()
     try:
+        return future.result(TOTAL_S)
+    except TimeoutError:
+        raise FetchError(f"{url}: cannot be fetched: not whole after the {TOTAL_S} s allowed") from None
+
+
+def _get(url: str, end: float) -> bytes:
+    """The body, as long as `time.monotonic()` is not beyond `end`."""
+    found = bytearray()
+    opener = urllib.request.build_opener(_WebOnly())
+    try:
+        _check_scheme(url)
+        # Spaces and letters beyond ASCII, which browsers show and take, are not sent as they are.
+        quoted = urllib.parse.quote(url, safe=string.punctuation)
+        request = urllib.request.Request(quoted, headers={"User-Agent": "flaxcap"})
         with opener.open(request, timeout=TIMEOUT_S) as response:
             # A server may say any length or none: what counts is what comes.
-            found = response.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as e:
-        if isinstance(e, FetchError):
-            raise
+            while some := response.read1(1 << 16):
+                found += some
+                if len(found) > MAX_BYTES:
+                    raise FetchError(f"{url}: more than the {MAX_BYTES} bytes allowed")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"not whole after the {TOTAL_S} s allowed")
+    except FetchError:
+        raise
+    except urllib.error.HTTPError as e:
+        e.close()
+        raise FetchError(f"{url}: the server answers {e.code} {e.reason}") from None
+    except (OSError, ValueError, http.client.HTTPException) as e:
         raise FetchError(f"{url}: cannot be fetched: {getattr(e, 'reason', e)}") from e
-    if len(found) > MAX_BYTES:
-        raise FetchError(f"{url}: more than the {MAX_BYTES} bytes allowed")
-    return found
+    return bytes(found)

@@ -47,7 +47,9 @@ def run() -> None:
 
 def main(args: Sequence[str]) -> int:
     """Runs a command line (without the program's name) and returns its exit status."""
-    if not args or args[0] in ("help", "--help", "-h"):
+    if args and args[0] == "help":
+        args = [*args[1:2], "--help"]
+    if not args or args[0] in ("--help", "-h"):
         print(_overview())
         return 0
     if args[0] == "--version":
@@ -57,7 +59,8 @@ def main(args: Sequence[str]) -> int:
     try:
         if command not in COMMANDS:
             hint = config_lib.nearest(command, list(COMMANDS))
-            raise UserError(f"unknown command {command!r}{hint}; `flaxcap --help` lists them")
+            print(f"flaxcap: unknown command {command!r} (`flaxcap --help` lists them){hint}", file=sys.stderr)
+            return FAILED
         values = flags.FlagValues()
         _define(command, values)
         if {"--help", "-h", "-help"} & set(rest):
@@ -72,10 +75,16 @@ def main(args: Sequence[str]) -> int:
             if not getattr(given, name):
                 raise UserError(f"--{name} is missing: {values[name].help}")
         logging.set_verbosity(given.verbosity)
+        if getattr(given, "distributed", None):
+            _join(given.distributed)
         return _RUN[command](given, _preset(command, given, overrides), positional)
     except (UserError, flags.Error) as e:
         print(f"flaxcap {command}: {e}", file=sys.stderr)
-        return FAILED
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"flaxcap {command}: {e.filename}: {e.strerror}", file=sys.stderr)
+    return FAILED
 
 
 def _define(command: str, values: flags.FlagValues) -> None:
@@ -89,6 +98,10 @@ def _define(command: str, values: flags.FlagValues) -> None:
     if command in ("evaluate", "caption"):
         flags.DEFINE_string("model", None, "an export, instead of a run", **text)
         flags.DEFINE_integer("seed", 0, "seed of sampling", **text)
+    if command in ("prepare", "train"):
+        flags.DEFINE_string(
+            "distributed", None, "several processes: auto (TPU pods, Slurm), or COORDINATOR:PORT,PROCESSES,ID", **text
+        )
     if command == "prepare":
         flags.DEFINE_string("manual_dir", None, "your own files: see the data set's description", **text)
         flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text)
@@ -129,15 +142,42 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
     for override in overrides:
         name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
         if name not in known:
-            hint = config_lib.nearest(name, list(known))
-            raise config_lib.ConfigError(f"--config.{name}: no such field{hint}; `flaxcap {command} --help` lists them")
+            within = [field for field in known if field.startswith(f"{name}.")]
+            hint = f"; it is a group, as in {within[0]!r}" if within else config_lib.nearest(name, list(known))
+            raise config_lib.ConfigError(
+                f"--config.{name}: no such field (`flaxcap {command} --help` lists them){hint}"
+            )
         if not equals and not isinstance(known[name][0], bool):
             raise config_lib.ConfigError(f"--config.{name}: give it as --config.{name}=VALUE")
     overridden = flags.FlagValues()
     argv = ["flaxcap", *overrides]
     holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=overridden, sys_argv=argv)
-    overridden(argv)
+    overridden(["flaxcap"])
+    for override in overrides:
+        try:
+            overridden(["flaxcap", override])
+        except flags.Error as e:
+            kind = type(known[override.lstrip("-").removeprefix("config.").partition("=")[0]][0])
+            raise config_lib.ConfigError(f"--{override.lstrip('-')}: expected {_TYPES[kind]}") from e
     return config_lib.check(holder.value)
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _join(distributed: str) -> None:
+    """Makes this process one of several, on JAX's own runtime."""
+    import jax
+
+    if distributed == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        coordinator, processes, number = distributed.split(",")
+        settings = {"num_processes": int(processes), "process_id": int(number)}
+    except ValueError:
+        raise UserError(f"--distributed={distributed}: expected auto, or COORDINATOR:PORT,PROCESSES,ID") from None
+    jax.distributed.initialize(coordinator, **settings)
 
 
 def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
@@ -214,12 +254,13 @@ def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
     from flaxcap import export
 
     captioner = export.load(workdir=given.workdir, model_dir=getattr(given, "model", None), data_dir=given.data_dir)
-    changed = config_lib.difference(captioner.config, config, ("model", "encoder", "data"))
+    changed = config_lib.difference(captioner.config, config, _MODEL)
     if changed:
         raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
     return captioner._replace(config=config)
 
 
+_MODEL = ("model", "data", "encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed")
 _NEEDED = {"prepare": ("config",), "train": ("config", "workdir"), "export": ("workdir", "out")}
 _RUN: dict[str, Any] = {
     "prepare": _prepare,
@@ -247,7 +288,7 @@ def _help(command: str, values: flags.FlagValues) -> str:
     for name in sorted(values):
         flag = values[name]
         default = "" if flag.value is None else f" (default: {flag.value})"
-        lines.append(f"  --{name}: {flag.help}{default}")
+        lines.append(f"  --{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}")
     lines += ["", "Fields of the preset, each set by --config.FIELD=VALUE, with flaxcap's defaults:"]
     for name, (default, text) in config_lib.leaves(config_lib.Config()).items():
         lines.append(f"  {name} = {default!r}: {text}")

@@ -1,7 +1,8 @@
 """Pictures of a run: its loss, and where the model looked."""
 
 import os
-from typing import IO, Any
+import textwrap
+from typing import IO
 
 import matplotlib
 import numpy as np
@@ -9,6 +10,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 matplotlib.use("Agg")
+
+_HEAT = matplotlib.colormaps["inferno"]
 
 
 def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
@@ -31,25 +34,41 @@ def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> No
 
 
 def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, path: str | os.PathLike[str]) -> None:
-    """A PNG with the picture, and the picture once a word with the attention over its grid laid on it.
+    """A PNG with the picture, and the picture once a word, in grey, with the attention over its grid laid on it.
 
-    `alpha_TP`: a row of weights a word, P a square number. Each overlay is scaled to its own largest weight,
-    which stands beside the word as a share of all attention.
+    `alpha_TP`: a row of weights a word, P a square number. The glow is scaled to the word's largest weight, which
+    stands beside the word as a share of all its attention.
     """
-    columns = min(5, len(words) + 1)
+    columns = max(3, min(6, len(words) + 1))
     rows = -(-(len(words) + 1) // columns)
-    height = image.height / image.width
-    figure = Figure(figsize=(2.3 * columns, (2.3 * height + 0.35) * rows), layout="constrained")
-    grid: Any = figure.subplots(rows, columns, squeeze=False)
-    side = int(np.sqrt(alpha_TP.shape[1]))
-    cells = list(grid.flat)
-    for axes in cells:
+    caption = textwrap.wrap(" ".join(words), 22 * columns) or ["(no word)"]
+    # Inches. A very long or very wide picture keeps its aspect inside a cell that does not.
+    width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
+    top, bottom = 0.2 + 0.25 * len(caption), 0.3
+    whole = (columns * (width + gap) + gap, top + rows * (height + label) + bottom)
+    figure = Figure(figsize=whole)
+    figure.text(0.5, 1 - 0.12 / whole[1], "\n".join(caption), ha="center", va="top", fontsize=14, parse_math=False)
+    note = "%: the share of a word's attention that its brightest place has"
+    figure.text(0.5, 0.1 / whole[1], note, ha="center", va="bottom", fontsize=8, color="gray")
+    pictures = [(image, "")]
+    for word, alpha_P in zip(words, alpha_TP, strict=False):
+        text = word if len(word) <= 18 else word[:17] + "…"
+        pictures.append((_glow(image, alpha_P), f"{text}  {alpha_P.max():.0%}"))
+    for n, (picture, text) in enumerate(pictures):
+        x = gap + n % columns * (width + gap)
+        y = whole[1] - top - (n // columns + 1) * (height + label)
+        axes = figure.add_axes((x / whole[0], y / whole[1], width / whole[0], height / whole[1]))
         axes.axis("off")
-    cells[0].imshow(image)
-    extent = (0, image.width, image.height, 0)
-    for axes, word, alpha_P in zip(cells[1:], words, alpha_TP, strict=False):
-        axes.imshow(image.convert("L"), cmap="gray", extent=extent, alpha=0.85)
-        heat = alpha_P.reshape(side, side)
-        axes.imshow(heat, cmap="inferno", extent=extent, alpha=0.55, interpolation="bicubic", vmin=0)
-        axes.set_title(f"{word}  {heat.max():.0%}", fontsize=10)
+        axes.imshow(picture)
+        axes.set_title(text, fontsize=11, pad=4, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def _glow(image: Image.Image, alpha_P: np.ndarray) -> np.ndarray:
+    """The picture in grey, coloured and brightened by the attention's share of its largest value."""
+    side = round(len(alpha_P) ** 0.5)
+    heat = Image.fromarray((alpha_P / max(alpha_P.max(), 1e-9)).reshape(side, side).astype(np.float32))
+    heat_YX = np.clip(np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)), 0, 1)
+    grey_YX1 = np.asarray(image.convert("L"), np.float32)[..., None] / 255
+    strength_YX1 = 0.65 * heat_YX[..., None]
+    return (1 - strength_YX1) * 0.65 * grey_YX1 + strength_YX1 * _HEAT(heat_YX)[..., :3]

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
+import tqdm
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -15,6 +16,7 @@ from jax.experimental import multihost_utils
 from flaxcap import checkpoint, data, features
 from flaxcap import config as config_lib
 from flaxcap import store as store_lib
+from flaxcap.config import ConfigError
 from flaxcap.encoders import images, inception_v3, weights
 from flaxcap.store import Row, Store, StoreError
 from flaxcap.text import Vocabulary
@@ -37,6 +39,7 @@ def prepare(
     `npy_dir`: take the feature maps found there instead of computing them. `encoder_weights`: a file to use
     in place of the published one. Of several processes (one data_dir, shared) each extracts its share.
     """
+    _check_encoder(config, encoder_weights)
     builder = None
     if jax.process_index() == 0:
         builder = data.prepare(config.dataset, data_dir, manual_dir=manual_dir, **builder_options(config))
@@ -46,6 +49,7 @@ def prepare(
     if builder is None:
         builder = data.prepare(config.dataset, data_dir, manual_dir=manual_dir, **builder_options(config))
     store = Store(store_lib.path_for(data_dir, config))
+    npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
     if any(store.split(role).unfinished() for role in store.roles):
         _check_space(store, config)
         _extract(store, config, builder, npy_dir, num_workers, max_bad_fraction)
@@ -63,6 +67,20 @@ def prepare(
         _write_manifest(store.path, store.manifest)
     print(f"prepared: {store.path}")
     return store
+
+
+def _check_encoder(config: config_lib.Config, encoder_weights: str | None) -> None:
+    """ConfigError if the encoder that is asked for cannot be."""
+    encoder = config.encoder
+    if encoder_weights is not None and "random" in (encoder_weights, encoder.weights):
+        raise ConfigError(
+            f"--encoder_weights={encoder_weights} with --config.encoder.weights={encoder.weights}: expected a file in"
+            " place of the published weights; random ones are asked for by --config.encoder.weights=random alone"
+        )
+    try:
+        inception_v3.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
+    except ValueError as e:
+        raise ConfigError(f"--config.encoder.image_size={encoder.image_size}: {e}") from e
 
 
 def builder_options(config: config_lib.Config) -> dict:
@@ -86,8 +104,10 @@ def _describe(
     path = store_lib.path_for(data_dir, config)
     if (path / "manifest.json").exists():
         manifest = Store(path).manifest
-        _check_same(path, manifest, builder, config, encoder_weights)
+        _check_same(path, manifest, builder, config, npy_dir, encoder_weights)
     else:
+        if any((path / role / "shards").exists() for role in store_lib.ROLES):
+            raise StoreError(f"{path}: its manifest.json, which tells what made the features, is gone; delete the rest")
         splits = _write_captions(config, path, builder)
         feature_dim, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights)
         manifest = {
@@ -114,20 +134,23 @@ def _check_same(
     manifest: dict,
     builder: tfds.core.DatasetBuilder,
     config: config_lib.Config,
+    npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> None:
     """StoreError if the store was made of another data set or by other weights than are asked for now."""
+    anew = "delete it, or take another --data_dir"
     if manifest["source"] != builder.info.full_name:
-        raise StoreError(
-            f"{path}: made of {manifest['source']}, not of {builder.info.full_name}; delete it to make it anew"
-        )
-    if encoder_weights is not None:
-        _, found = weights.load(encoder_weights, block=config.encoder.block)
-        if found != manifest["encoder"]["weights_sha256"]:
-            raise StoreError(
-                f"{path}: its features were made by weights {manifest['encoder']['weights_sha256']}, not by"
-                f" {encoder_weights} ({found}); delete it, or take another --data_dir"
-            )
+        raise StoreError(f"{path}: made of {manifest['source']}, not of {builder.info.full_name}; {anew}")
+    made_by = manifest["encoder"]
+    if npy_dir is not None and "imported_from" not in made_by:
+        raise StoreError(f"{path}: its features were computed, not imported from {npy_dir}; {anew}")
+    # "imagenet" and "random" are in the store's name; which file it was only the manifest says.
+    spec = encoder_weights or config.encoder.weights
+    if npy_dir is None and spec not in ("imagenet", "random"):
+        _, found = weights.load(spec, block=config.encoder.block)
+        if found != made_by["weights_sha256"]:
+            by = made_by.get("imported_from") or f"weights {made_by['weights_sha256']}"
+            raise StoreError(f"{path}: its features were made by {by}, not by {spec} ({found}); {anew}")
 
 
 def _write_captions(config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder) -> dict:
@@ -141,16 +164,17 @@ def _write_captions(config: config_lib.Config, path: epath.Path, builder: tfds.c
                 raise
             logging.warning("no test split: %s", e)
             continue
-        rows = _rows(examples, config.data)
+        rows = _rows(examples, config.data, f"captions of {role}")
         store_lib.write_rows(path / role, rows)
         splits[role] = {"split": split, "images": len(rows)}
     return splits
 
 
-def _rows(examples: data.Split, limits: config_lib.Data) -> list[Row]:
+def _rows(examples: data.Split, limits: config_lib.Data, name: str) -> list[Row]:
     """The images of a split, up to the preset's limits."""
     rows, captions = [], 0
-    for number in range(min(len(examples), limits.max_images or len(examples))):
+    numbers = range(min(len(examples), limits.max_images or len(examples)))
+    for number in tqdm.tqdm(numbers, name, unit=" images", disable=None):
         left = limits.max_captions - captions if limits.max_captions else None
         if left == 0:
             break
@@ -174,7 +198,6 @@ def _write_encoder(
     if npy_dir is not None:
         feats = features.read_npy(epath.Path(npy_dir), examples[0].filename)
         return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
-    inception_v3.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
     spec = encoder_weights or encoder.weights
     sample = _sample(examples, encoder.image_size) if spec == "random" else None
     params, digest = weights.load(spec, block=encoder.block, seed=encoder.seed, measure_on=sample)
@@ -220,7 +243,7 @@ def _extract(
             split,
             load,
             encode,
-            batch_size=encoder.batch_size,
+            batch_size=features.batch_size(encoder),
             feature_dim=store.feature_dim,
             dtype=encoder.store_dtype,
             num_workers=num_workers,

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -63,7 +64,8 @@ def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
         del data["shapes"]
     del encoder["batch_size"], encoder["shard_images"]
     # A file given by hand stands for the published one; which it was, the manifest says.
-    encoder["weights"] = "random" if config.encoder.weights == "random" else "pretrained"
+    if config.encoder.weights != "random":
+        encoder |= {"weights": "pretrained", "seed": 0}
     key = json.dumps([config.dataset, data, encoder], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     name = f"{config.dataset}-{config.encoder.block}-{encoder['weights']}-{digest}"
@@ -81,9 +83,18 @@ class Store:
         try:
             self.manifest: dict[str, Any] = json.loads(file.read_text())
             self.feature_dim = int(self.manifest["feature_dim"])
-            self.roles = tuple(r for r in ROLES if r in self.manifest["splits"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise StoreError(f"{file}: not a manifest of features ({e!r})") from e
+            splits = self.manifest["splits"]
+            self._images = {role: int(splits[role]["images"]) for role in ROLES if role in splits}
+            self._shard_rows = int(self.manifest["shard_rows"])
+            _ = [self.manifest[a][b] for a, b in (("vocabulary", "size"), ("vocabulary", "sha256"))]
+            _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
+            if min(self.feature_dim, self._shard_rows, *self._images.values()) < 1:
+                raise ValueError("a size that is not positive")
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise StoreError(
+                f"{file}: not a manifest of features ({e!r}); delete {self.path}, and `flaxcap prepare` makes it anew"
+            ) from e
+        self.roles = tuple(self._images)
 
     @classmethod
     def finished(cls, data_dir: epath.PathLike, config: config_lib.Config) -> "Store":
@@ -94,10 +105,10 @@ class Store:
             left = len(store.split(role).unfinished())
             if left:
                 raise StoreError(f"{store.path}: {left} shards of split {role!r} are not finished; {again}")
-        text = store.manifest["vocabulary"]
-        if text["size"] != config.data.vocab_size:
+        size = store.manifest["vocabulary"]["size"]
+        if size != config.data.vocab_size:
             raise StoreError(
-                f"{store.path}: its vocabulary was made with --config.data.vocab_size={text['size']},"
+                f"{store.path}: its vocabulary was made with --config.data.vocab_size={size},"
                 f" not {config.data.vocab_size}; {again}"
             )
         return store
@@ -105,11 +116,18 @@ class Store:
     def split(self, role: str) -> "Split":
         if role not in self.roles:
             raise StoreError(f"{self.path}: no split {role!r}; there are {', '.join(self.roles)}")
-        return Split(self.path / role, self.manifest["splits"][role]["images"], self.manifest["shard_rows"])
+        return Split(self.path / role, self._images[role], self._shard_rows)
 
     def vocabulary(self) -> Vocabulary:
+        """The words that the manifest tells of; StoreError or VocabularyError if they are not there."""
         file = self.path / "vocabulary.json"
-        return Vocabulary.from_json(file.read_text(), str(file))
+        try:
+            found = Vocabulary.from_json(file.read_text(), str(file))
+        except (OSError, UnicodeDecodeError) as e:
+            raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` makes it anew") from e
+        if found.hash != self.manifest["vocabulary"]["sha256"]:  # a prepare was stopped between the two files
+            raise StoreError(f"{file}: not the vocabulary that the manifest names; `flaxcap prepare` makes it anew")
+        return found
 
 
 class Split:
@@ -131,10 +149,16 @@ class Split:
         """All images. StoreError if the file does not hold as many as the manifest says."""
         file = self.path / "captions.jsonl"
         try:
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            rows = [Row(r["id"], r["file"], tuple(r["captions"])) for r in lines]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise StoreError(f"{file}: cannot be read ({e!r})") from e
+            lines = file.read_text().splitlines()
+        except (OSError, ValueError) as e:
+            raise StoreError(f"{file}: cannot be read ({e})") from e
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                r = json.loads(line)
+                rows.append(Row(r["id"], r["file"], tuple(r["captions"])))
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
+                raise StoreError(f"{file}: line {number} cannot be read ({e!r})") from e
         if len(rows) != self.images:
             raise StoreError(f"{file}: found {len(rows)} images, expected {self.images}")
         return rows
@@ -143,23 +167,25 @@ class Split:
         """The shards that are not wholly on disk."""
         folder = self.path / "shards"
         done = {f.name for f in folder.iterdir()} if folder.exists() else set()
-        return [n for n in range(self.num_shards) if f"{n:05d}.json" not in done]
+        return [n for n in range(self.num_shards) if self._note(n).name not in done]
+
+    def _note(self, number: int) -> epath.Path:
+        return self.path / "shards" / f"{number:05d}.json"
 
     def finish(self, number: int, skipped: Iterable[Skipped]) -> None:
         """Notes that a shard is wholly on disk."""
-        write_whole(
-            self.path / "shards" / f"{number:05d}.json",
-            json.dumps({"skipped": [dataclasses.asdict(s) for s in skipped]}) + "\n",
-        )
+        write_whole(self._note(number), json.dumps({"skipped": [dataclasses.asdict(s) for s in skipped]}) + "\n")
 
     def skipped(self) -> list[Skipped]:
         """The images without features, of the shards finished so far."""
-        folder = self.path / "shards"
-        files = sorted(folder.iterdir()) if folder.exists() else []
-        try:
-            return [Skipped(**s) for f in files for s in json.loads(f.read_text())["skipped"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise StoreError(f"{folder}: cannot be read ({e!r})") from e
+        found: list[Skipped] = []
+        for number in sorted(set(range(self.num_shards)) - set(self.unfinished())):
+            file = self._note(number)
+            try:
+                found += [Skipped(**s) for s in json.loads(file.read_text())["skipped"]]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+                raise StoreError(f"{file}: cannot be read ({e!r}); delete it to have this shard made anew") from e
+        return found
 
     @functools.cached_property
     def array(self) -> ts.TensorStore:
@@ -169,7 +195,7 @@ class Split:
                 {"driver": "zarr3", "kvstore": _kvstore(self.path / "features")}, open=True, read=True
             ).result()
         except (ValueError, KeyError) as e:
-            raise StoreError(f"{self.path / 'features'}: cannot be opened ({e})") from e
+            raise StoreError(f"{self.path / 'features'}: cannot be opened ({_reason(e)})") from e
 
     def create_array(self, feature_dim: int, dtype: str) -> ts.TensorStore:
         """The array for writing, made if it is not there. StoreError if one of another shape is."""
@@ -194,14 +220,25 @@ class Split:
         try:
             return ts.open(spec, open=True, create=True).result()
         except ValueError as e:
-            raise StoreError(f"{self.path / 'features'}: holds an array of another kind ({e})") from e
+            raise StoreError(
+                f"{self.path / 'features'}: cannot be made, or holds an array of another kind ({_reason(e)})"
+            ) from e
+
+    def write(self, array: ts.TensorStore, number: int, feats_NPF: np.ndarray, skipped: Iterable[Skipped]) -> None:
+        """Puts a whole shard on disk, then notes that it is there. StoreError if the disk does not take it."""
+        span = self.shard(number)
+        try:
+            array[span.start : span.stop].write(feats_NPF).result()
+        except ValueError as e:
+            raise StoreError(f"{self.path / 'features'}: shard {number} cannot be written ({_reason(e)})") from e
+        self.finish(number, skipped)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """`feats_NPF` of these rows, in the store's type. StoreError where a chunk is damaged or was never written."""
         try:
             feats_NPF = self.array[np.asarray(rows, np.int64)].read().result()
         except (ValueError, IndexError) as e:
-            raise StoreError(f"{self.path / 'features'}: cannot be read ({e})") from e
+            raise StoreError(f"{self.path / 'features'}: cannot be read ({_reason(e)})") from e
         # One number tells of each row: rows are written whole.
         missing = np.isnan(feats_NPF[:, 0, 0].astype(np.float32))
         if missing.any():
@@ -211,11 +248,14 @@ class Split:
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file that is seen whole or not at all. StoreError if it cannot be written."""
     part = path.parent / f".{path.name}.part"
-    part.write_text(text)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text)
+        part.replace(path)
+    except OSError as e:
+        raise StoreError(f"{path}: cannot be written ({e.strerror or e})") from e
 
 
 def write_rows(path: epath.Path, rows: Iterable[Row]) -> None:
@@ -228,6 +268,12 @@ def bytes_an_image(feature_dim: int, dtype: str) -> int:
     return POSITIONS * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
-def _kvstore(path: epath.Path) -> str:
+def _kvstore(path: epath.Path) -> str | dict[str, str]:
     text = str(path)
-    return text if "://" in text else f"file://{epath.Path(path).resolve()}"
+    # No file:// URL: in one, some characters that a path may hold mean something else.
+    return text if "://" in text else {"driver": "file", "path": f"{path.resolve()}/"}
+
+
+def _reason(error: Exception) -> str:
+    """TensorStore's message without its many lines of context."""
+    return re.split(r" \[\w+='", str(error))[0]

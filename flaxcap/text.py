@@ -40,7 +40,8 @@ _FILTER = _Filter()
 
 def words(caption: str) -> list[str]:
     """A caption's words: "A dog's ball, thrown!" -> ["a", "dog's", "ball", "thrown"]."""
-    text = unicodedata.normalize("NFC", caption).lower().translate(_FILTER)
+    # NFC comes after lower(), which can leave a letter and its accent apart.
+    text = unicodedata.normalize("NFC", caption.lower()).translate(_FILTER)
     return [w for w in (w.strip("'") for w in text.split()) if w]
 
 
@@ -97,7 +98,9 @@ class Vocabulary:
             found = cls(saved["tokens"])
             if found.hash != saved["hash"]:
                 raise VocabularyError("the words do not match their hash")
-        except (ValueError, TypeError, KeyError) as e:
+        except KeyError as e:
+            raise VocabularyError(f"{where}: not a vocabulary: found no {e}") from e
+        except (ValueError, TypeError, RecursionError) as e:
             raise VocabularyError(f"{where}: not a vocabulary: {e}") from e
         return found
 

@@ -53,7 +53,8 @@ def over_images(mesh: Mesh) -> NamedSharding:
 def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then constant, or down a half cosine to 2% of it at `steps`, the run's last."""
     if config.schedule == "constant":
-        return optax.linear_schedule(0, config.learning_rate, max(config.warmup_steps, 1))
+        warm = optax.linear_schedule(0, config.learning_rate, max(config.warmup_steps, 1))
+        return warm if config.warmup_steps else optax.constant_schedule(config.learning_rate)
     warmup = min(config.warmup_steps, steps // 2)
     return optax.warmup_cosine_decay_schedule(
         0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50

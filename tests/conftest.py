@@ -1,4 +1,4 @@
-"""Every test runs on eight simulated CPU devices, with rank promotion an error."""
+"""Every test runs on eight simulated CPU devices, with rank promotion an error and fixed random examples."""
 
 import os
 import pathlib
@@ -8,10 +8,14 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples every time, and no time limit for one: the machine may be busy.
+hypothesis.settings.register_profile("flaxcap", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("flaxcap")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -33,3 +37,11 @@ def inception_h5() -> pathlib.Path:
     if not path.is_file():
         pytest.skip(f"no real weights at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """A small trained run, see tests/trained.py; made when the first test asks for it."""
+    from trained import make
+
+    return make(tmp_path_factory.mktemp("trained"))

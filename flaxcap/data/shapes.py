@@ -25,19 +25,25 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": 20, "large": 34}  # radius in pixels
+SIZES = {"small": 22, "large": 35}  # radius in pixels
 SHAPES = ("ring", "square", "triangle")
 CANVAS = 160
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
-# A relation's words, and the words for it from the other object's side.
+# The words of a relation, and of the first object seen from the second.
 _RELATIONS = {
     "left": ("to the left of", "on its left"),
     "right": ("to the right of", "on its right"),
     "above": ("above", "above it"),
     "below": ("below", "below it"),
 }
-_OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+_WORDINGS = (
+    "a {first} {where} a {second}",
+    "there is a {first} {where} a {second}",
+    "{where} a {second} is a {first}",
+    "a {second} with a {first} {its}",
+    "the {first} is {where} the {second}",
+)
 
 
 class Thing(NamedTuple):
@@ -153,19 +159,10 @@ def captions(things: list[Thing], rng: np.random.Generator) -> list[str]:
     """Five true captions, each worded in its own way, of pairs of the objects."""
     pairs = list(itertools.permutations(things, 2))
     texts = []
-    for wording in range(5):
+    for wording in _WORDINGS:
         a, b = pairs[int(rng.integers(len(pairs)))]
-        first, second = _name(a, rng), _name(b, rng)
         where, its = _RELATIONS[relation(a, b)]
-        texts.append(
-            (
-                f"a {first} {where} a {second}",
-                f"there is a {first} {where} a {second}",
-                f"{where} a {second} is a {first}",
-                f"a {second} with a {first} {its}",
-                f"the {first} is {where} the {second}",
-            )[wording]
-        )
+        texts.append(wording.format(first=_name(a, rng), second=_name(b, rng), where=where, its=its))
     return texts
 
 
@@ -178,14 +175,17 @@ def _name(thing: Thing, rng: np.random.Generator) -> str:
     )[int(rng.integers(3))]
 
 
-_NAME = rf"(?:a|the) ((?:(?:{'|'.join([*SIZES, *COLOURS, *TEXTURES])}) )*(?:{'|'.join(SHAPES)}))"
-_WHERE = "|".join(words for words, _ in _RELATIONS.values())
-_ITS = "|".join(words for _, words in _RELATIONS.values())
-_FORMS = (
-    re.compile(rf"(?:there is )?{_NAME} (?:is )?(?P<where>{_WHERE}) {_NAME}"),
-    re.compile(rf"(?P<where>{_WHERE}) {_NAME} is {_NAME}"),
-    re.compile(rf"{_NAME} with {_NAME} (?P<where>{_ITS})"),
-)
+def _forms() -> list[re.Pattern]:
+    """The wordings as patterns: exactly what `captions` may say."""
+    size, colour, texture, shape = ("|".join(words) for words in (SIZES, COLOURS, TEXTURES, SHAPES))
+    name = rf"(?:(?:{size}) )?(?:{colour}) (?:{shape})|(?:{colour}) (?:{texture}) (?:{shape})"
+    where, its = ("|".join(words) for words in zip(*_RELATIONS.values(), strict=True))
+    groups = {"first": name, "second": name, "where": where, "its": its}
+    groups = {group: f"(?P<{group}>{pattern})" for group, pattern in groups.items()}
+    return [re.compile(wording.format(**groups)) for wording in _WORDINGS]
+
+
+_FORMS = _forms()
 
 
 def judge(image_id: int, caption: str, seed: int = 0) -> bool:
@@ -193,19 +193,17 @@ def judge(image_id: int, caption: str, seed: int = 0) -> bool:
 
     Any sentence outside the grammar of `captions` is false.
     """
-    things = scene(image_id, seed)
-    for form, pattern in enumerate(_FORMS):
-        match = pattern.fullmatch(caption.strip(" .").lower())
-        if match is None:
-            continue
-        where = next(k for k, words in _RELATIONS.items() if match["where"] in words)
-        names = [g for g in match.groups() if g != match["where"]]
-        first, second = (set(n.split()) for n in (names if form == 0 else names[::-1]))
-        return any(
-            first <= set(a[:4]) and second <= set(b[:4]) and relation(a, b) == where
-            for a, b in itertools.permutations(things, 2)
-        )
-    return False
+    text = caption.strip(" .").lower()
+    match = next(filter(None, (form.fullmatch(text) for form in _FORMS)), None)
+    if match is None:
+        return False
+    said = match.groupdict()
+    where = next(k for k, words in _RELATIONS.items() if said.get("where", said.get("its")) in words)
+    first, second = set(said["first"].split()), set(said["second"].split())
+    return any(
+        first <= set(a[:4]) and second <= set(b[:4]) and relation(a, b) == where
+        for a, b in itertools.permutations(scene(image_id, seed), 2)
+    )
 
 
 class Shapes(CaptionBuilder):

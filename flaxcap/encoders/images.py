@@ -4,6 +4,7 @@ import io
 import re
 import threading
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -33,7 +34,10 @@ class ImageError(ValueError):
     """Bytes that are not a usable image; the message is the reason."""
 
 
-def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.ndarray:
+MAX_PIXELS = 64_000_000
+
+
+def decode(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file's bytes -> uint8 `[size, size, 3]`, as `PREPROCESSING` says; any thread may call it.
 
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
@@ -43,6 +47,24 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
     `max_pixels`, which is seen before its pixels are unpacked. Memory: up to 17 bytes a pixel of the file
     (WebP; others 14), so about 1 GB for one of `max_pixels`.
     """
+    return _decode(data, max_pixels, lambda width, height: (size, size))
+
+
+def upright(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The picture to look at, uint8 `[Y, X, 3]`: its aspect is kept, and no side is over `longest`, or enlarged.
+
+    All else is as in `decode`.
+    """
+
+    def size(width: int, height: int) -> tuple[int, int]:
+        scale = min(1, longest / max(width, height))
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    return _decode(data, max_pixels, size)
+
+
+def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, int]]) -> np.ndarray:
+    """`size`: the width and height wanted of a file of this width and height, before it is turned upright."""
     if not data:
         raise ImageError("the file is empty")
     _silence_pillow()
@@ -52,7 +74,7 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
                 raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
-            return _square(image, size)
+            return _resized(image, *size(*image.size))
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -63,19 +85,19 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = 64_000_000) -> np.
         raise ImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def _square(image: ImageFile.ImageFile, size: int) -> np.ndarray:
-    drafted = image.draft(None, (2 * size, 2 * size))
+def _resized(image: ImageFile.ImageFile, width: int, height: int) -> np.ndarray:
+    drafted = image.draft(None, (2 * width, 2 * height))
     box = drafted[1] if drafted else None  # without the last row and column, where these are only partly covered
     image.load()
     orientation = _orientation(image)
-    # A square can be turned upright and laid over white after it was resized, when its pixels are few.
-    square = _eight_bit(image).resize((size, size), Image.Resampling.BILINEAR, box)
-    if square.mode == "RGBA":
-        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
-    square = square.convert("RGB")
+    # It is turned upright and laid over white after it was resized, when its pixels are few.
+    small = _eight_bit(image).resize((width, height), Image.Resampling.BILINEAR, box)
+    if small.mode == "RGBA":
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
+    small = small.convert("RGB")
     if orientation in _UPRIGHT:
-        square = square.transpose(_UPRIGHT[orientation])
-    return np.array(square)
+        small = small.transpose(_UPRIGHT[orientation])
+    return np.array(small)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -1,0 +1,90 @@
+"""Checkpoints come back bit for bit, on any number of devices; a missing or foreign one says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcap import checkpoint
+from flaxcap import train_step as step_lib
+from flaxcap.checkpoint import CheckpointError, Checkpoints
+from flaxcap.config import Train
+
+
+def state_on(devices: int, width: int = 3) -> step_lib.TrainState:
+    """A state with every leaf of its own."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+
+    def init(key):
+        return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}
+
+    return step_lib.init_state(init, step_lib.make_optimizer(Train(), lambda _: 0.1), 3, mesh)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_saved_on_one_device_restored_on_any_number(tmp_path, devices):
+    saved = state_on(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, saved, {"best": 1.5}, 2.0)
+    checkpoints.wait()
+    restored, progress = checkpoints.restore(state_on(devices))
+    checkpoints.close()
+    assert progress == {"best": 1.5}
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {devices}
+
+
+def test_parameters_alone(tmp_path):
+    saved = state_on(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, saved, {}, 2.0)
+    checkpoints.wait()
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(saved.params, 7), saved.params)
+    checkpoints.close()
+
+
+def test_the_best_and_the_newest_are_kept_also_between_validations(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.5), (6, None)):
+        checkpoints.save(step, state_on(1), {}, loss)
+    checkpoints.wait()
+    assert (checkpoints.best_step, checkpoints.latest_step) == (2, 6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "6"]
+    checkpoints.close()
+
+
+def test_before_the_first_validation_the_newest_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state_on(1), {}, None)
+    checkpoints.wait()
+    assert checkpoints.best_step == 3
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_shape_names_itself(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, state_on(1), {}, 2.0)
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match=r"7: found parameters .*4, 3.* expected .*4, 9"):
+        checkpoints.restore(state_on(1, width=9))
+    checkpoints.close()
+
+
+def test_nothing_to_restore(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step is None
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoints.restore(state_on(1))
+    checkpoints.close()
+
+
+def test_params_round_trip_and_overwrite(tmp_path):
+    for params in ({"x": {"k": np.arange(6.0).reshape(2, 3)}}, {"y": np.ones(3, np.float32)}):
+        checkpoint.save_params(tmp_path / "p", params)
+        found = checkpoint.load_params(tmp_path / "p")
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+        assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
+    with pytest.raises(CheckpointError, match="no parameters"):
+        checkpoint.load_params(tmp_path / "absent")

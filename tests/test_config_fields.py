@@ -1,0 +1,93 @@
+"""No field of a preset is dead: each is read by name somewhere in flaxcap."""
+
+import ast
+import dataclasses
+import inspect
+import typing
+
+from conftest import ROOT
+
+from flaxcap import config as config_lib
+from flaxcap.data import shapes
+
+GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
+
+
+class Reads(ast.NodeVisitor):
+    """Which fields a module reads, as (class, field): follows annotations, assignments and attributes."""
+
+    def __init__(self):
+        self.found: set[tuple[str, str]] = set()
+        self.scopes: list[dict[str, str]] = [{}]
+
+    def of(self, node: ast.AST) -> str | None:
+        """The name of the class of presets that an expression has."""
+        if isinstance(node, ast.Name):
+            return next((scope[node.id] for scope in reversed(self.scopes) if node.id in scope), None)
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                return self.of(ast.Name(f"self.{node.attr}"))
+            if (owner := self.of(node.value)) is not None:
+                hint = typing.get_type_hints(GROUPS[owner]).get(node.attr)
+                return next((name for name, cls in GROUPS.items() if cls is hint), None)
+            return "Config" if node.attr == "config" else None
+        return None
+
+    def visit_Attribute(self, node: ast.Attribute):
+        owner = self.of(node.value)
+        if owner is not None and isinstance(node.ctx, ast.Load):
+            self.found.add((owner, node.attr))
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign):
+        self.generic_visit(node)
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for name, value in pairs:
+                if (kind := self.of(value)) is not None:
+                    # What is set on self is known to all of the file: one class a file has a preset.
+                    scope = self.scopes[0] if isinstance(name, ast.Attribute) else self.scopes[-1]
+                    scope[ast.unparse(name)] = kind
+
+    def visit_FunctionDef(self, node: ast.FunctionDef):
+        hints = {arg.arg: ast.unparse(arg.annotation) for arg in node.args.args if arg.annotation}
+        names = {name: hint.rsplit(".", 1)[-1] for name, hint in hints.items()}
+        self.scopes.append({name: kind for name, kind in names.items() if kind in GROUPS})
+        self.generic_visit(node)
+        self.scopes.pop()
+
+
+def reads(text: str) -> set[tuple[str, str]]:
+    reader = Reads()
+    reader.visit(ast.parse(text))
+    return reader.found
+
+
+def test_reads_are_found_through_names_and_annotations():
+    text = """
+def f(config: config_lib.Config, other: int, train: Train):
+    d, n = config.data, other.config.seed
+    def g():
+        return d.shapes.seed, other.epochs, train.dtype
+    return d
+class A:
+    def __init__(self, config: Model):
+        self.config = config
+    def h(self):
+        return self.config.cell, config.epochs
+"""
+    groups = {("Config", "data"), ("Data", "shapes")}
+    fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
+    assert reads(text) == groups | fields
+
+
+def test_no_field_is_dead():
+    files = [path for path in (ROOT / "flaxcap").rglob("*.py") if path.name != "config.py"]
+    found = set.union(*(reads(path.read_text()) for path in files))
+    # These are handed to the builder all together, by their names.
+    given = inspect.signature(shapes.Shapes).parameters
+    found |= {("Shapes", f.name) for f in dataclasses.fields(config_lib.Shapes) if f.name in given}
+    fields = {(name, field.name) for name, cls in GROUPS.items() for field in dataclasses.fields(cls)}
+    assert fields - found == set()

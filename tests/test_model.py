@@ -1,0 +1,156 @@
+"""The decoder against a plain reference, and what teacher forcing must and must not see."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcap import model
+from flaxcap.config import Config, Model
+from flaxcap.text import START
+
+F, V, P = 12, 30, 64
+# Each option with each value, and with each cell.
+OPTIONS = [
+    {"cell": cell, "attention_gate": gate, "initial_state": state, "positions": gate != (state == "mean")}
+    for cell, gate, state in (("gru", False, "zeros"), ("gru", True, "mean"), ("lstm", True, "zeros"), ("lstm", False, "mean"))
+]
+
+
+def small(**options) -> Config:
+    sizes = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+    return Config(model=Model(**sizes | options))
+
+
+@pytest.fixture(params=OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def case(request):
+    """A small decoder with every parameter away from zero, and inputs for it."""
+    config = small(**request.param)
+    bind, init = model.create(config, F, V)
+    params = init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V).at[..., 0].set(START)
+    return config, bind, jax.tree.unflatten(tree, noisy), feats_IPF, tokens_ICT
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def reference(config: Model, params, feats_PF, tokens_T) -> np.ndarray:
+    """Logits [T, V] of one caption: the papers' formulas one token at a time, nothing hoisted, NumPy float64."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def dense(name, x):
+        return x @ p[name]["kernel"] + p[name].get("bias", 0)
+
+    values = dense("image", feats_PF)
+    if config.positions:
+        values = values + p["position"]
+    values = np.maximum(values, 0)
+    n, a = config.hidden_dim, config.attention_dim
+    h = c = np.zeros(n)
+    if config.initial_state == "mean":
+        state = np.tanh(dense("first", values.mean(0)))
+        h, c = state[:n], state[n:]
+    w_query, w_gates = np.split(p["recurrent"]["kernel"], [a], axis=1)
+    b_query, b_gates = np.split(p["recurrent"]["bias"], [a])
+    logits = []
+    for token in tokens_T:
+        energy = np.tanh(dense("key", values) + h @ w_query + b_query) @ p["score"]["kernel"][:, 0]
+        alpha = np.exp(energy - energy.max())
+        context = (alpha / alpha.sum()) @ values
+        if config.attention_gate:
+            context = context * sigmoid(dense("gate", h))
+        inputs = dense("word", p["embedding"]["embedding"][token]) + context @ p["context"]["kernel"]
+        x = np.split(inputs, 3 + (config.cell == "lstm"))
+        r = np.split(h @ w_gates + b_gates, len(x))
+        if config.cell == "gru":
+            z, reset = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
+            h = z * h + (1 - z) * np.tanh(x[2] + reset * r[2])
+        else:
+            i, f, g, o = (one + other for one, other in zip(x, r, strict=True))
+            c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+        logits.append(dense("vocabulary", dense("head", h)))
+    return np.array(logits)
+
+
+def test_logits_are_the_papers_formulas(case):
+    config, bind, params, feats_IPF, tokens_ICT = case
+    captioner = bind(params)
+    logits_ICTV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
+    for i, c in np.ndindex(2, 3):
+        expected = reference(config.model, params, np.asarray(feats_IPF[i], np.float64), np.asarray(tokens_ICT[i, c]))
+        np.testing.assert_allclose(logits_ICTV[i, c], expected, atol=2e-5)
+
+
+def test_teacher_forced_logits_equal_stepwise_logits(case):
+    _, bind, params, feats_IPF, tokens_ICT = case
+    captioner = bind(params)
+    hidden_ICTH, alpha_ICTP = captioner(feats_IPF, tokens_ICT)
+    memory = captioner.remember(feats_IPF)
+    carry = captioner.start(memory, 3)
+    for t in range(tokens_ICT.shape[-1]):
+        carry, alpha_ICP = captioner.step(memory, carry, captioner.read(tokens_ICT[..., t]))
+        np.testing.assert_allclose(carry.hidden_ICH, hidden_ICTH[:, :, t], atol=1e-6)
+        np.testing.assert_allclose(alpha_ICP, alpha_ICTP[:, :, t], atol=1e-6)
+
+
+def test_logits_ignore_later_tokens_and_other_captions(case):
+    """By gradient: the logits at (image 0, caption 1, t) depend on the embeddings of tokens 0 … t of that caption."""
+    _, bind, params, feats_IPF, _ = case
+    distinct_ICT = jnp.arange(30).reshape(2, 3, 5)
+
+    def logits_at(params, t):
+        captioner = bind(params)
+        return captioner.logits(captioner(feats_IPF, distinct_ICT)[0])[0, 1, t].sum()
+
+    for t in range(5):
+        grad_VE = jax.grad(logits_at)(params, t)["embedding"]["embedding"]
+        assert set(np.flatnonzero(np.abs(grad_VE).sum(1))) == set(distinct_ICT[0, 1, : t + 1].tolist())
+
+
+def test_the_state_carries_from_step_to_step(case):
+    """TensorFlow's tutorial calls its GRU without the state: there, the same token always gives the same logits."""
+    _, bind, params, feats_IPF, _ = case
+    captioner = bind(params)
+    same = jnp.full((2, 1, 4), 7)
+    hidden_ICTH, _ = captioner(feats_IPF, same)
+    steps = np.abs(np.diff(np.asarray(hidden_ICTH), axis=2)).max((0, 1, 3))
+    assert (steps > 1e-3).all()
+    changed = captioner(feats_IPF, same.at[..., 0].set(8))[0]
+    assert np.abs(changed[:, :, -1] - hidden_ICTH[:, :, -1]).max() > 1e-4
+
+
+def test_attention_weights_sum_to_one_and_follow_the_image(case):
+    _, bind, params, feats_IPF, tokens_ICT = case
+    _, alpha_ICTP = bind(params)(feats_IPF, tokens_ICT)
+    np.testing.assert_allclose(alpha_ICTP.sum(-1), 1, atol=1e-5)
+    assert alpha_ICTP.shape == (2, 3, 5, P)
+    assert np.abs(alpha_ICTP[0] - alpha_ICTP[1]).max() > 1e-4
+
+
+def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits():
+    config = small()
+    _, init = model.create(config, F, V)
+    params = init(jax.random.key(0))
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
+    logits = []
+    for c in (config, half):
+        bind, init_c = model.create(c, F, V)
+        assert {x.dtype for x in jax.tree.leaves(init_c(jax.random.key(0)))} == {jnp.dtype("float32")}
+        captioner = bind(params)
+        hidden_ICTH, _ = captioner(feats_IPF, tokens_ICT)
+        assert hidden_ICTH.dtype == c.train.dtype
+        logits.append(captioner.logits(hidden_ICTH))
+    assert logits[1].dtype == jnp.float32
+    np.testing.assert_allclose(logits[0], logits[1], atol=0.03)
+    assert np.abs(logits[0] - logits[1]).max() > 0

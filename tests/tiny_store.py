@@ -1,0 +1,64 @@
+"""A finished store of made-up features and captions, for tests that begin behind it."""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from flaxcap import store
+from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
+from flaxcap.text import Vocabulary
+
+WORDS = "a dog cat runs sleeps on under the mat table red blue big small".split()
+FEATURES = 6
+
+
+def tiny_config(**train) -> Config:
+    options = {"batch_images": 8, "captions_per_image": 2, "epochs": 3, "num_buckets": 2, "log_every": 3}
+    return Config(
+        dataset="folder",
+        data=Data(vocab_size=50),
+        encoder=Encoder(block="mixed0"),
+        model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
+        train=Train(**options | {"warmup_steps": 3, "learning_rate": 1e-2} | train),
+        decode=Decode(max_length=10, batch_size=8),
+    )
+
+
+def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> store.Store:
+    """Captions that name the image's kind, which its features show: something can be learned."""
+    path = store.path_for(data_dir, config)
+    rng = np.random.default_rng(0)
+    splits = {}
+    for role, count in (("train", images), ("val", 11), ("test", 7)):
+        kinds = rng.integers(4, size=count)
+        rows = [
+            store.Row(i, f"{role}{i}.jpg", tuple(_caption(rng, k) for _ in range(int(rng.integers(1, 5)))))
+            for i, k in enumerate(kinds)
+        ]
+        store.write_rows(path / role, rows)
+        split = store.Split(path / role, count, shard_rows=16)
+        feats = rng.standard_normal((count, store.POSITIONS, FEATURES)) + np.eye(FEATURES)[kinds][:, None]
+        split.create_array(FEATURES, "bfloat16")[:].write(feats.astype(ml_dtypes.bfloat16)).result()
+        for number in range(split.num_shards):
+            split.finish(number, [])
+        splits[role] = {"split": role, "images": count}
+    captions = [c for row in store.Split(path / "train", images, 16).rows for c in row.captions]
+    vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
+    store.write_whole(path / "vocabulary.json", vocabulary.to_json())
+    manifest = {
+        "source": "made up",
+        "splits": splits,
+        "feature_dim": FEATURES,
+        "shard_rows": 16,
+        "encoder": {"weights_sha256": None},
+        "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
+    }
+    store.write_whole(path / "manifest.json", json.dumps(manifest))
+    return store.Store(path)
+
+
+def _caption(rng: np.random.Generator, kind: int) -> str:
+    words = rng.choice(WORDS[4:], size=int(rng.integers(1, 6)))
+    return " ".join(["a", ("dog", "cat", "dog runs", "cat sleeps")[kind], *words])
