@@ -13,6 +13,7 @@ usage: ./launch.sh               this machine: install into .venv, then prepare,
   PRESET=experiments/shapes.py   what to train; WORKDIR=runs/NAME and DATA_DIR=data: where it goes
   PYTHON=python3.12              a Python, 3.11 or newer; default: the first on the PATH that will do
   EXTRA=cuda12|cuda13|tpu        the accelerator to install for; default: by the NVIDIA driver; EXTRA= for none
+  MANUAL_DIR=DIR                 your own files, for the data sets that take any
   DRY_RUN=1                      print every command, run none
 
 TPU VMs:  TPU_NAME=... ZONE=... TYPE=v6e-8 WORKDIR=gs://... DATA_DIR=gs://... ./launch.sh COMMAND
@@ -86,7 +87,7 @@ main_job() {
   local data=(--config="$PRESET" --data_dir="$DATA_DIR") work=--workdir=$WORKDIR
   environment "$(accelerator)"
   say "preparing $DATA_DIR"
-  execute .venv/bin/flaxcap prepare "${data[@]}"
+  execute .venv/bin/flaxcap prepare "${data[@]}" ${MANUAL_DIR:+--manual_dir="$MANUAL_DIR"}
   say "training in $WORKDIR"
   execute .venv/bin/flaxcap train "${data[@]}" "$work"
   say "scoring the test split"

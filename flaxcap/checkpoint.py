@@ -34,7 +34,13 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=loss, best_mode="min")
         self.path = epath.Path(path)
-        self._manager = ocp.CheckpointManager(_absolute(path), options=options)
+        # Named here, since a manager that has saved nothing yet could not read the metadata otherwise.
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "rest": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(_absolute(path), options=options, item_handlers=handlers)
 
     @property
     def latest_step(self) -> int | None:
@@ -98,8 +104,8 @@ class Checkpoints:
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:
-    """Arrays alone (a dict of dicts), to a new directory."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    """Arrays alone (a dict of dicts), to a new directory. Of several processes one may call it."""
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(_absolute(path), params, force=True)
 
 
@@ -107,7 +113,8 @@ def load_params(path: epath.PathLike) -> Any:
     """What `save_params` wrote, on this host, as NumPy arrays. CheckpointError if there is none."""
     if not epath.Path(path).exists():
         raise CheckpointError(f"{path}: no parameters")
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
         try:
             found = checkpointer.metadata(_absolute(path)).item_metadata
             if found is None:
@@ -116,6 +123,14 @@ def load_params(path: epath.PathLike) -> Any:
             return checkpointer.restore(_absolute(path), restore_args=to_numpy)
         except (ValueError, KeyError, OSError) as e:
             raise CheckpointError(f"{path}: cannot be read: {e}") from e
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For Orbax, which otherwise waits for all processes: this one acts alone."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

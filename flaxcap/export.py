@@ -140,9 +140,10 @@ def _checksums(path: epath.Path) -> dict[str, str]:
 
 def _vocabulary(directory: epath.Path) -> Vocabulary:
     file = directory / "vocabulary.json"
-    if not file.exists():
-        raise CheckpointError(f"{directory}: no {file.name}")
-    return Vocabulary.from_json(file.read_text(), str(file))
+    try:
+        return Vocabulary.from_json(file.read_text(), str(file))
+    except (OSError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{file}: cannot be read ({e})") from e
 
 
 def write(captioner: Captioner, out: epath.PathLike) -> None:

@@ -59,7 +59,11 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
     """A redirection may not leave the web either."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        _check_scheme(newurl)
+        try:
+            _check_scheme(newurl)
+        except FetchError:
+            fp.close()
+            raise
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

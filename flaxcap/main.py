@@ -173,11 +173,11 @@ def _join(distributed: str) -> None:
         jax.distributed.initialize()
         return
     try:
-        coordinator, processes, number = distributed.split(",")
-        settings = {"num_processes": int(processes), "process_id": int(number)}
+        coordinator, *numbers = distributed.split(",")
+        processes, number = map(int, numbers)
     except ValueError:
         raise UserError(f"--distributed={distributed}: expected auto, or COORDINATOR:PORT,PROCESSES,ID") from None
-    jax.distributed.initialize(coordinator, **settings)
+    jax.distributed.initialize(coordinator, processes, number)
 
 
 def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:

@@ -61,7 +61,7 @@ class Captioner(nnx.Module):
         self.image = nnx.Linear(feature_dim, c.image_dim, **linear)
         if c.positions:
             shape = (inception_v3.GRID**2, c.image_dim)
-            self.position = nnx.Param(initializers.normal(0.1)(rngs.params(), shape, jnp.float32))
+            self.position = nnx.Param(initializers.normal(0.5)(rngs.params(), shape, jnp.float32))
         self.key = nnx.Linear(c.image_dim, c.attention_dim, **linear)
         self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **linear)
         self.embedding = nnx.Embed(vocab_size, c.embedding_dim, embedding_init=initializers.uniform(0.1), **options)

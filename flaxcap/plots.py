@@ -41,7 +41,7 @@ def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, p
     """
     columns = max(3, min(6, len(words) + 1))
     rows = -(-(len(words) + 1) // columns)
-    caption = textwrap.wrap(" ".join(words), 22 * columns) or ["(no word)"]
+    caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
     # Inches. A very long or very wide picture keeps its aspect inside a cell that does not.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
     top, bottom = 0.2 + 0.25 * len(caption), 0.3
@@ -50,7 +50,7 @@ def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, p
     figure.text(0.5, 1 - 0.12 / whole[1], "\n".join(caption), ha="center", va="top", fontsize=14, parse_math=False)
     note = "%: the share of a word's attention that its brightest place has"
     figure.text(0.5, 0.1 / whole[1], note, ha="center", va="bottom", fontsize=8, color="gray")
-    pictures = [(image, "")]
+    pictures: list[tuple[Image.Image | np.ndarray, str]] = [(image, "")]
     for word, alpha_P in zip(words, alpha_TP, strict=False):
         text = word if len(word) <= 18 else word[:17] + "…"
         pictures.append((_glow(image, alpha_P), f"{text}  {alpha_P.max():.0%}"))

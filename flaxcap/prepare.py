@@ -19,7 +19,7 @@ from flaxcap import store as store_lib
 from flaxcap.config import ConfigError
 from flaxcap.encoders import images, inception_v3, weights
 from flaxcap.store import Row, Store, StoreError
-from flaxcap.text import Vocabulary
+from flaxcap.text import Vocabulary, words
 
 MEASURED_ON = 64  # pictures that a random encoder's batch norm is measured on
 
@@ -117,9 +117,14 @@ def _describe(
             "feature_dim": feature_dim,
             "shard_rows": config.encoder.shard_images,
         }
-    train = store_lib.Split(path / "train", manifest["splits"]["train"]["images"], manifest["shard_rows"])
-    captions = (caption for row in train.rows for caption in row.captions)
+    rows = {
+        role: store_lib.Split(path / role, split["images"], manifest["shard_rows"]).rows
+        for role, split in manifest["splits"].items()
+    }
+    captions = (caption for row in rows["train"] for caption in row.captions)
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
+    for role in rows:
+        _warn_of_unknown_words(role, rows[role], vocabulary)
     store_lib.write_whole(path / "vocabulary.json", vocabulary.to_json())
     manifest["vocabulary"] = {
         "size": config.data.vocab_size,
@@ -127,6 +132,16 @@ def _describe(
         "sha256": vocabulary.hash,
     }
     _write_manifest(path, manifest)
+
+
+def _warn_of_unknown_words(role: str, rows: list[Row], vocabulary: Vocabulary) -> None:
+    unknown = [(row, c) for row in rows for c in row.captions if not any(w in vocabulary.ids for w in words(c))]
+    if unknown:
+        row, caption = unknown[0]
+        logging.warning(
+            "%s: %d captions hold no word of the vocabulary; the first is %r, of %s",
+            role, len(unknown), caption[:80], row.filename,
+        )  # fmt: skip
 
 
 def _check_same(

@@ -11,10 +11,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from trained import Trained
 
 from flaxcap import caption, export, fetch
+from flaxcap.encoders import images
 from flaxcap.fetch import FetchError
 
 
@@ -206,7 +207,7 @@ def test_a_slow_server_is_given_up(path, limit, message, server, monkeypatch):
 
 def test_bad_pictures_get_a_reason_and_the_others_a_caption(captioner, server, tmp_path):
     truncated = tmp_path / "truncated.png"
-    truncated.write_bytes(png(1)[:-20])
+    truncated.write_bytes(png(1)[:-60])
     sources = pictures(5)
     sources[1:1] = [("bomb.png", huge_png), ("rubbish.jpg", lambda: b"rubbish"), ("empty.png", bytes)]
     sources += caption.from_sources([str(truncated), f"{server.url}/gone"])
@@ -228,11 +229,15 @@ def test_only_bad_pictures(captioner):
 
 def test_batches_give_what_single_pictures_give(captioner):
     together = list(caption.caption(captioner, pictures(11)))  # a full batch of eight, and three of eight
-    alone = [next(caption.caption(captioner, [picture])) for picture in pictures(11)]
+    encoder = dataclasses.replace(captioner.config.encoder, batch_size=1)
+    single = captioner._replace(config=dataclasses.replace(captioner.config, encoder=encoder))
+    alone = list(caption.caption(single, pictures(11)))
     assert [f.name for f in together] == [name for name, _ in pictures(11)]
     assert [f.caption for f in together] == [f.caption for f in alone]
     np.testing.assert_allclose([f.log_prob for f in together], [f.log_prob for f in alone], atol=0.02)
-    assert len({f.caption for f in together}) > 3  # or the pictures would not matter
+    # The pictures matter.
+    assert len({f.caption for f in together}) > 1
+    assert len({round(f.log_prob, 3) for f in together}) == 11
 
 
 def captions(captioner: export.Captioner, seed: int = 0) -> list[tuple[str, float]]:
@@ -247,15 +252,25 @@ def test_sampling_goes_by_its_seed(captioner):
     assert sum(a != b for a, b in zip(first, other, strict=True)) > 4
 
 
-def test_sampling_among_one_word_or_cold_is_greedy(captioner):
+def test_sampling_among_one_word_is_greedy_and_heat_costs_probability(captioner):
     greedy = captions(captioner)
     assert captions(decoding(captioner, method="sample", top_k=1)) == greedy
-    assert captions(decoding(captioner, method="sample", temperature=1e-4)) == greedy
     warm, hot = (captions(decoding(captioner, method="sample", temperature=t)) for t in (0.5, 5.0))
     # Hotter is less probable: the log-probability is the model's own, whatever the temperature.
     means = [np.mean([log_prob / (len(text.split()) + 1) for text, log_prob in c]) for c in (greedy, warm, hot)]
     assert means == sorted(means, reverse=True)
     assert means[0] - means[2] > 1
+
+
+def test_the_picture_shown_is_upright_and_keeps_its_aspect():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG", exif=exif)
+    assert np.array_equal(images.upright(out.getvalue()), np.rot90(pixels, -1))
+    assert images.upright(out.getvalue(), 30).shape == (30, 10, 3)
+    assert images.upright(out.getvalue(), 1).shape == (1, 1, 3)
 
 
 def test_the_attention_is_drawn_over_the_picture_itself(captioner, tmp_path, monkeypatch):

@@ -112,7 +112,8 @@ def test_what_a_choice_may_be_is_told(capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["trian", "--workdir=x"]) == 1
-    assert capsys.readouterr().err == "flaxcap: unknown command 'trian' (`flaxcap --help` lists them); did you mean 'train'?\n"  # fmt: skip
+    message = "flaxcap: unknown command 'trian' (`flaxcap --help` lists them); did you mean 'train'?\n"
+    assert capsys.readouterr() == ("", message)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,8 @@ def test_an_unknown_command_names_the_nearest(capsys):
         ("prepare --workdir=w --config=p", "Unknown command line flag 'workdir'"),
         ("prepare p.py", "unexpected 'p.py'; values are given as --flag=value"),
         ("prepare --config=p --num_workers=0", "--num_workers=0"),
+        ("prepare --config=p --distributed=host:1,2", "--distributed=host:1,2: expected auto, or COORDINATOR:PORT,"),
+        ("prepare --config=p --distributed=host:1,2,x", "--distributed=host:1,2,x: expected auto, or "),
         ("prepare --config=p --max_bad_fraction=1.5", "--max_bad_fraction=1.5"),
         ("evaluate --workdir=w --split=dev", "--split=dev: value should be one of <train|val|test>"),
         ("evaluate --workdir=nowhere", "nowhere: no config.json: neither a run nor an export"),
@@ -158,7 +161,7 @@ def test_what_is_missing_or_too_much(args, message, refused, tmp_path, monkeypat
         ("model.cell=lsmt", "--config.model.cell=lsmt: expected one of gru, lstm; did you mean 'lstm'?"),
         ("encoder.block=mixed11", "--config.encoder.block=mixed11: expected one of mixed0, mixed1, "),
         ("dataset=shape", "--config.dataset=shape: expected one of coco_captions, flickr8k, folder, shapes"),
-        ("train.epoch=3", "--config.train.epoch: no such field (`flaxcap train --help` lists them); did you mean 'train.epochs'?"),
+        ("train.epoch=3", "--config.train.epoch: no such field (`flaxcap train --help` lists them); did you mean "),
         ("epochs=3", "did you mean 'train.epochs'?"),
         ("train=3", "it is a group, as in 'train.batch_images'"),
     ],
@@ -180,7 +183,7 @@ def test_a_bad_override_is_named(override, message, refused, tmp_path):
         ("p.py", "get_config = lambda: Config(train=Train(epochs='3'))", "train: epochs is '3', expected int"),
         ("p.py", "get_config = lambda: Config(train=3)", "train: found int, expected an object"),
         ("p.py", "get_config = lambda: Config(train=Train(epoch=3))",
-         "line 2: TypeError: Train.__init__() got an unexpected keyword argument 'epoch'; did you mean 'train.epochs'?"),
+         "line 2: TypeError: Train.__init__() got an unexpected keyword argument 'epoch'; did you mean 'train.epochs'"),
         ("p.json", '{"train": {"epoch": 3}}', "train: unknown field 'epoch'; did you mean 'epochs'?"),
         ("p.json", '{"train": {"epochs": true}}', "train: epochs is True, expected int"),
         ("p.json", '{"train": ', "not JSON (Expecting value"),

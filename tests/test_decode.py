@@ -20,7 +20,9 @@ def params():
     """A decoder far enough from its start that its captions differ and end at various lengths."""
     leaves, tree = jax.tree.flatten(INIT(jax.random.key(3)))
     keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree, [x + 0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 def run(params, key: int = 0, feats_IPF=FEATS_IPF, **options) -> decode.Decoded:

@@ -15,7 +15,12 @@ F, V, P = 12, 30, 64
 # Each option with each value, and with each cell.
 OPTIONS = [
     {"cell": cell, "attention_gate": gate, "initial_state": state, "positions": gate != (state == "mean")}
-    for cell, gate, state in (("gru", False, "zeros"), ("gru", True, "mean"), ("lstm", True, "zeros"), ("lstm", False, "mean"))
+    for cell, gate, state in (
+        ("gru", False, "zeros"),
+        ("gru", True, "mean"),
+        ("lstm", True, "zeros"),
+        ("lstm", False, "mean"),
+    )
 ]
 
 

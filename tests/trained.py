@@ -25,10 +25,16 @@ def tiny_config() -> Config:
         encoder=Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=20),
         model=Model(image_dim=16, embedding_dim=16, attention_dim=16, hidden_dim=32, head_dim=32),
         train=Train(
-            batch_images=8, captions_per_image=1, epochs=2, learning_rate=2e-2, warmup_steps=5, num_buckets=1, log_every=8
+            batch_images=8,
+            captions_per_image=1,
+            epochs=2,
+            learning_rate=2e-2,
+            warmup_steps=5,
+            num_buckets=1,
+            log_every=8,
         ),
         decode=Decode(max_length=16, batch_size=8),
-    )  # fmt: skip
+    )
 
 
 def make(directory: pathlib.Path) -> Trained:

@@ -25,9 +25,9 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": 22, "large": 35}  # radius in pixels
+SIZES = {"small": 25, "large": 40}  # radius in pixels
 SHAPES = ("ring", "square", "triangle")
-CANVAS = 160
+CANVAS = 176
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 # The words of a relation, and of the first object seen from the second.
