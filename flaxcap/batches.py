@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxcap.errors import UserError
 from flaxcap.text import PAD, Tokens
 
 
@@ -38,12 +39,12 @@ class Plan:
         seed: int = 0,
         skip: frozenset[int] | set[int] = frozenset(),
     ):
-        """`skip`: rows of the store without features. ValueError if no caption is left."""
+        """`skip`: rows of the store without features. UserError if no caption is left."""
         self.tokens, self.seed = tokens, seed
         lengths = np.diff(tokens.starts)
         self.entries_EC = _entries(tokens.rows, captions_per_image, skip)
         if not len(self.entries_EC):
-            raise ValueError("there is no caption to make a batch of")
+            raise UserError("there is no image with features and a caption to make a batch of")
         longest_E = np.where(self.entries_EC >= 0, lengths[self.entries_EC], 0).max(1)
         self.buckets = choose_buckets(longest_E, num_buckets)
 

@@ -85,11 +85,9 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(like)).params  # pyright: ignore[reportCallIssue]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        saved = self._manager.item_metadata(step)
-        expected = jax.tree.map(lambda x: x.shape, items["params"].item)
-        found = saved["params"] and jax.tree.map(lambda m: tuple(m.shape), saved["params"].tree)
-        if found != expected:
-            raise CheckpointError(f"{self.path / str(step)}: found parameters {found}, expected {expected}")
+        saved = self._manager.item_metadata(step)["params"]
+        # Beforehand: Orbax's own complaint leaves half-started reads behind.
+        check_shapes(self.path / str(step), saved.tree if saved else {}, items["params"].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as e:
@@ -101,6 +99,21 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def check_shapes(where: object, found: Any, expected: Any) -> None:
+    """CheckpointError, naming the first that differs, unless two trees have leaves of the same names and shapes."""
+    shapes, right = (
+        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
+    )
+    wrong = [name for name in sorted(shapes | right) if shapes.get(name) != right.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{where}: {len(wrong)} parameters do not fit the preset: {name} has shape"
+            f" {shapes.get(name, 'none (it is missing)')}, expected {right.get(name, 'none')}"
+        )
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:

@@ -34,9 +34,9 @@ def _group(cls, help: str):
 
 @dataclasses.dataclass
 class Shapes:
-    num_train: int = _field(2400, "rendered training images")
-    num_val: int = _field(200, "rendered validation images, each with a held-out kind of object")
-    num_test: int = _field(200, "rendered test images, each with a held-out kind of object")
+    num_train: int = _field(10_000, "rendered training images")
+    num_val: int = _field(300, "rendered validation images, each with a held-out kind of object")
+    num_test: int = _field(300, "rendered test images, each with a held-out kind of object")
     seed: int = _field(0, "seed of the rendered scenes")
 
 

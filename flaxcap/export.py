@@ -117,17 +117,7 @@ def _load_export(path: epath.Path) -> Captioner:
 def _params(path: epath.Path, expected: Any) -> Any:
     """The parameters saved there. CheckpointError if their names or shapes are not the expected ones."""
     found = checkpoint.load_params(path)
-    shapes, right = (
-        {jax.tree_util.keystr(k, simple=True, separator="/"): np.shape(x) for k, x in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
-    )
-    wrong = [name for name in sorted(shapes | right) if shapes.get(name) != right.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{path}: {len(wrong)} parameters do not fit the preset: {name} has shape"
-            f" {shapes.get(name, 'none (it is missing)')}, expected {right.get(name, 'none')}"
-        )
+    checkpoint.check_shapes(path, found, expected)
     return found
 
 

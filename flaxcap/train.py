@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import tqdm
 from etils import epath
 from jax.sharding import Mesh
@@ -16,7 +15,7 @@ from flaxcap import config as config_lib
 from flaxcap import export, logs, model, plots, store
 from flaxcap import train_step as step_lib
 from flaxcap.batches import Plan
-from flaxcap.checkpoint import Checkpoints
+from flaxcap.checkpoint import Checkpoints, check_shapes
 from flaxcap.config import Config, ConfigError
 from flaxcap.feed import Feed
 from flaxcap.text import Tokens, Vocabulary
@@ -170,9 +169,7 @@ def _start(
     if init_from is None:
         return fresh, {}
     params = export.load(model_dir=init_from).params
-    shapes, expected = jax.tree.map(np.shape, params), jax.tree.map(np.shape, fresh.params)
-    if shapes != expected:
-        raise ConfigError(f"--init_from={init_from}: has parameters {shapes}, this preset {expected}")
+    check_shapes(f"--init_from={init_from}", params, fresh.params)
     put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
     return fresh._replace(params=put), {}
 

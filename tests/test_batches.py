@@ -1,6 +1,7 @@
 """Batches are a pure function of (seed, step), hold every caption once an epoch, and pad little."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxcap.batches import Plan, choose_buckets
+from flaxcap.errors import UserError
 from flaxcap.text import END, PAD, START, Tokens
 
 
@@ -65,7 +67,7 @@ def test_an_image_never_leaves_the_device_of_its_column(lengths, images, caption
 
 def test_a_batch_is_a_function_of_seed_and_step_alone():
     tokens = tokens_of([[5, 9], [4], [12, 3, 3], [7], [8, 8]] * 4)
-    options = {"batch_images": 4, "captions_per_image": 2, "num_buckets": 2}
+    options: dict[str, Any] = {"batch_images": 4, "captions_per_image": 2, "num_buckets": 2}
     one, two = Plan(tokens, seed=3, **options), Plan(tokens, seed=3, **options)
     forward = [one.batch(step) for step in range(20)]
     for step in reversed(range(20)):  # asked for in another order: nothing is remembered
@@ -105,7 +107,7 @@ def test_skipped_images_do_not_come():
 
 
 def test_no_caption_at_all_is_an_error():
-    with pytest.raises(ValueError, match="no caption"):
+    with pytest.raises(UserError, match="no image with"):
         Plan(tokens_of([[5]]), batch_images=2, captions_per_image=1, num_buckets=1, skip={0})
 
 

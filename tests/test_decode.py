@@ -1,5 +1,7 @@
 """Decoding goes through the same step as training; a batch is its images one by one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flaxcap.text import END, PAD, START, UNK
 F, V, I, T = 12, 20, 6, 9
 CONFIG = Config(model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9))
 BIND, INIT = model.create(CONFIG, F, V)
-FEATS_IPF = np.random.default_rng(0).standard_normal((I, 64, F)).astype(np.float32)
+FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,8 @@ def params():
     )
 
 
-def run(params, key: int = 0, feats_IPF=FEATS_IPF, **options) -> decode.Decoded:
-    config = Decode(**{"max_length": T} | options)
+def run(params, key: int = 0, feats_IPF=FEATS_IPF, **options: Any) -> decode.Decoded:
+    config = Decode(**{"max_length": T, **options})
     return jax.device_get(decode.make_decode(BIND, config)(params, feats_IPF, jax.random.key(key)))
 
 
@@ -72,14 +74,14 @@ def test_a_batch_is_its_images_one_by_one(params, options):
     together = run(params, **options)
     for i in range(I):
         # Image i draws from fold_in(key, i): alone in place i it is the same.
-        alone = run(params, feats_IPF=np.repeat(FEATS_IPF[i : i + 1], i + 1, 0), **options)
+        alone = run(params, feats_IPF=jnp.repeat(FEATS_IPF[i : i + 1], i + 1, 0), **options)
         assert alone.tokens_IT[-1].tolist() == together.tokens_IT[i].tolist()
         np.testing.assert_allclose(alone.log_prob_I[-1], together.log_prob_I[i], rtol=1e-4)
 
 
 def test_sampling_follows_its_seed_and_the_model(params):
     options = {"method": "sample", "temperature": 1.0}
-    many = np.repeat(FEATS_IPF[:1], 2000, 0)
+    many = jnp.repeat(FEATS_IPF[:1], 2000, 0)
     found = run(params, key=1, feats_IPF=many, **options)
     assert (found.tokens_IT == run(params, key=1, feats_IPF=many, **options).tokens_IT).all()
     assert (found.tokens_IT != run(params, key=2, feats_IPF=many, **options).tokens_IT).any()
@@ -95,7 +97,7 @@ def test_top_k_and_temperature(params):
     greedy = run(params).tokens_IT
     assert (run(params, method="sample", top_k=1).tokens_IT == greedy).all()
     assert (run(params, method="sample", temperature=1e-4).tokens_IT == greedy).all()
-    many = np.repeat(FEATS_IPF[:1], 500, 0)
+    many = jnp.repeat(FEATS_IPF[:1], 500, 0)
     for k in (2, 4):
         assert len(set(run(params, feats_IPF=many, method="sample", top_k=k).tokens_IT[:, 0])) <= k
     hot = run(params, feats_IPF=many, method="sample", temperature=10.0)

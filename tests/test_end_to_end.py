@@ -1,4 +1,4 @@
-"""Every command in a process of its own, as a user runs it: on `shapes`, on zips laid out like COCO's, on photographs."""
+"""Every command in a process of its own, as a user runs it: on `shapes`, COCO-like zips, photographs."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from coco_sample import write_coco_zips
 from PIL import Image
 

@@ -1,6 +1,7 @@
 """The decoder against a plain reference, and what teacher forcing must and must not see."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ OPTIONS = [
 ]
 
 
-def small(**options) -> Config:
-    sizes = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+def small(**options: Any) -> Config:
+    sizes: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
     return Config(model=Model(**sizes | options))
 
 

@@ -41,10 +41,10 @@ def final_state(workdir: pathlib.Path, step: int) -> dict:
     assert checkpoints.latest_step == step
     checkpoints.close()
     found = {}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for item in ("params", "rest"):
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(workdir / "checkpoints" / str(step) / item).item_metadata.tree
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
             found[item] = checkpointer.restore(workdir / "checkpoints" / str(step) / item, like)
     return jax.tree.map(np.asarray, found)

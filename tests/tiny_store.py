@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,12 +11,18 @@ from flaxcap import store
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
 from flaxcap.text import Vocabulary
 
-WORDS = "a dog cat runs sleeps on under the mat table red blue big small".split()
+WORDS = ["a", "dog", "cat", "runs", "sleeps", "on", "under", "the", "mat", "table", "red", "blue", "big", "small"]
 FEATURES = 6
 
 
-def tiny_config(**train) -> Config:
-    options = {"batch_images": 8, "captions_per_image": 2, "epochs": 3, "num_buckets": 2, "log_every": 3}
+def tiny_config(**train: Any) -> Config:
+    options: dict[str, Any] = {
+        "batch_images": 8,
+        "captions_per_image": 2,
+        "epochs": 3,
+        "num_buckets": 2,
+        "log_every": 3,
+    }
     return Config(
         dataset="folder",
         data=Data(vocab_size=50),

@@ -25,9 +25,9 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": 25, "large": 40}  # radius in pixels
-SHAPES = ("ring", "square", "triangle")
-CANVAS = 176
+SIZES = {"small": 22, "large": 35}  # radius in pixels
+SHAPES = ("ring", "bar", "triangle")
+CANVAS = 160
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 # The words of a relation, and of the first object seen from the second.
@@ -130,9 +130,8 @@ def _draw(image: Image.Image, thing: Thing, scale: int = 4) -> None:
         pen.ellipse((0, 0, side - 1, side - 1), fill=255)
         hole = r * 0.52
         pen.ellipse((r - hole, r - hole, r + hole, r + hole), fill=0)
-    elif thing.shape == "square":
-        inset = r * 0.12
-        pen.rectangle((inset, inset, side - inset, side - inset), fill=255)
+    elif thing.shape == "bar":
+        pen.rectangle((0, r * 0.6, side, r * 1.4), fill=255)
     else:
         pen.polygon([(r, 0), (side, side * 0.93), (0, side * 0.93)], fill=255)
 
