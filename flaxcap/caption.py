@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from flaxcap import data, decode, export, features, fetch, plots, prepare
+from flaxcap import data, decode, export, features, fetch, plots
 from flaxcap.encoders import images
 
 
@@ -78,11 +78,10 @@ def from_split(
 ) -> list[tuple[str, Callable[[], bytes]]]:
     """The first `count` pictures of a split ("train", "val" or "test") of the data set the model was trained on."""
     config = captioner.config
-    splits = prepare.roles(config)
+    splits = data.roles(config)
     if role not in splits:
         raise data.DataError(f"--split={role}: expected one of {', '.join(splits)}")
-    builder = data.prepare(config.dataset, data_dir, **prepare.builder_options(config))
-    examples = data.read(builder, splits[role])
+    examples = data.read(data.of_preset(config, data_dir), splits[role])
     some = [examples[n] for n in range(min(count, len(examples)))]
     return [(e.filename, lambda e=e: e.image) for e in some]
 

@@ -11,7 +11,6 @@ from etils import epath
 from flaxcap import data, decode, export, store, train
 from flaxcap import train_step as step_lib
 from flaxcap.config import Config
-from flaxcap.prepare import builder_options
 
 
 def evaluate(
@@ -73,7 +72,7 @@ def captions_of(
 
 
 def _truth(config: Config, ids: list[int], texts: list[str]) -> dict[str, float]:
-    judge = data.judge(config.dataset, **builder_options(config))
+    judge = data.judge(config.dataset, **data.options(config))
     if judge is None:
         return {}
     # Each image takes the caption of the one half the split away: never its own, and nothing left to chance.

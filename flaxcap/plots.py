@@ -39,8 +39,10 @@ def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, p
     `alpha_TP`: a row of weights a word, P a square number. The glow is scaled to the word's largest weight, which
     stands beside the word as a share of all its attention.
     """
-    columns = max(3, min(6, len(words) + 1))
-    rows = -(-(len(words) + 1) // columns)
+    count = len(words) + 1
+    # As few empty cells as can be.
+    columns = max(count, 3) if count < 7 else min(range(4, 8), key=lambda c: (-count % c, -c))
+    rows = -(-count // columns)
     caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
     # Inches. A very long or very wide picture keeps its aspect inside a cell that does not.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1

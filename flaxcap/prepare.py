@@ -42,12 +42,12 @@ def prepare(
     _check_encoder(config, encoder_weights)
     builder = None
     if jax.process_index() == 0:
-        builder = data.prepare(config.dataset, data_dir, manual_dir=manual_dir, **builder_options(config))
+        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
         _describe(config, data_dir, builder, npy_dir, encoder_weights)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("described")
     if builder is None:
-        builder = data.prepare(config.dataset, data_dir, manual_dir=manual_dir, **builder_options(config))
+        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
     store = Store(store_lib.path_for(data_dir, config))
     npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
     if any(store.split(role).unfinished() for role in store.roles):
@@ -81,16 +81,6 @@ def _check_encoder(config: config_lib.Config, encoder_weights: str | None) -> No
         inception_v3.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
     except ValueError as e:
         raise ConfigError(f"--config.encoder.image_size={encoder.image_size}: {e}") from e
-
-
-def builder_options(config: config_lib.Config) -> dict:
-    return dataclasses.asdict(config.data.shapes) if config.dataset == "shapes" else {}
-
-
-def roles(config: config_lib.Config) -> dict[str, str]:
-    """{"train": "train+restval", ...}: which TFDS split plays which part."""
-    d = config.data
-    return {r: s for r, s in zip(store_lib.ROLES, (d.train_split, d.val_split, d.test_split), strict=True) if s}
 
 
 def _describe(
@@ -171,7 +161,7 @@ def _check_same(
 def _write_captions(config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder) -> dict:
     """The captions of every split; the manifest's words on them."""
     splits = {}
-    for role, split in roles(config).items():
+    for role, split in data.roles(config).items():
         try:
             examples = data.read(builder, split)
         except data.DataError as e:

@@ -1,5 +1,6 @@
 """The data sets: `prepare` one, `read` a split of it. Nothing behind these doors knows which one it is."""
 
+import dataclasses
 import difflib
 import functools
 import importlib
@@ -10,9 +11,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from flaxcap.config import Config
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Example, Split
 
-__all__ = ["NAMES", "DataError", "Example", "Split", "judge", "prepare", "read"]
+__all__ = ["NAMES", "DataError", "Example", "Split", "judge", "of_preset", "options", "prepare", "read", "roles"]
 
 # Imported when asked for: each has needs of its own.
 _BUILDERS = {"coco_captions": "CocoCaptions", "flickr8k": "Flickr8k", "folder": "Folder", "shapes": "Shapes"}
@@ -56,6 +58,26 @@ def prepare(
         file_format=FILE_FORMAT, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
     return builder
+
+
+def of_preset(config: Config, data_dir: PathLike, *, manual_dir: PathLike | None = None) -> tfds.core.DatasetBuilder:
+    """The builder of a preset's data set, prepared.
+
+    TFDS writes to disks alone: with a `data_dir` in an object store the data set is kept in `~/.cache/flaxcap`.
+    """
+    root = epath.Path(data_dir) if "://" not in str(data_dir) else epath.Path("~/.cache/flaxcap").expanduser()
+    return prepare(config.dataset, root, manual_dir=manual_dir, **options(config))
+
+
+def options(config: Config) -> dict:
+    """What the builder of a preset's data set takes beside directories."""
+    return dataclasses.asdict(config.data.shapes) if config.dataset == "shapes" else {}
+
+
+def roles(config: Config) -> dict[str, str]:
+    """{"train": "train+restval", "val": …, "test": …}: which TFDS split plays which part."""
+    splits = {"train": config.data.train_split, "val": config.data.val_split, "test": config.data.test_split}
+    return {role: split for role, split in splits.items() if split}
 
 
 def read(builder: tfds.core.DatasetBuilder, split: str) -> Split:
