@@ -63,6 +63,7 @@ def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
 
 def test_coco_layout(tmp_path):
     """The COCO preset on zips of COCO's layout, with a random early block in the place of downloaded weights."""
+    (tmp_path / "zips").mkdir()
     write_coco_zips(tmp_path / "zips", n_train=12, n_restval=6, n_val=5, n_test=5)
     smaller = ["--config.encoder.weights=random", "--config.encoder.block=mixed0", "--config.encoder.image_size=96"]
     preset = ["--config=experiments/coco.py", *smaller, f"--data_dir={tmp_path / 'data'}"]

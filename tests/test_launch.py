@@ -343,7 +343,8 @@ def test_run_starts_training_on_all_workers(pod: Launch):
     pod("run")
     assert pod.log()[-1] == (
         "gcloud compute tpus tpu-vm ssh pod --worker=all --command=flaxcap/launch.sh worker start flaxcap"
-        " train --config=experiments/shapes.py --workdir=gs://b/run --data_dir=gs://b/data --zone=z1 --quiet"
+        " train --config=experiments/shapes.py --workdir=gs://b/run --data_dir=gs://b/data --distributed=auto"
+        " --zone=z1 --quiet"
     )
     pod("run", "--", "echo", "two words", WORKER="0", WORKDIR="local")
     assert r"--worker=0 --command=flaxcap/launch.sh worker start echo two\ words" in pod.log()[-1]
