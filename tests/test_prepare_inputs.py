@@ -201,6 +201,13 @@ def test_training_captions_without_a_word_are_explained(tmp_path):
         imported(tmp_path, {"train": {"t.jpg": ["?!", "…"]}, "val": {"v.jpg": ["two"]}})
 
 
+def test_captions_of_no_known_word_are_told(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        imported(tmp_path, {"train": {"t.jpg": ["one two"]}, "val": {"v.jpg": ["two", "zzz ?", "qqq"]}})
+    assert "val: 2 captions hold no word of the vocabulary; the first is 'zzz ?', of v.jpg" in caplog.text
+    assert "train: " not in caplog.text
+
+
 def test_other_captions_are_not_taken_for_these(tmp_path):
     found = imported(tmp_path)
     with pytest.raises(StoreError, match=rf"{found.path}: made of folder/mine-\w+/1\.0\.0, not of folder/mine-"):
