@@ -13,7 +13,7 @@ import flaxcap
 from flaxcap import config as config_lib
 from flaxcap.errors import UserError
 
-FAILED, PREEMPTED = 1, 75  # 75: EX_TEMPFAIL, "saved; run me again"
+FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL, "saved; run me again"
 
 # What each command is for, an example, and its flags. JAX is imported when a command runs: help is quick.
 COMMANDS = {
@@ -42,7 +42,16 @@ COMMANDS = {
 
 def run() -> None:
     """The `flaxcap` program."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone, as `head` goes; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = FAILED
+    except KeyboardInterrupt:
+        print("flaxcap: interrupted; the same command goes on with what was saved", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(status)
 
 
 def main(args: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from trained import Trained, tiny_config
 
 from flaxcap import config as config_lib
 from flaxcap import logs
+from flaxcap import main as main_lib
 from flaxcap.main import main
 
 # Every flag of every command: a new one belongs here and in the help.
@@ -322,3 +323,23 @@ def test_a_preempted_run_asks_to_be_started_again(trained: Trained, tmp_path, ca
     assert err == ""
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / "run" / "checkpoints" / "9").is_dir()
+
+
+def test_a_reader_that_goes_away_and_an_interrupt_leave_no_traceback(monkeypatch, capsys):
+    command = [sys.executable, "-c", "from flaxcap.main import run; run()", "train", "--help"]
+    gone = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert gone.stdout
+    assert gone.stderr
+    gone.stdout.close()
+    assert gone.wait(60) == main_lib.FAILED
+    assert gone.stderr.read() == ""
+    gone.stderr.close()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_lib, "main", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main_lib.run()
+    assert end.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
