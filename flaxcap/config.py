@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import json
 import os
+import pathlib
 import re
 import traceback
 import typing
@@ -116,6 +117,11 @@ class Config:
     model: Model = _group(Model, "the caption decoder")
     train: Train = _group(Train, "how it is trained")
     decode: Decode = _group(Decode, "how it captions")
+
+
+def cache_dir() -> pathlib.Path:
+    """For downloads, and data sets that cannot be kept elsewhere: `$XDG_CACHE_HOME/flaxcap` or `~/.cache/flaxcap`."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flaxcap"
 
 
 def load(path: str) -> Config:

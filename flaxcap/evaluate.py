@@ -75,8 +75,8 @@ def _truth(config: Config, ids: list[int], texts: list[str]) -> dict[str, float]
     judge = data.judge(config.dataset, **data.options(config))
     if judge is None:
         return {}
-    # Each image takes the caption of the one half the split away: never its own, and nothing left to chance.
-    half = max(len(texts) // 2, 1)
+    # Each image takes the caption of the one half the split away: not its own, and nothing left to chance.
+    half = len(texts) // 2
     swapped = texts[half:] + texts[:half]
     return {
         "true": float(np.mean([judge(i, text) for i, text in zip(ids, texts, strict=True)])),

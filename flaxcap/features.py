@@ -101,7 +101,7 @@ def extract(
                     f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
                 )
             split.write(array, number, feats_NPF, bad)
-    logging.info("%s: %d images, %.1f images/s", name, images, images / (time.perf_counter() - begin))
+    print(f"{name}: {images} images, {images / (time.perf_counter() - begin):.1f} images/s")
 
 
 def _load_ahead(

@@ -8,6 +8,8 @@ import jax
 import tensorboardX
 from etils import epath
 
+from flaxcap.store import write_whole
+
 
 class Clock:
     """Seconds spent training: not compiling, validating or saving. Saved in checkpoints, it survives restarts."""
@@ -62,7 +64,7 @@ class Metrics:
             self._board.close()
 
     def _rewrite(self) -> None:
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 def read(workdir: epath.PathLike) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -45,3 +46,37 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     from trained import make
 
     return make(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    from launch_stub import commit
+
+    return commit(tmp_path_factory.mktemp("committed"))
+
+
+@pytest.fixture
+def launch(tmp_path: pathlib.Path, committed: pathlib.Path):
+    """launch.sh in a repository of its own, see tests/launch_stub.py."""
+    from launch_stub import Launch
+
+    return Launch(tmp_path, committed)
+
+
+@pytest.fixture
+def pod(launch):
+    """The same with a TPU VM named."""
+    launch.env |= {"TPU_NAME": "pod", "ZONE": "z1", "TYPE": "v6e-8"}
+    launch.env |= {"WORKDIR": "gs://b/run", "DATA_DIR": "gs://b/data"}
+    return launch
+
+
+@pytest.fixture
+def vm(pod):
+    """gcloud's stand-in makes a VM out of a directory and runs the real worker commands in it."""
+    if not (shutil.which("flock") and shutil.which("setsid")):
+        pytest.skip("flock and setsid, which every TPU VM has, are not here")
+    (pod.stub / "bucket").mkdir()
+    yield pod
+    if (pod.stub / "machine").exists():  # a test that failed may have left its program running
+        pod("worker", "stop", HOME=str(pod.stub / "machine"), STOP_TIMEOUT="0.1")

@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from flaxcap import data
+from flaxcap.config import Config, Data, Shapes
 from flaxcap.data import base
 
 
@@ -271,3 +272,11 @@ def test_coco_prepared_by_tfds_as_tfrecord_is_not(tmp_path):
 def test_tensorflow_is_not_needed():
     assert "tensorflow" not in sys.modules
     assert "torch" not in sys.modules
+
+
+def test_a_data_dir_in_an_object_store_leaves_the_data_set_on_this_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = Config(dataset="shapes", data=Data(shapes=Shapes(num_train=2, num_val=1, num_test=1)))
+    builder = data.of_preset(config, "gs://bucket/data")
+    assert len(data.read(builder, "train")) == 2
+    assert (tmp_path / "flaxcap" / "shapes").is_dir()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from flaxcap import model
 from flaxcap.config import Config, Model
@@ -160,3 +161,14 @@ def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits():
     assert logits[1].dtype == jnp.float32
     np.testing.assert_allclose(logits[0], logits[1], atol=0.03)
     assert np.abs(logits[0] - logits[1]).max() > 0
+
+
+def test_gradients_are_those_of_finite_differences(case):
+    """Also through the attention, whose forward pass is computed again for them."""
+    _, bind, params, feats_IPF, tokens_ICT = case
+
+    def loss(params):
+        captioner = bind(params)
+        return (captioner.logits(captioner(feats_IPF, tokens_ICT)[0]) ** 2).mean()
+
+    check_grads(loss, (params,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)

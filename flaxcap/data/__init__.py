@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from flaxcap.config import Config
+from flaxcap.config import Config, cache_dir
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Example, Split
 
 __all__ = ["NAMES", "DataError", "Example", "Split", "judge", "of_preset", "options", "prepare", "read", "roles"]
@@ -63,9 +63,9 @@ def prepare(
 def of_preset(config: Config, data_dir: PathLike, *, manual_dir: PathLike | None = None) -> tfds.core.DatasetBuilder:
     """The builder of a preset's data set, prepared.
 
-    TFDS writes to disks alone: with a `data_dir` in an object store the data set is kept in `~/.cache/flaxcap`.
+    TFDS writes to disks alone: with a `data_dir` in an object store the data set is kept in the cache.
     """
-    root = epath.Path(data_dir) if "://" not in str(data_dir) else epath.Path("~/.cache/flaxcap").expanduser()
+    root = cache_dir() if "://" in str(data_dir) else data_dir
     return prepare(config.dataset, root, manual_dir=manual_dir, **options(config))
 
 

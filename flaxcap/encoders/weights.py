@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from flaxcap import config
 from flaxcap.encoders import inception_v3
 from flaxcap.errors import UserError
 
@@ -159,9 +160,7 @@ def fetch(url: str, md5: str, cache_dir: str | os.PathLike[str] | None = None) -
     A broken download goes on where it stopped; only a file with the right checksum gets its name; processes
     that want the same file wait for one another. WeightsError if it cannot be had, saying what to put where.
     """
-    if cache_dir is None:
-        cache_dir = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flaxcap"
-    path = pathlib.Path(cache_dir) / url.rsplit("/", 1)[-1]
+    path = pathlib.Path(cache_dir or config.cache_dir()) / url.rsplit("/", 1)[-1]
     part = path.with_name(path.name + ".part")
     by_hand = f"Fetch {url} by hand and save it as {path}, or name a copy with --encoder_weights=PATH."
     try:
