@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcap import config as config_lib
-from flaxcap.model import Carry, Params
+from flaxcap.cell import Carry
+from flaxcap.model import Params
 from flaxcap.text import END, PAD, START, UNK
 from flaxcap.train_step import Bind
 
@@ -58,7 +59,7 @@ def make_decode(bind: Bind, config: config_lib.Decode) -> Callable[[Params, jax.
         only_end = np.arange(vocabulary) == END
 
         def body(s: _Loop) -> _Loop:
-            carry, alpha_ICP = model.step(memory, s.carry, model.read(s.last_I[:, None]))
+            carry, alpha_ICP, _ = model.cell(memory, s.carry, model.read(s.last_I[:, None]))
             logits_IV = model.logits(carry.hidden_ICH)[:, 0]
             allowed_V = jnp.where(s.t == length - 1, only_end, words)
             chosen_I = choose(jnp.where(allowed_V[None], logits_IV, -jnp.inf), jax.random.fold_in(key, s.t))

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
+from flaxcap import loss as loss_lib
 from flaxcap.model import Captioner, Params
 from flaxcap.text import PAD
 
@@ -78,42 +79,46 @@ def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: in
     return jax.jit(make, out_shardings=replicated(mesh))()
 
 
-def gather(mesh: Mesh, inputs: Inputs) -> jax.Array:
-    """`feats_IPF`, each device reading its own part of the bank: nothing travels."""
-    take = jax.shard_map(
-        lambda bank, index: bank[index], mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
-    )
-    return take(inputs.bank_NPF, inputs.index_I)
-
-
 def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, ...]:
     """Sums over the batch, each float32 []: cross-entropy (nats), tokens that count, tokens guessed right."""
     hidden_ICTH, _ = model(feats_IPF, tokens_ICT[..., :-1])
-    targets_ICT = tokens_ICT[..., 1:]
-    logits_ICTV = model.logits(hidden_ICTH)
-    losses_ICT = optax.softmax_cross_entropy_with_integer_labels(logits_ICTV, targets_ICT)
-    real_ICT = (targets_ICT != PAD).astype(jnp.float32)
-    right_ICT = (logits_ICTV.argmax(-1) == targets_ICT).astype(jnp.float32)
-    return (losses_ICT * real_ICT).sum(), real_ICT.sum(), (right_ICT * real_ICT).sum()
+    weights = {name: {"kernel": layer.kernel[...], "bias": layer.bias[...]} for name, layer in (("head", model.head), ("vocabulary", model.vocabulary))}
+    return loss_lib.token_losses(weights, hidden_ICTH.reshape(-1, hidden_ICTH.shape[-1]), tokens_ICT[..., 1:].reshape(-1))
 
 
 def make_train_step(
-    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh
+    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, micro: int = 16
 ) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted; the state is donated."""
 
-    def loss_fn(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, dict]:
-        total, count, right = token_losses(bind(params), feats_IPF, tokens_ICT)
-        return total / jnp.maximum(count, 1), {"nats": total, "tokens": count, "right": right}
+    def nats(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, loss_lib.Sums]:
+        sums = token_losses(bind(params), feats_IPF, tokens_ICT)
+        return sums.nats, sums
+
+    def gradients(params: Params, inputs: Inputs) -> tuple[Params, loss_lib.Sums]:
+        """On one device."""
+        images = len(inputs.index_I)
+        parts = max(1, images // micro)
+
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            index_I, tokens_ICT = part
+            found = jax.grad(nats, has_aux=True)(params, inputs.bank_NPF[index_I], tokens_ICT)
+            return jax.tree.map(jnp.add, total, found), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params), loss_lib.Sums(*[jnp.zeros(())] * 3)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (inputs.index_I, inputs.tokens_ICT))
+        return jax.lax.psum(jax.lax.scan(add, zeros, split)[0], "data")
+
+    everywhere = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
-        feats_IPF = gather(mesh, inputs)
-        (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, feats_IPF, inputs.tokens_ICT)
+        grads, sums = everywhere(state.params, inputs)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        metrics = sums | {
-            "loss": loss,
+        metrics = sums._asdict() | {
+            "loss": sums.nats / jnp.maximum(sums.tokens, 1),
             "captions": (inputs.tokens_ICT[..., 0] != PAD).sum(),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
@@ -124,10 +129,10 @@ def make_train_step(
 
 
 def make_eval_step(bind: Bind, mesh: Mesh) -> Callable:
-    """`eval_step(params, inputs) -> (cross-entropy in nats, tokens, right tokens)`: sums over the batch, jitted."""
+    """`eval_step(params, inputs) -> Sums` over the batch, jitted."""
 
-    @jax.jit
-    def eval_step(params: Params, inputs: Inputs) -> tuple[jax.Array, ...]:
-        return token_losses(bind(params), gather(mesh, inputs), inputs.tokens_ICT)
+    def sums(params: Params, inputs: Inputs) -> loss_lib.Sums:
+        found = token_losses(bind(params), inputs.bank_NPF[inputs.index_I], inputs.tokens_ICT)
+        return jax.lax.psum(found, "data")
 
-    return eval_step
+    return jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))

@@ -17,7 +17,7 @@ ORDER = [
     "data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data",
     "encoders", "encoders.images", "encoders.inception_v3", "encoders.weights",
     "text", "store", "features", "batches",
-    "model", "train_step", "feed", "checkpoint", "decode",
+    "attention", "cell", "model", "loss", "train_step", "feed", "checkpoint", "decode",
     "logs", "plots", "fetch", "export",
     "prepare", "train", "evaluate", "caption", "main",
 ]  # fmt: skip
@@ -26,7 +26,7 @@ ORDER = [
 STAGES = {
     "data": {"data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data"},
     "encoding": {"encoders.images", "encoders.inception_v3", "encoders.weights", "features"},
-    "training": {"batches", "model", "train_step", "feed", "checkpoint", "decode"},
+    "training": {"batches", "attention", "cell", "model", "loss", "train_step", "feed", "checkpoint", "decode"},
 }
 JOINERS = {"prepare", "train", "evaluate", "caption", "main", "export"}
 # A size is shared: the positions of the grid.

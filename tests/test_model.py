@@ -65,16 +65,16 @@ def reference(config: Model, params, feats_PF, tokens_T) -> np.ndarray:
     if config.initial_state == "mean":
         state = np.tanh(dense("first", values.mean(0)))
         h, c = state[:n], state[n:]
-    w_query, w_gates = np.split(p["recurrent"]["kernel"], [a], axis=1)
-    b_query, b_gates = np.split(p["recurrent"]["bias"], [a])
+    w_query, w_gates = np.split(p["cell"]["recurrent"]["kernel"], [a], axis=1)
+    b_query, b_gates = np.split(p["cell"]["recurrent"]["bias"], [a])
     logits = []
     for token in tokens_T:
-        energy = np.tanh(dense("key", values) + h @ w_query + b_query) @ p["score"]["kernel"][:, 0]
+        energy = np.tanh(dense("key", values) + h @ w_query + b_query) @ p["cell"]["score"]["kernel"][:, 0]
         alpha = np.exp(energy - energy.max())
         context = (alpha / alpha.sum()) @ values
         if config.attention_gate:
-            context = context * sigmoid(dense("gate", h))
-        inputs = dense("word", p["embedding"]["embedding"][token]) + context @ p["context"]["kernel"]
+            context = context * sigmoid(h @ p["cell"]["gate"]["kernel"] + p["cell"]["gate"]["bias"])
+        inputs = dense("word", p["embedding"]["embedding"][token]) + context @ p["cell"]["context"]["kernel"]
         x = np.split(inputs, 3 + (config.cell == "lstm"))
         r = np.split(h @ w_gates + b_gates, len(x))
         if config.cell == "gru":
@@ -104,7 +104,7 @@ def test_teacher_forced_logits_equal_stepwise_logits(case):
     memory = captioner.remember(feats_IPF)
     carry = captioner.start(memory, 3)
     for t in range(tokens_ICT.shape[-1]):
-        carry, alpha_ICP = captioner.step(memory, carry, captioner.read(tokens_ICT[..., t]))
+        carry, alpha_ICP, _ = captioner.cell(memory, carry, captioner.read(tokens_ICT[..., t]))
         np.testing.assert_allclose(carry.hidden_ICH, hidden_ICTH[:, :, t], atol=1e-6)
         np.testing.assert_allclose(alpha_ICP, alpha_ICTP[:, :, t], atol=1e-6)
 

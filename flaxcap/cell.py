@@ -1,0 +1,152 @@
+"""The recurrent cell: attention and a GRU or LSTM, and its run over given tokens.
+
+One cell, two drivers: training runs `unroll` over the tokens of the captions, decoding calls the cell over its own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from flaxcap import attention
+from flaxcap import config as config_lib
+
+
+class Memory(NamedTuple):
+    """What the decoder looks at: computed once an image, whatever the number of its captions."""
+
+    values_IPE: jax.Array
+    keys_IPA: jax.Array
+
+
+class Carry(NamedTuple):
+    """The recurrent state; `cell_ICH` is None for a GRU."""
+
+    hidden_ICH: jax.Array
+    cell_ICH: jax.Array | None
+
+
+def _recurrent_init(attention_dim: int, hidden_dim: int) -> Callable:
+    """The query's columns Glorot-uniform, each gate's columns orthogonal, as Keras initialises them apart."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        gates = (shape[1] - attention_dim) // hidden_dim
+        keys = jax.random.split(key, gates + 1)
+        query = initializers.glorot_uniform()(keys[0], (hidden_dim, attention_dim), dtype)
+        square = initializers.orthogonal()
+        return jnp.concatenate([query, *(square(k, (hidden_dim, hidden_dim), dtype) for k in keys[1:])], 1)
+
+    return init
+
+
+class Cell(nnx.Module):
+    """One token: where to look, and the next state."""
+
+    def __init__(self, config: config_lib.Model, dtype: Any, *, rngs: nnx.Rngs):
+        c = config
+        self.config = config
+        self.gates = {"gru": 3, "lstm": 4}[c.cell] * c.hidden_dim
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
+        linear: dict[str, Any] = options | {"kernel_init": initializers.glorot_uniform()}
+        self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **linear)
+        self.context = nnx.Linear(c.image_dim, self.gates, use_bias=False, **linear)
+        # One product gives the attention's query and the gates' recurrent part.
+        self.recurrent = nnx.Linear(
+            c.hidden_dim,
+            c.attention_dim + self.gates,
+            kernel_init=_recurrent_init(c.attention_dim, c.hidden_dim),
+            **options,
+        )
+        if c.attention_gate:
+            self.gate = nnx.Linear(c.hidden_dim, 1, **linear)
+
+    def __call__(
+        self, memory: Memory, carry: Carry, word_ICG: jax.Array, probe_ICR: jax.Array | None = None
+    ) -> tuple[Carry, jax.Array, jax.Array]:
+        """The next state, where the model looked for it, `alpha_ICP`, and what it saw, `context_ICE`.
+
+        `word_ICG`: the token's part of the gates. `probe_ICR` is added to the recurrent product, whose gradient
+        it thereby takes.
+        """
+        c = self.config
+        hidden_ICH = carry.hidden_ICH
+        mixed_ICR = self.recurrent(hidden_ICH)
+        if probe_ICR is not None:
+            mixed_ICR = mixed_ICR + probe_ICR
+        query_ICA, recurrent_ICG = mixed_ICR[..., : c.attention_dim], mixed_ICR[..., c.attention_dim :]
+        score_A = self.score.kernel[:, 0].astype(query_ICA.dtype)
+        context_ICE, alpha_ICP = attention.attend(memory.keys_IPA, memory.values_IPE, score_A, query_ICA)
+        if c.attention_gate:
+            context_ICE = context_ICE * jax.nn.sigmoid(self.gate(hidden_ICH))
+        input_ICG = word_ICG + self.context(context_ICE)
+        if carry.cell_ICH is not None:
+            i, f, g, o = jnp.split(input_ICG + recurrent_ICG, 4, -1)
+            # The forget gate starts open (Jozefowicz et al. 2015).
+            cell = jax.nn.sigmoid(f + 1) * carry.cell_ICH + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return Carry(jax.nn.sigmoid(o) * jnp.tanh(cell), cell), alpha_ICP, context_ICE
+        # Cho et al. 2014, the reset gate after the product, as cuDNN and Keras have it.
+        z_x, r_x, n_x = jnp.split(input_ICG, 3, -1)
+        z_h, r_h, n_h = jnp.split(recurrent_ICG, 3, -1)
+        z = jax.nn.sigmoid(z_x + z_h)
+        n = jnp.tanh(n_x + jax.nn.sigmoid(r_x + r_h) * n_h)
+        return Carry(z * hidden_ICH + (1 - z) * n, None), alpha_ICP, context_ICE
+
+
+def unroll(cell: Cell, memory: Memory, carry: Carry, words_TICG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [T, I, C, H] after each token, attention weights [T, I, C, P].
+
+    The gradients of the cell's two large kernels are each one product over all the tokens, after the backward scan;
+    inside it they would be read and written at every token.
+    """
+    graph, weights = nnx.split(cell)
+    return _unroll(graph, nnx.to_pure_dict(weights), memory, carry, words_TICG)
+
+
+def _scan(
+    graph: Any, weights: Any, memory: Memory, carry: Carry, words_TICG: jax.Array, probes_TICR: jax.Array | None
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """(hidden, alpha), context, each stacked over the tokens."""
+
+    def body(carry: Carry, token: tuple) -> tuple[Carry, tuple]:
+        state = nnx.State(weights)
+        carry, alpha_ICP, context_ICE = nnx.merge(graph, state)(memory, carry, *token)
+        return carry, ((carry.hidden_ICH, alpha_ICP), context_ICE)
+
+    return jax.lax.scan(body, carry, (words_TICG, probes_TICR))[1]
+
+
+def _unroll(graph, weights, memory, carry, words_TICG):
+    return _scan(graph, weights, memory, carry, words_TICG, None)[0]
+
+
+def _forward(graph, weights, memory, carry, words_TICG):
+    def run(weights, memory, carry, words_TICG, probes_TICR):
+        held = dict(weights)
+        for name in ("recurrent", "context"):
+            held[name] = held[name] | {"kernel": jax.lax.stop_gradient(held[name]["kernel"])}
+        return _scan(graph, held, memory, carry, words_TICG, probes_TICR)
+
+    mixed = weights["recurrent"]["kernel"].shape[1]
+    probes_TICR = jnp.zeros((*words_TICG.shape[:-1], mixed), words_TICG.dtype)
+    (hidden, alpha), pull, context = jax.vjp(run, weights, memory, carry, words_TICG, probes_TICR, has_aux=True)
+    before = jnp.concatenate([carry.hidden_ICH[None], hidden[:-1]])
+    return (hidden, alpha), (pull, before, context)
+
+
+def _backward(graph, residuals, given):
+    pull, before_TICH, context_TICE = residuals
+    d_weights, d_memory, d_carry, d_words_TICG, d_mixed_TICR = pull(given)
+
+    def kernel(inputs, d_outputs):
+        return jnp.einsum("ticx,ticy->xy", inputs, d_outputs, preferred_element_type=jnp.float32)
+
+    d_weights["recurrent"]["kernel"] = kernel(before_TICH, d_mixed_TICR)
+    d_weights["context"]["kernel"] = kernel(context_TICE, d_words_TICG)
+    return d_weights, d_memory, d_carry, d_words_TICG
+
+
+_unroll = jax.custom_vjp(_unroll, nondiff_argnums=(0,))
+_unroll.defvjp(_forward, _backward)
