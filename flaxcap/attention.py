@@ -41,15 +41,22 @@ def attend(
     alpha = softmax_p(score · tanh(key_p + query)), context = sum_p alpha_p value_p; `grown_IPA` is `grow(keys)`.
     All arguments are of one dtype.
     """
-    # A softmax does not see what all positions have in common, here sum(score).
-    scores_ICP = _reciprocal(grown_IPA, query_ICA) @ (-2 * score_A)
-    alpha_ICP = jax.nn.softmax(scores_ICP.astype(jnp.float32))
+    # A softmax does not see what all positions have in common, here sum(score). The product is one for each image, as
+    # if their scores differed: as a single matrix product, a GPU's compiler would write all of r to memory for it.
+    score_IA = jnp.broadcast_to(-2 * score_A, grown_IPA.shape[::2])
+    scores_IP = [_weigh("ipa,ia->ip", r_IPA, score_IA) for r_IPA in _reciprocals(grown_IPA, query_ICA)]
+    alpha_ICP = jax.nn.softmax(jnp.stack(scores_IP, 1))
     return jnp.einsum("icp,ipe->ice", alpha_ICP.astype(values_IPE.dtype), values_IPE), alpha_ICP
 
 
-def _reciprocal(grown_IPA: jax.Array, query_ICA: jax.Array) -> jax.Array:
-    """r [I, C, P, A]."""
-    return 1 / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
+def _reciprocals(grown_IPA: jax.Array, query_ICA: jax.Array) -> list[jax.Array]:
+    """r [I, P, A] of each caption: compilers make one pass of a caption, and several of a fourth axis."""
+    grown_ICA = _grown(query_ICA)
+    return [1 / (1 + grown_IPA * grown_ICA[:, c, None]) for c in range(grown_ICA.shape[1])]
+
+
+def _weigh(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
 def _forward(
@@ -64,21 +71,38 @@ def _backward(residuals: Residuals, given: tuple[jax.Array, jax.Array]) -> tuple
     d_context_ICE, d_alpha_ICP = given
     dtype = grown_IPA.dtype
     d_values_IPE = jnp.einsum("icp,ice->ipe", alpha_ICP.astype(dtype), d_context_ICE)
-    d_alpha_ICP = d_alpha_ICP + jnp.einsum("ice,ipe->icp", d_context_ICE, values_IPE).astype(jnp.float32)
+    d_alpha_ICP = d_alpha_ICP + _weigh("ice,ipe->icp", d_context_ICE, values_IPE)
     d_scores_ICP = alpha_ICP * (d_alpha_ICP - (alpha_ICP * d_alpha_ICP).sum(-1, keepdims=True))
-    d_scores_ICP = d_scores_ICP.astype(dtype)
 
-    r_ICPA = _reciprocal(grown_IPA, query_ICA)
-    d_score_A = -2 * jnp.einsum("icp,icpa->ica", d_scores_ICP, r_ICPA).sum((0, 1))
-    # How these two sums are written decides how many passes over the energies a CPU makes.
-    slope_ICA = jax.lax.map(lambda x: jnp.einsum("cp,cpa->ca", x[0], x[1] - x[1] * x[1]), (d_scores_ICP, r_ICPA))
-    slope_IPA = sum((r - r * r) * d[..., None] for r, d in zip(*map(_by_caption, (r_ICPA, d_scores_ICP)), strict=True))
-    score_11A = 4 * score_A[None, None]
-    return score_11A * slope_IPA, d_values_IPE, d_score_A, score_11A * slope_ICA
+    sums = jax.lax.platform_dependent(
+        grown_IPA, query_ICA, d_scores_ICP.astype(dtype), cpu=_sums_on_a_cpu, default=_sums_by_caption
+    )
+    r_ICA, slope_ICA, slope_IPA = sums
+    score_11A = 4 * score_A[None, None].astype(jnp.float32)
+    d_keys_IPA, d_query_ICA = (score_11A * slope_IPA).astype(dtype), (score_11A * slope_ICA).astype(dtype)
+    return d_keys_IPA, d_values_IPE, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA
 
 
-def _by_caption(x: jax.Array) -> list[jax.Array]:
-    return [x[:, c] for c in range(x.shape[1])]
+def _sums_by_caption(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array) -> tuple[jax.Array, ...]:
+    """Weighted by d: sum_p r and sum_p (r - r²), each [I, C, A], and sum_c (r - r²), [I, P, A]; all float32."""
+    r_IA, slope_IA = [], []
+    slope_IPA = jnp.zeros(grown_IPA.shape, jnp.float32)
+    for c, r_IPA in enumerate(_reciprocals(grown_IPA, query_ICA)):
+        d_IP = d_ICP[:, c]
+        slope = r_IPA - r_IPA * r_IPA
+        r_IA.append(_weigh("ip,ipa->ia", d_IP, r_IPA))
+        slope_IA.append(_weigh("ip,ipa->ia", d_IP, slope))
+        slope_IPA += (slope * d_IP[..., None]).astype(jnp.float32)
+    return jnp.stack(r_IA, 1), jnp.stack(slope_IA, 1), slope_IPA
+
+
+def _sums_on_a_cpu(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array) -> tuple[jax.Array, ...]:
+    """The same: here it is quicker to keep r, and to finish one image while its part of r is in the cache."""
+    r_ICPA = 1 / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
+    r_ICA = _weigh("icp,icpa->ica", d_ICP, r_ICPA)
+    slope_ICA = jax.lax.map(lambda x: _weigh("cp,cpa->ca", x[0], x[1] - x[1] * x[1]), (d_ICP, r_ICPA))
+    slope_IPA = sum((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None] for c in range(d_ICP.shape[1]))
+    return r_ICA, slope_ICA, slope_IPA.astype(jnp.float32)
 
 
 attend.defvjp(_forward, _backward)

@@ -6,11 +6,12 @@ entries are sorted by length and dealt into a table of I columns, so that
     row of the table     = a batch; its bucket is the shortest that holds its longest caption
     column of the table  = a place in the batch, and so a device: an entry never leaves its column
 
-An epoch shuffles each column among the rows of the same bucket, then the rows. So every caption comes once an
-epoch, padding is small, each device ever needs only the images of its own columns, and nothing has to be saved
-to go on at any step with any number of devices that divides I.
+An epoch shuffles each column among the rows of the same bucket, then the rows, in runs of one bucket that a device
+can be sent together. So every caption comes once an epoch, padding is small, each device ever needs only the images
+of its own columns, and nothing has to be saved to go on at any step with any number of devices that divides I.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,11 +37,15 @@ class Plan:
         batch_images: int,
         captions_per_image: int,
         num_buckets: int,
+        run: int = 1,
         seed: int = 0,
         skip: frozenset[int] | set[int] = frozenset(),
     ):
-        """`skip`: rows of the store without features. UserError if no caption is left."""
-        self.tokens, self.seed = tokens, seed
+        """`run`: batches of one bucket that follow each other; `skip`: rows of the store without features.
+
+        UserError if no caption is left.
+        """
+        self.tokens, self.run, self.seed = tokens, run, seed
         lengths = np.diff(tokens.starts)
         self.entries_EC = _entries(tokens.rows, captions_per_image, skip)
         if not len(self.entries_EC):
@@ -78,6 +83,27 @@ class Plan:
         table_SI, order_S = self._epoch(epoch)
         return self._batch(table_SI, int(order_S[number]))
 
+    def dispatches(self, first: int, last: int, cuts: Iterable[int] = ()) -> Iterator[list[Batch]]:
+        """The batches of steps first … last-1 in lists of one bucket, at most a run long.
+
+        Each list ends where a run ends, and before a step that is a multiple of one of `cuts`.
+        """
+        waiting: list[Batch] = []
+        for step in range(first, last):
+            batch = self.batch(step)
+            new_epoch = step % self.steps_per_epoch == 0
+            if waiting and (
+                len(waiting) == self.run
+                or new_epoch
+                or waiting[0].tokens_ICT.shape != batch.tokens_ICT.shape
+                or any(cut and step % cut == 0 for cut in cuts)
+            ):
+                yield waiting
+                waiting = []
+            waiting.append(batch)
+        if waiting:
+            yield waiting
+
     def in_order(self, number: int) -> Batch:
         """The table's batch `number` as it stands, unshuffled: for evaluation."""
         return self._batch(self.table_SI, number)
@@ -94,7 +120,12 @@ class Plan:
             for bucket in range(len(self.buckets)):
                 same = np.flatnonzero(self.bucket_S == bucket)  # neighbours: the table is sorted
                 table_SI[same] = rng.permuted(table_SI[same], axis=0)
-            self._shuffled = epoch, table_SI, rng.permutation(len(table_SI))
+            runs = []
+            for bucket in range(len(self.buckets)):
+                same = rng.permutation(np.flatnonzero(self.bucket_S == bucket))
+                runs += [same[i : i + self.run] for i in range(0, len(same), self.run)]
+            order_S = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+            self._shuffled = epoch, table_SI, order_S
         return self._shuffled[1:]
 
     def _batch(self, table_SI: np.ndarray, number: int) -> Batch:

@@ -91,7 +91,11 @@ class Train:
     clip_norm: float = _field(5.0, "largest global norm of the gradient; 0: no clipping")
     dtype: str = _field("float32", "arithmetic of the decoder; parameters and loss are always float32",
                         ("float32", "bfloat16"))  # fmt: skip
-    num_buckets: int = _field(4, "lengths that batches are padded to, chosen from the data")
+    num_buckets: int = _field(8, "lengths that batches are padded to, chosen from the data")
+    microbatch_images: int = _field(
+        0, "images a device computes at once, their gradients add up to the step's; 0: 16 on a CPU, else all"
+    )
+    steps_per_dispatch: int = _field(4, "steps of one length that follow each other, sent to the device together")
     features: str = _field("auto", "where features live: in device memory, streamed from the store, or by size",
                            ("auto", "device", "stream"))  # fmt: skip
     log_every: int = _field(20, "steps between lines of metrics")
@@ -101,10 +105,13 @@ class Train:
 
 @dataclasses.dataclass
 class Decode:
-    method: str = _field("greedy", "how captions are decoded", ("greedy", "sample"))
+    method: str = _field("greedy", "how captions are decoded", ("greedy", "sample", "beam"))
     max_length: int = _field(30, "most tokens of a generated caption, <end> included")
     temperature: float = _field(1.0, "sampling: divides the logits; smaller is safer")
     top_k: int = _field(0, "sampling: choose among so many best words; 0: all")
+    beam_width: int = _field(5, "beam search: hypotheses of an image that go on at each step")
+    length_penalty: float = _field(0.0, "beam search: captions compete by log-probability / length to this power")
+    no_repeat_ngram: int = _field(0, "beam search: no run of so many words occurs twice in a caption; 0: it may")
     batch_size: int = _field(64, "images decoded at once")
 
 
@@ -215,16 +222,17 @@ _POSITIVE = {
     "encoder": ("image_size", "shard_images"),
     "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
     "train": (
-        "batch_images", "captions_per_image", "epochs", "learning_rate", "num_buckets", "log_every", "keep_latest",
+        "batch_images", "captions_per_image", "epochs", "learning_rate", "num_buckets", "steps_per_dispatch",
+        "log_every", "keep_latest",
     ),
-    "decode": ("max_length", "temperature", "batch_size"),
+    "decode": ("max_length", "temperature", "beam_width", "batch_size"),
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "data": ("max_images", "max_captions"),
     "data.shapes": ("num_test",),
     "encoder": ("batch_size",),
-    "train": ("warmup_steps", "clip_norm", "checkpoint_every"),
-    "decode": ("top_k",),
+    "train": ("warmup_steps", "clip_norm", "microbatch_images", "checkpoint_every"),
+    "decode": ("top_k", "length_penalty", "no_repeat_ngram"),
 }
 _SEEDS = ("seed", "data.shapes.seed", "encoder.seed")
 

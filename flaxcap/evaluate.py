@@ -31,7 +31,7 @@ def evaluate(
     split = prepared.split(split_name)
     mesh = step_lib.make_mesh()
     plan, feed = train.make_feed(config, split, captioner.vocabulary, mesh)
-    eval_step = step_lib.make_eval_step(captioner.bind, mesh)
+    eval_step = step_lib.make_eval_step(captioner.bind, mesh, config.train)
     params = jax.device_put(captioner.params, step_lib.replicated(mesh))
     loss, accuracy = train.validate(eval_step, params, plan, feed)
     scores = {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": accuracy}

@@ -2,32 +2,43 @@
 
 import collections
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxcap import store
+from flaxcap import memory
 from flaxcap.batches import Batch, Plan
 from flaxcap.config import ConfigError
-from flaxcap.train_step import Inputs, over_images
+from flaxcap.train_step import Inputs, over_images, replicated
+
+
+class Source(Protocol):
+    """Where features are read from: a split of a store, or something made up."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # [N, P, F]
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray: ...  # [len(rows), P, F]
 
 
 class Feed:
     """Puts batches of a plan onto a mesh. Of several processes each handles its own devices' columns."""
 
-    def __init__(self, split: store.Split, plan: Plan, mesh: Mesh, mode: str = "auto"):
+    def __init__(self, source: Source, plan: Plan, mesh: Mesh, mode: str = "auto"):
         """`mode`: "device" loads every image a device will need there now, "stream" reads them as they come,
         "auto" goes by size. ConfigError if the mesh does not divide the batch.
         """
         images = plan.table_SI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
-        self._split, self._plan, self._sharding = split, plan, over_images(mesh)
+        self._source, self._plan, self._mesh = source, plan, mesh
         self._width = images // mesh.size  # columns a device
         self._devices = list(mesh.devices.flat)
         self._local = [d for d in self._devices if d.process_index == jax.process_index()]
@@ -35,36 +46,72 @@ class Feed:
         if self.resident:
             self._bank = self._load()
 
-    def __call__(self, batch: Batch) -> Inputs:
-        """This batch on the devices; `batch.rows_I` are those of the plan's columns."""
+    def __call__(self, batches: Sequence[Batch]) -> Inputs:
+        """At most `plan.run` batches of one bucket on the devices, to be sent there together."""
+        # One shape for any number of batches: what is missing is filled up, and not computed.
+        filled = [*batches, *batches[-1:] * (self._plan.run - len(batches))]
         columns = np.concatenate([self._columns(d) for d in self._local])
-        rows = batch.rows_I[columns]
-        put = functools.partial(jax.make_array_from_process_local_data, self._sharding)
+        rows_KI = np.stack([b.rows_I[columns] for b in filled])
+        tokens_KICT = np.stack([b.tokens_ICT[columns] for b in filled])
         if self.resident:
-            parts = zip(self._local, np.split(rows, len(self._local)), strict=True)
-            index = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts])
+            parts = zip(self._local, np.split(rows_KI, len(self._local), 1), strict=True)
+            index_KI = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts], 1)
             bank = self._bank
         else:
-            index = np.tile(np.arange(self._width), len(self._local))
+            # Each device gets its rows of all the batches, one batch after the other.
+            own_DKI = np.stack(np.split(rows_KI[: len(batches)], len(self._local), 1))
             # What stands in an empty place is never looked at: it has no token.
-            bank = put(self._split.read(np.where(rows < 0, batch.rows_I.max(), rows)))
-        return Inputs(bank, put(index.astype(np.int32)), put(batch.tokens_ICT[columns]))
+            read = self._source.read(np.where(own_DKI < 0, rows_KI.max(), own_DKI).reshape(-1))
+            bank_DNPF = read.reshape(len(self._local), -1, *read.shape[1:])
+            missing = (len(filled) - len(batches)) * self._width
+            bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else bank_DNPF
+            bank = self._put(bank_DNPF.reshape(-1, *read.shape[1:]), over_images(self._mesh))
+            index_KI = np.arange(len(filled))[:, None] * self._width + np.tile(np.arange(self._width), len(self._local))
+        later = over_images(self._mesh, 1)
+        return Inputs(
+            bank,
+            self._put(index_KI.astype(np.int32), later),
+            self._put(tokens_KICT, later),
+            self._put(np.int32(len(batches)), replicated(self._mesh)),
+        )
 
-    def ahead(self, batches: Iterable[Batch], depth: int = 2) -> Iterator[Inputs]:
-        """The batches one after the other, the next `depth` being made ready by another thread."""
-        batches = iter(batches)
+    def ahead(self, dispatches: Iterable[Sequence[Batch]], depth: int = 2) -> Iterator[tuple[int, Inputs]]:
+        """For each dispatch its number of batches and its inputs, the next `depth` being made by another thread."""
+        dispatches = iter(dispatches)
+
+        def make() -> tuple[int, Inputs] | None:
+            batches = next(dispatches, None)
+            return None if batches is None else (len(batches), self(batches))
+
         with ThreadPoolExecutor(1, "feed") as pool:
-            ready = collections.deque()
+            ready = collections.deque(pool.submit(make) for _ in range(depth + 1))
             try:
-                while True:
-                    while len(ready) <= depth and (batch := next(batches, None)) is not None:
-                        ready.append(pool.submit(self, batch))
-                    if not ready:
-                        return
-                    yield ready.popleft().result()
+                while (made := ready.popleft().result()) is not None:
+                    ready.append(pool.submit(make))
+                    yield made
             finally:
                 for future in ready:
                     future.cancel()
+
+    def spec(self, time: int, images: int | None = None) -> Inputs:
+        """The shapes of a dispatch padded to `time` tokens, for this plan's batch or one of other size."""
+        _, captions = self._plan.entries_EC.shape
+        width = self._width if images is None else images // len(self._devices)
+        rows = self._shape()[0] if self.resident else width * self._plan.run
+        mesh, places = self._mesh, (self._plan.run, width * len(self._devices))
+
+        def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        return Inputs(
+            array((rows * len(self._devices), *self._source.shape[1:]), self._source.dtype, over_images(mesh)),
+            array(places, np.int32, over_images(mesh, 1)),
+            array((*places, captions, time), np.int32, over_images(mesh, 1)),
+            array((), np.int32, replicated(mesh)),
+        )
+
+    def _put(self, local: Any, sharding: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, local)
 
     def _columns(self, device: Any) -> np.ndarray:
         first = self._devices.index(device) * self._width
@@ -77,29 +124,21 @@ class Feed:
 
     def _shape(self) -> tuple[int, ...]:
         """Of a device's part of the bank: as many rows as the device that needs most."""
-        return (max(len(self._rows(d)) for d in self._devices), *self._split.array.shape[1:])
+        return (max(len(self._rows(d)) for d in self._devices), *self._source.shape[1:])
 
     def _fits(self) -> bool:
-        return int(np.prod(self._shape())) * self._split.array.dtype.numpy_dtype.itemsize < free_memory(self._local)
+        """Whether features leave enough of a device for the step itself, which is checked once it is compiled."""
+        return int(np.prod(self._shape())) * self._source.dtype.itemsize < 0.6 * memory.capacity(self._local)
 
     def _load(self) -> jax.Array:
         shape = self._shape()
         parts = []
         for device in self._local:
             rows = self._rows(device)
-            feats_NPF = np.zeros(shape, self._split.array.dtype.numpy_dtype)
+            feats_NPF = np.zeros(shape, self._source.dtype)
             for first in range(0, len(rows), 256):
                 some = rows[first : first + 256]
-                feats_NPF[first : first + len(some)] = self._split.read(some)
+                feats_NPF[first : first + len(some)] = self._source.read(some)
             parts.append(jax.device_put(feats_NPF, device))
         whole = (shape[0] * len(self._devices), *shape[1:])
-        return jax.make_array_from_single_device_arrays(whole, self._sharding, parts)
-
-
-def free_memory(devices: list) -> int:
-    """Bytes that features may take on each of these devices: half of an accelerator's, a third of the host's."""
-    stats: Callable = devices[0].memory_stats
-    limit = (stats() or {}).get("bytes_limit")
-    if limit:
-        return limit // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3 // len(devices)
+        return jax.make_array_from_single_device_arrays(whole, over_images(self._mesh), parts)

@@ -31,6 +31,38 @@ class Clock:
         return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
 
+class Profile:
+    """A trace of a few dispatches for XProf (TensorBoard's profile plugin), or nothing without a directory."""
+
+    FIRST, LAST = 3, 6  # dispatches: behind the first compilations, and few enough to be looked at
+
+    def __init__(self, directory: epath.PathLike | None):
+        self._directory, self._count, self._running = directory, 0, False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def dispatch(self) -> None:
+        """Comes before each dispatch."""
+        self._count += 1
+        if self._directory is None:
+            return
+        if self._count == self.FIRST:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif self._count == self.LAST:
+            self._stop()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            print(f"profile: {self._directory}; `xprof {self._directory}` shows it (pip install xprof)")
+
+
 class Metrics:
     """`metrics.jsonl` and TensorBoard's event files in a directory; on processes but the first, nothing.
 

@@ -22,11 +22,16 @@ class Sums(NamedTuple):
     right: jax.Array  # tokens that the model finds most likely
 
 
+def no_tokens() -> Sums:
+    return Sums(*[jnp.zeros(())] * 3)
+
+
 def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
     """Hidden states [..., H] -> float32 logits [..., V]: two linear layers, computed in the states' dtype."""
     for name in ("head", "vocabulary"):
         layer = weights[name]
-        hidden = hidden @ layer["kernel"].astype(hidden.dtype) + layer["bias"].astype(hidden.dtype)[None]
+        bias = layer["bias"].astype(hidden.dtype).reshape(*[1] * (hidden.ndim - 1), -1)
+        hidden = hidden @ layer["kernel"].astype(hidden.dtype) + bias
     return hidden.astype(jnp.float32)
 
 
@@ -42,13 +47,18 @@ def _sums(weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> Sums:
     return Sums((nats_N * real_N).sum(), real_N.sum(), ((target_N >= max_N) * real_N).sum())
 
 
-SIZES = 8  # sizes that the tokens may be packed to, from half of their places to all
+SIZES, ROWS = 5, 64
+
+
+def sizes(places: int) -> list[int]:
+    """What so many places may be packed to: from half of them to all, in whole blocks of rows."""
+    parts = (-(-places * k // (2 * SIZES)) for k in range(SIZES, 2 * SIZES + 1))
+    return sorted({min(-(-part // ROWS) * ROWS, places) for part in parts})
 
 
 def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> Any:
     """`function(weights, hidden, targets)` of the real tokens alone, packed to the least size that holds them."""
     places = len(targets_N)
-    sizes = sorted({-(-places * k // (2 * SIZES)) for k in range(SIZES, 2 * SIZES + 1)})
     real_N = targets_N != PAD
     order_N = jnp.nonzero(real_N, size=places, fill_value=places)[0]
 
@@ -61,7 +71,9 @@ def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: ja
 
         return run
 
-    return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), real_N.sum()), [branch(size) for size in sizes])
+    return jax.lax.switch(
+        jnp.searchsorted(jnp.array(sizes(places)), real_N.sum()), [branch(size) for size in sizes(places)]
+    )
 
 
 @jax.custom_vjp

@@ -10,34 +10,11 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import flaxcap
+from flaxcap import commands
 from flaxcap import config as config_lib
 from flaxcap.errors import UserError
 
 FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL, "saved; run me again"
-
-# What each command is for, an example, and its flags. JAX is imported when a command runs: help is quick.
-COMMANDS = {
-    "prepare": (
-        "Turn a data set into features, captions and a vocabulary, once.",
-        "flaxcap prepare --config=experiments/shapes.py --data_dir=data",
-    ),
-    "train": (
-        "Train a captioner on prepared features; the same command goes on where it stopped.",
-        "flaxcap train --config=experiments/shapes.py --data_dir=data --workdir=runs/shapes",
-    ),
-    "evaluate": (
-        "Score a captioner on a prepared split: its loss, and the captions it generates.",
-        "flaxcap evaluate --workdir=runs/shapes --data_dir=data --split=test",
-    ),
-    "caption": (
-        "Caption pictures: files, directories, http(s) addresses.",
-        "flaxcap caption photo.jpg holiday/ https://example.com/cat.jpg --model=exported --plot",
-    ),
-    "export": (
-        "Write a trained captioner to a directory that needs nothing else.",
-        "flaxcap export --workdir=runs/shapes --data_dir=data --out=exported",
-    ),
-}
 
 
 def run() -> None:
@@ -59,33 +36,37 @@ def main(args: Sequence[str]) -> int:
     if args and args[0] == "help":
         args = [*args[1:2], "--help"]
     if not args or args[0] in ("--help", "-h"):
-        print(_overview())
+        print(commands.overview())
         return 0
     if args[0] == "--version":
         print(f"flaxcap {flaxcap.__version__}")
         return 0
     command, rest = args[0], list(args[1:])
     try:
-        if command not in COMMANDS:
-            hint = config_lib.nearest(command, list(COMMANDS))
+        if command not in commands.COMMANDS:
+            hint = config_lib.nearest(command, list(commands.COMMANDS))
             print(f"flaxcap: unknown command {command!r} (`flaxcap --help` lists them){hint}", file=sys.stderr)
             return FAILED
         values = flags.FlagValues()
-        _define(command, values)
+        commands.define(command, values)
         if {"--help", "-h", "-help"} & set(rest):
-            print(_help(command, values))
+            print(commands.help_text(command, values))
             return 0
         overrides = [a for a in rest if a.startswith(("--config.", "-config."))]
         positional = values(["flaxcap", *(a for a in rest if a not in overrides)])[1:]
         given = types.SimpleNamespace(**values.flag_values_dict())
-        if positional and command != "caption":
+        if positional and command not in ("caption", "bench"):
             raise UserError(f"unexpected {positional[0]!r}; values are given as --flag=value")
-        for name in _NEEDED.get(command, ()):
+        for name in commands.NEEDED.get(command, ()):
             if not getattr(given, name):
                 raise UserError(f"--{name} is missing: {values[name].help}")
         logging.set_verbosity(given.verbosity)
-        if getattr(given, "distributed", None):
-            _join(given.distributed)
+        if command not in ("export", "bench"):  # bench times compilations
+            from flaxcap import runtime
+
+            runtime.keep_compiled(given.compilation_cache_dir)
+            if getattr(given, "distributed", None):
+                runtime.join(given.distributed)
         return _RUN[command](given, _preset(command, given, overrides), positional)
     except (UserError, flags.Error) as e:
         print(f"flaxcap {command}: {e}", file=sys.stderr)
@@ -96,47 +77,6 @@ def main(args: Sequence[str]) -> int:
     return FAILED
 
 
-def _define(command: str, values: flags.FlagValues) -> None:
-    """The flags of a command."""
-    text: dict[str, Any] = {"flag_values": values}
-    flags.DEFINE_string("config", None, "the preset: experiments/NAME.py, or a saved config.json", **text)
-    flags.DEFINE_string("data_dir", "data", "where prepared data sets and features are kept", **text)
-    flags.DEFINE_integer("verbosity", logging.WARNING, "-1: warnings, 0: what libraries tell, 1: all", **text)
-    if command != "prepare":
-        flags.DEFINE_string("workdir", None, "the run: its checkpoints, metrics and plots", **text)
-    if command in ("evaluate", "caption"):
-        flags.DEFINE_string("model", None, "an export, instead of a run", **text)
-        flags.DEFINE_integer("seed", 0, "seed of sampling", **text)
-    if command in ("prepare", "train"):
-        flags.DEFINE_string(
-            "distributed", None, "several processes: auto (TPU pods, Slurm), or COORDINATOR:PORT,PROCESSES,ID", **text
-        )
-    if command == "prepare":
-        flags.DEFINE_string("manual_dir", None, "your own files: see the data set's description", **text)
-        flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text)
-        flags.DEFINE_string("encoder_weights", None, "a Keras no-top .h5, instead of downloading it", **text)
-        flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode pictures", lower_bound=1, **text)
-        flags.DEFINE_float(
-            "max_bad_fraction", 0.05, "unreadable pictures are skipped; more than this share stop the run",
-            lower_bound=0, upper_bound=1, **text,
-        )  # fmt: skip
-    elif command == "train":
-        flags.DEFINE_boolean("resume", True, "go on with the run in --workdir, where there is one", **text)
-        flags.DEFINE_string("init_from", None, "start a new run from the parameters of this export", **text)
-    elif command == "evaluate":
-        flags.DEFINE_enum("split", "val", ("train", "val", "test"), "which split", **text)
-        flags.DEFINE_string(
-            "out_dir", None, "where predictions.json and scores.json go; default: WORKDIR/SPLIT", **text
-        )
-    elif command == "caption":
-        flags.DEFINE_enum("split", None, ("train", "val", "test"), "caption pictures of the data set itself", **text)
-        flags.DEFINE_integer("num_images", 5, "how many of --split", lower_bound=1, **text)
-        flags.DEFINE_boolean("plot", False, "draw where the model looked for each word", **text)
-        flags.DEFINE_string("out_dir", "captions", "where the drawings go", **text)
-    elif command == "export":
-        flags.DEFINE_string("out", None, "the new directory", **text)
-
-
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:
     """The preset of --config, else the one saved with the run or export, with `--config.FIELD=VALUE` applied."""
     if given.config:
@@ -145,6 +85,8 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
         from flaxcap import export
 
         config = export.read_config(saved)
+    elif command == "bench":
+        config = config_lib.Config()
     else:
         raise UserError("which model? give --workdir=RUN or --model=EXPORT")
     known = config_lib.leaves(config)
@@ -174,21 +116,6 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _join(distributed: str) -> None:
-    """Makes this process one of several, on JAX's own runtime."""
-    import jax
-
-    if distributed == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        coordinator, *numbers = distributed.split(",")
-        processes, number = map(int, numbers)
-    except ValueError:
-        raise UserError(f"--distributed={distributed}: expected auto, or COORDINATOR:PORT,PROCESSES,ID") from None
-    jax.distributed.initialize(coordinator, processes, number)
-
-
 def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import prepare
 
@@ -208,7 +135,14 @@ def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]
     from flaxcap import train
 
     try:
-        train.train(config, given.workdir, given.data_dir, resume=given.resume, init_from=given.init_from)
+        train.train(
+            config,
+            given.workdir,
+            given.data_dir,
+            resume=given.resume,
+            init_from=given.init_from,
+            profile_dir=given.profile_dir,
+        )
     except train.Preempted as e:
         print(f"flaxcap train: {e}")
         return PREEMPTED
@@ -258,6 +192,25 @@ def _export(given: types.SimpleNamespace, config: config_lib.Config, _: list[str
     return 0
 
 
+def _bench(given: types.SimpleNamespace, config: config_lib.Config, what: list[str]) -> int:
+    from flaxcap import bench
+
+    if len(what) != 1:
+        raise UserError(f"bench what? expected one of {', '.join(bench.WORKS)}; found {' '.join(what) or 'nothing'}")
+    bench.bench(
+        what[0],
+        config,
+        images=given.images,
+        steps=given.steps,
+        warmup=given.warmup,
+        repeats=given.repeats,
+        workers=given.workers,
+        against=given.against,
+        out=given.out,
+    )
+    return 0
+
+
 def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
     """The model of --model or --workdir; of its preset, what does not make the model may be overridden."""
     from flaxcap import export
@@ -270,35 +223,11 @@ def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
 
 
 _MODEL = ("model", "data", "encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed")
-_NEEDED = {"prepare": ("config",), "train": ("config", "workdir"), "export": ("workdir", "out")}
 _RUN: dict[str, Any] = {
     "prepare": _prepare,
     "train": _train,
     "evaluate": _evaluate,
     "caption": _caption,
     "export": _export,
+    "bench": _bench,
 }
-
-
-def _overview() -> str:
-    lines = [
-        f"flaxcap {flaxcap.__version__}: trains attention image captioners, and captions pictures with them.",
-        "",
-    ]
-    lines += [f"  {name:9} {purpose}" for name, (purpose, _) in COMMANDS.items()]
-    lines += ["", "In this order:", ""]
-    lines += [f"  {example}" for _, example in COMMANDS.values()]
-    return "\n".join([*lines, "", "`flaxcap COMMAND --help` tells its flags and the fields of a preset."])
-
-
-def _help(command: str, values: flags.FlagValues) -> str:
-    purpose, example = COMMANDS[command]
-    lines = [purpose, "", f"  {example}", "", "Flags:"]
-    for name in sorted(values):
-        flag = values[name]
-        default = "" if flag.value is None else f" (default: {flag.value})"
-        lines.append(f"  --{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}")
-    lines += ["", "Fields of the preset, each set by --config.FIELD=VALUE, with flaxcap's defaults:"]
-    for name, (default, text) in config_lib.leaves(config_lib.Config()).items():
-        lines.append(f"  {name} = {default!r}: {text}")
-    return "\n".join(lines)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from flaxcap import attention
+from flaxcap import attention, loss
 from flaxcap import config as config_lib
 from flaxcap.cell import Carry, Cell, Memory, unroll
 from flaxcap.encoders import inception_v3
@@ -67,9 +67,14 @@ class Captioner(nnx.Module):
         """Token ids [...] -> their part of the cell's gates [..., G]."""
         return self.word(self.embedding(tokens))
 
+    def output_weights(self) -> loss.Weights:
+        """Of the two layers between hidden states and logits."""
+        layers = {"head": self.head, "vocabulary": self.vocabulary}
+        return {name: {"kernel": layer.kernel[...], "bias": layer.bias[...]} for name, layer in layers.items()}
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., H] -> float32 logits [..., V]."""
-        return self.vocabulary(self.head(hidden)).astype(jnp.float32)
+        return loss.logits(self.output_weights(), hidden)
 
     def __call__(self, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Teacher forcing: hidden states [I, C, T, H] after each given token, attention weights [I, C, T, P]."""

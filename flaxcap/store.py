@@ -197,6 +197,16 @@ class Split:
         except (ValueError, KeyError) as e:
             raise StoreError(f"{self.path / 'features'}: cannot be opened ({_reason(e)})") from e
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the features, `[N, P, F]`."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the features."""
+        return self.array.dtype.numpy_dtype
+
     def create_array(self, feature_dim: int, dtype: str) -> ts.TensorStore:
         """The array for writing, made if it is not there. StoreError if one of another shape is."""
         chunk = [1, POSITIONS, feature_dim]

@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from flaxcap import config as config_lib
-from flaxcap import export, logs, model, plots, store
+from flaxcap import export, logs, memory, model, plots, store
 from flaxcap import train_step as step_lib
 from flaxcap.batches import Plan
 from flaxcap.checkpoint import Checkpoints, check_shapes
@@ -23,7 +23,7 @@ from flaxcap.text import Tokens, Vocabulary
 # What a run cannot change on its way: the meaning of its parameters, and of its steps.
 FIXED = (
     *("dataset", "seed", "data", "encoder", "model"),
-    *("train.batch_images", "train.captions_per_image", "train.num_buckets"),
+    *("train.batch_images", "train.captions_per_image", "train.num_buckets", "train.steps_per_dispatch"),
 )
 
 
@@ -38,12 +38,13 @@ def train(
     *,
     resume: bool = True,
     init_from: epath.PathLike | None = None,
+    profile_dir: epath.PathLike | None = None,
 ) -> float:
     """Trains to the preset's last epoch and returns the lowest validation loss (nats a token).
 
     It starts from the newest checkpoint in `workdir`, else from the parameters of the export `init_from`, else
     from scratch, always in this order. ConfigError if `workdir` holds a run that is not this one; Preempted
-    after a SIGTERM.
+    after a SIGTERM. With `profile_dir`, a trace of a few steps is written there, for XProf.
     """
     workdir = epath.Path(workdir)
     prepared = store.Store.finished(data_dir, config)
@@ -51,7 +52,7 @@ def train(
     _claim(workdir, config, vocabulary, resume)
 
     mesh = step_lib.make_mesh()
-    plan, feed = make_feed(config, prepared.split("train"), vocabulary, mesh)
+    plan, feed = make_feed(config, prepared.split("train"), vocabulary, mesh, config.train.steps_per_dispatch)
     val_plan, val_feed = make_feed(config, prepared.split("val"), vocabulary, mesh)
     per_epoch = plan.steps_per_epoch
     last = config.train.epochs * per_epoch
@@ -63,31 +64,41 @@ def train(
     bind, init = model.create(config, prepared.feature_dim, len(vocabulary))
     schedule = step_lib.learning_rate(config.train, last)
     optimizer = step_lib.make_optimizer(config.train, schedule)
-    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh)
-    eval_step = step_lib.make_eval_step(bind, mesh)
+    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train)
+    eval_step = step_lib.make_eval_step(bind, mesh, config.train)
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
     fresh = step_lib.init_state(init, optimizer, config.seed, mesh)
+    compiled = _Compiled(train_step, fresh, feed)
     state, progress = _start(fresh, checkpoints, init_from)
     step = int(state.step)
+    if step < last:
+        need = compiled.check(config.train.batch_images, int(plan.buckets[-1]))
+        print(
+            f"a step takes up to {need / 1e9:.2f} GB of a device's {memory.capacity(jax.local_devices()) / 1e9:.2f} GB"
+        )
     best = progress.get("best", float("inf"))
     metrics = logs.Metrics(workdir, step)
     clock = logs.Clock(progress)
     window = _Window(metrics, clock)
 
-    batches = (plan.batch(s) for s in range(step, last))
-    bar = tqdm.tqdm(feed.ahead(batches), "train", last, initial=step, unit=" steps", disable=None)
-    compiled = set()
-    with _Sigterm() as sigterm, jax.transfer_guard("disallow"), bar:
-        for inputs in bar:
-            if inputs.tokens_ICT.shape not in compiled:
-                compiled.add(inputs.tokens_ICT.shape)
+    cuts = config.train.log_every, config.train.checkpoint_every
+    dispatches = feed.ahead(plan.dispatches(step, last, cuts))
+    bar = tqdm.tqdm(desc="train", total=last, initial=step, unit=" steps", disable=None)
+    profile = logs.Profile(profile_dir)
+    with _Sigterm() as sigterm, jax.transfer_guard("disallow"), bar, profile:
+        for count, inputs in dispatches:
+            length = inputs.tokens_KICT.shape[-1]
+            if length not in compiled:
                 jax.block_until_ready(state)
                 clock.pause()
-            state, step_metrics = train_step(state, inputs)
+            run = compiled[length]
+            profile.dispatch()
+            state, step_metrics = run(state, inputs)
             clock.run()
-            step += 1
-            window.write()  # the line of the steps before this one, which keeps the device busy meanwhile
-            window.add(step_metrics)
+            step += count
+            bar.update(count)
+            window.write()  # the line of the steps before these, which keep the device busy meanwhile
+            window.add(count, step_metrics)
             epoch, within = divmod(step, per_epoch)
             save = not within or sigterm.received or _every(config.train.checkpoint_every, step)
             if save or _every(config.train.log_every, step):
@@ -114,14 +125,17 @@ def train(
     return best
 
 
-def make_feed(config: Config, split: store.Split, vocabulary: Vocabulary, mesh: Mesh) -> tuple[Plan, Feed]:
-    """The batches of a prepared split, and what puts them onto the mesh."""
+def make_feed(
+    config: Config, split: store.Split, vocabulary: Vocabulary, mesh: Mesh, run: int = 1
+) -> tuple[Plan, Feed]:
+    """The batches of a prepared split, `run` of them a dispatch, and what puts them onto the mesh."""
     captions = (row.captions for row in split.rows)
     plan = Plan(
         Tokens.of(captions, vocabulary, config.data.max_length),
         batch_images=config.train.batch_images,
         captions_per_image=config.train.captions_per_image,
         num_buckets=config.train.num_buckets,
+        run=run,
         seed=config.seed,
         skip={s.row for s in split.skipped()},
     )
@@ -130,10 +144,10 @@ def make_feed(config: Config, split: store.Split, vocabulary: Vocabulary, mesh: 
 
 def validate(eval_step: Callable, params: model.Params, plan: Plan, feed: Feed) -> tuple[float, float]:
     """Cross-entropy (nats a token) and teacher-forced accuracy over every caption of a plan, each counted once."""
-    batches = (plan.in_order(n) for n in range(plan.steps_per_epoch))
-    sums = jax.device_get([eval_step(params, inputs) for inputs in feed.ahead(batches)])
-    total, count, right = (math.fsum(column) for column in zip(*sums, strict=True))
-    return total / count, right / count
+    batches = ([plan.in_order(n)] for n in range(plan.steps_per_epoch))
+    sums = jax.device_get([eval_step(params, inputs) for _, inputs in feed.ahead(batches)])
+    nats, tokens, right = (math.fsum(column) for column in zip(*sums, strict=True))
+    return nats / tokens, right / tokens
 
 
 def _every(interval: int, step: int) -> bool:
@@ -174,16 +188,37 @@ def _start(
     return fresh._replace(params=put), {}
 
 
+class _Compiled(dict):
+    """The step for each length that it meets, compiled when it does."""
+
+    def __init__(self, train_step: Any, state: step_lib.TrainState, feed: Feed):
+        self._train_step, self._feed = train_step, feed
+        self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+    def __missing__(self, length: int) -> jax.stages.Compiled:
+        self[length] = self._compile(None, length)
+        return self[length]
+
+    def check(self, images: int, length: int) -> int:
+        """The bytes that the longest step needs on each device; ConfigError if it has less."""
+        compile_for = lambda n: self[length] if n == images else self._compile(n, length)  # noqa: E731
+        return memory.check(compile_for, images, jax.local_devices(), jax.device_count())
+
+    def _compile(self, images: int | None, length: int) -> jax.stages.Compiled:
+        return self._train_step.lower(self._state, self._feed.spec(length, images)).compile()
+
+
 class _Window:
     """The steps between two lines of the log; their metrics stay on the device until the line is written."""
 
     def __init__(self, metrics: logs.Metrics, clock: logs.Clock):
         self._metrics, self._clock, self._since = metrics, clock, clock.seconds
-        self._steps: list[dict[str, jax.Array]] = []
+        self._steps: list[tuple[int, dict[str, jax.Array]]] = []
         self._closed: tuple[int, list] | None = None
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        self._steps.append(metrics)
+    def add(self, count: int, metrics: dict[str, jax.Array]) -> None:
+        """The metrics of a dispatch: arrays of which the first `count` entries are meant, the others 0."""
+        self._steps.append((count, metrics))
 
     def close(self, step: int) -> None:
         """The line of `step` tells of the steps added so far."""
@@ -195,14 +230,15 @@ class _Window:
             return None
         (step, steps), self._closed = self._closed, None
         fetched = jax.device_get(steps)
-        sums = {name: sum(float(m[name]) for m in fetched) for name in fetched[0]}
+        counts = [count for count, _ in fetched]
+        sums = {name: sum(float(m[name].sum()) for _, m in fetched) for name in fetched[0][1]}
         seconds = max(self._clock.now() - self._since, 1e-9)
         self._since += seconds
         values = {
             "train/loss": sums["nats"] / sums["tokens"],
             "train/accuracy": sums["right"] / sums["tokens"],
-            "train/grad_norm": sums["grad_norm"] / len(fetched),
-            "train/learning_rate": float(fetched[-1]["learning_rate"]),
+            "train/grad_norm": sums["grad_norm"] / sum(counts),
+            "train/learning_rate": float(fetched[-1][1]["learning_rate"][counts[-1] - 1]),
             "captions_per_s": sums["captions"] / seconds,
             "tokens_per_s": sums["tokens"] / seconds,
         }

@@ -26,14 +26,16 @@ class TrainState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A batch on the devices, sharded over its images.
+    """K batches on the devices, sharded over their images.
 
-    `bank_NPF` holds features, a part on each device; image i's are those at `index_I[i]` of its own device's part.
+    `bank_NPF` holds features, a part on each device; those of image i of batch k are at `index_KI[k, i]` of its own
+    device's part. Only the first `count` batches are meant.
     """
 
     bank_NPF: jax.Array
-    index_I: jax.Array  # int32
-    tokens_ICT: jax.Array  # int32
+    index_KI: jax.Array  # int32
+    tokens_KICT: jax.Array  # int32
+    count: jax.Array  # int32 []
 
 
 def make_mesh(devices: list | None = None) -> Mesh:
@@ -47,8 +49,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_images(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P("data"))
+def over_images(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Of an array whose axis `axis` is images."""
+    return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
 def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
@@ -79,60 +82,106 @@ def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: in
     return jax.jit(make, out_shardings=replicated(mesh))()
 
 
-def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums over the batch, each float32 []: cross-entropy (nats), tokens that count, tokens guessed right."""
+def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> loss_lib.Sums:
+    """Sums over the batch: each caption's tokens after its first, given those before."""
     hidden_ICTH, _ = model(feats_IPF, tokens_ICT[..., :-1])
-    weights = {name: {"kernel": layer.kernel[...], "bias": layer.bias[...]} for name, layer in (("head", model.head), ("vocabulary", model.vocabulary))}
-    return loss_lib.token_losses(weights, hidden_ICTH.reshape(-1, hidden_ICTH.shape[-1]), tokens_ICT[..., 1:].reshape(-1))
+    hidden_NH = hidden_ICTH.reshape(-1, hidden_ICTH.shape[-1])
+    return loss_lib.token_losses(model.output_weights(), hidden_NH, tokens_ICT[..., 1:].reshape(-1))
+
+
+def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
+    """Equal parts, as few as possible, that a device computes its images of a batch in."""
+    own = images // mesh.size
+    most = config.microbatch_images or (16 if mesh.devices.flat[0].platform == "cpu" else own)
+    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= most)
+
+
+def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zeros: Callable) -> Callable:
+    """`(params, bank_NPF, index_I, tokens_ICT) -> sums` of what `compute(params, feats_IPF, tokens_ICT)` gives.
+
+    Each device gathers from its own part of the bank and adds up its microbatches; only the sums travel.
+    `zeros(params)`: of `compute`'s shape.
+    """
+
+    def local(params: Params, bank_NPF: jax.Array, index_I: jax.Array, tokens_ICT: jax.Array) -> Any:
+        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            index_I, tokens_ICT = part
+            return jax.tree.map(jnp.add, total, compute(params, bank_NPF[index_I], tokens_ICT)), None
+
+        parts = microbatches(len(index_I) * mesh.size, mesh, config)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (index_I, tokens_ICT))
+        return jax.lax.psum(jax.lax.scan(add, zeros(params), split)[0], "data")
+
+    specs = P(), P("data"), P("data"), P("data")
+    # What is P() within a device's function stays its own until psum: gradients are not summed twice.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
 def make_train_step(
-    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, micro: int = 16
+    bind: Bind,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    config: config_lib.Train,
 ) -> Callable:
-    """`train_step(state, inputs) -> (state, metrics)`, jitted; the state is donated."""
+    """`train_step(state, inputs) -> (state, metrics)`, jitted: a step for each batch; the state is donated.
 
-    def nats(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, loss_lib.Sums]:
+    `metrics`: {name: float32 [K]}, those of steps that were not meant are 0.
+    """
+
+    def nats(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, tuple]:
         sums = token_losses(bind(params), feats_IPF, tokens_ICT)
-        return sums.nats, sums
+        return sums.nats, (sums, (tokens_ICT[..., 0] != PAD).sum(dtype=jnp.float32))
 
-    def gradients(params: Params, inputs: Inputs) -> tuple[Params, loss_lib.Sums]:
-        """On one device."""
-        images = len(inputs.index_I)
-        parts = max(1, images // micro)
+    gradients = _on_each_device(
+        mesh,
+        config,
+        jax.grad(nats, has_aux=True),
+        lambda params: (jax.tree.map(jnp.zeros_like, params), (loss_lib.no_tokens(), jnp.zeros(()))),
+    )
 
-        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            index_I, tokens_ICT = part
-            found = jax.grad(nats, has_aux=True)(params, inputs.bank_NPF[index_I], tokens_ICT)
-            return jax.tree.map(jnp.add, total, found), None
-
-        zeros = jax.tree.map(jnp.zeros_like, params), loss_lib.Sums(*[jnp.zeros(())] * 3)
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (inputs.index_I, inputs.tokens_ICT))
-        return jax.lax.psum(jax.lax.scan(add, zeros, split)[0], "data")
-
-    everywhere = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False)
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = everywhere(state.params, inputs)
+    def step(state: TrainState, bank_NPF: jax.Array, index_I: jax.Array, tokens_ICT: jax.Array) -> tuple:
+        grads, (sums, captions) = gradients(state.params, bank_NPF, index_I, tokens_ICT)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         metrics = sums._asdict() | {
             "loss": sums.nats / jnp.maximum(sums.tokens, 1),
-            "captions": (inputs.tokens_ICT[..., 0] != PAD).sum(),
+            "captions": captions,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": schedule(state.step),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
+        def body(k: jax.Array, so_far: tuple) -> tuple:
+            state, metrics = so_far
+            state, found = step(state, inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k])
+            return state, {name: metrics[name].at[k].set(value) for name, value in found.items()}
+
+        names = (*loss_lib.Sums._fields, "loss", "captions", "grad_norm", "learning_rate")
+        empty = {name: jnp.zeros(len(inputs.index_KI)) for name in names}
+        return jax.lax.fori_loop(0, inputs.count, body, (state, empty))
 
     return train_step
 
 
-def make_eval_step(bind: Bind, mesh: Mesh) -> Callable:
-    """`eval_step(params, inputs) -> Sums` over the batch, jitted."""
+def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train) -> Callable:
+    """`eval_step(params, inputs) -> Sums` over all the batches, jitted."""
+    sums = _on_each_device(
+        mesh,
+        config,
+        lambda params, feats_IPF, tokens_ICT: token_losses(bind(params), feats_IPF, tokens_ICT),
+        lambda _: loss_lib.no_tokens(),
+    )
 
-    def sums(params: Params, inputs: Inputs) -> loss_lib.Sums:
-        found = token_losses(bind(params), inputs.bank_NPF[inputs.index_I], inputs.tokens_ICT)
-        return jax.lax.psum(found, "data")
+    @jax.jit
+    def eval_step(params: Params, inputs: Inputs) -> loss_lib.Sums:
+        def body(k: jax.Array, total: loss_lib.Sums) -> loss_lib.Sums:
+            found = sums(params, inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k])
+            return jax.tree.map(jnp.add, total, found)
 
-    return jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False))
+        return jax.lax.fori_loop(0, inputs.count, body, loss_lib.no_tokens())
+
+    return eval_step

@@ -13,22 +13,36 @@ PACKAGE = pathlib.Path(flaxcap.__file__).parent
 
 # Data flow downwards: a module imports only what stands above it.
 ORDER = [
-    "flaxcap", "errors", "config",
+    "flaxcap", "errors", "config", "runtime",
     "data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data",
     "encoders", "encoders.images", "encoders.inception_v3", "encoders.weights",
-    "text", "store", "features", "batches",
-    "attention", "cell", "model", "loss", "train_step", "feed", "checkpoint", "decode",
+    "text", "store", "features", "batches", "memory",
+    "attention", "cell", "loss", "model", "train_step", "feed", "checkpoint", "decode",
     "logs", "plots", "fetch", "export",
-    "prepare", "train", "evaluate", "caption", "main",
+    "prepare", "train", "evaluate", "caption",
+    "bench.work", "bench.corpus", "bench.flops", "bench.machine", "bench.peers",
+    "bench.train", "bench.decode", "bench.extract", "bench.inputs", "bench",
+    "commands", "main",
 ]  # fmt: skip
 
 # The stages; the features on disk stand between the second and the third.
 STAGES = {
     "data": {"data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data"},
     "encoding": {"encoders.images", "encoders.inception_v3", "encoders.weights", "features"},
-    "training": {"batches", "attention", "cell", "model", "loss", "train_step", "feed", "checkpoint", "decode"},
+    "training": {
+        "batches",
+        "memory",
+        "attention",
+        "cell",
+        "loss",
+        "model",
+        "train_step",
+        "feed",
+        "checkpoint",
+        "decode",
+    },
 }
-JOINERS = {"prepare", "train", "evaluate", "caption", "main", "export"}
+JOINERS = {"prepare", "train", "evaluate", "caption", "main", "export", "bench"}
 # A size is shared: the positions of the grid.
 SIZES = {("model", "encoders.inception_v3"), ("store", "encoders.inception_v3")}
 
@@ -76,7 +90,7 @@ def test_a_module_imports_only_what_stands_above_it(name):
 
 
 def test_the_imports_are_seen():
-    assert imported("decode") == {"config", "model", "text", "train_step"}
+    assert imported("decode") == {"cell", "config", "model", "text", "train_step"}
     assert imported("data") == STAGES["data"] - {"data"} | {"config"}
     assert imported("main") >= JOINERS - {"main"}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import threading
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_store import tiny_config, write_store
 
-from flaxcap import logs, model, train
+from flaxcap import logs, memory, model, train
 from flaxcap import train_step as step_lib
 from flaxcap.checkpoint import Checkpoints
 from flaxcap.config import ConfigError
@@ -66,23 +67,24 @@ def test_the_loss_falls_and_everything_is_written(whole):
 
 @pytest.mark.parametrize("stop", [5, 7])
 def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, whole, tmp_path, stop, monkeypatch):
-    """2k steps = k steps, SIGTERM, the same command again."""
+    """2k steps = k steps, SIGTERM, the same command again, also where a run of batches is cut in two."""
     steps = max(line["step"] for line in logs.read(whole))
     assert 0 < stop < steps
     seen = []
 
-    def interrupt(self, metrics, add=train._Window.add):
-        add(self, metrics)
-        seen.append(1)
-        if len(seen) == stop:
+    def interrupt(self, count, metrics, add=train._Window.add):
+        add(self, count, metrics)
+        seen.append(count)
+        if sum(seen) >= stop > sum(seen[:-1]):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
     with monkeypatch.context() as patch:
         patch.setattr(train._Window, "add", interrupt)
-        with pytest.raises(train.Preempted, match=f"step {stop} of {steps}"):
+        with pytest.raises(train.Preempted, match=f"step .* of {steps}"):
             train.train(tiny_config(), tmp_path, data_dir)
-    assert max(line["step"] for line in logs.read(tmp_path)) <= stop
+    assert stop <= sum(seen) < steps
+    assert max(line["step"] for line in logs.read(tmp_path)) <= sum(seen)
     train.train(tiny_config(), tmp_path, data_dir)
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, steps), final_state(whole, steps))
     ours = [line for line in without_times(logs.read(tmp_path)) if "val/loss" in line]
@@ -101,6 +103,32 @@ def test_the_same_seed_gives_the_same_run_and_another_another(data_dir, whole, t
 def test_streamed_features_give_the_run_of_features_on_the_device(data_dir, whole, tmp_path):
     train.train(tiny_config(features="stream"), tmp_path, data_dir)
     assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
+
+
+@pytest.mark.parametrize("change", [{"microbatch_images": 2}, {"microbatch_images": 3}])
+def test_microbatches_give_the_run_of_whole_batches(data_dir, whole, tmp_path, change):
+    train.train(tiny_config(**change), tmp_path, data_dir)
+    for ours, expected in zip(without_times(logs.read(tmp_path)), without_times(logs.read(whole)), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(data_dir, tmp_path, monkeypatch, capsys):
+    config = tiny_config(batch_images=64, microbatch_images=64, features="stream")
+    train.train(config, tmp_path / "fits", data_dir)
+    need = re.search(r"a step takes up to ([\d.]+) MB", capsys.readouterr().out)
+    assert need
+    monkeypatch.setattr(memory, "capacity", lambda _: int(0.8e6 * float(need[1])))
+    with pytest.raises(ConfigError, match=r"batch_images=64.*the largest that fits is \d+") as refused:
+        train.train(config, tmp_path / "not", data_dir)
+    config.train.batch_images = int(str(refused.value).split()[-1])
+    assert 0 < config.train.batch_images < 64
+    config.train.epochs = 1
+    train.train(config, tmp_path / "smaller", data_dir)
+
+
+def test_a_profile_is_written_on_request(data_dir, tmp_path):
+    train.train(tiny_config(epochs=1), tmp_path / "run", data_dir, profile_dir=tmp_path / "profile")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_finished_run_does_nothing_more_and_more_epochs_go_on(data_dir, tmp_path):
@@ -137,11 +165,11 @@ def test_validation_counts_every_caption_once_whatever_the_batch(data_dir):
         config = tiny_config(batch_images=images, captions_per_image=captions_per_image)
         mesh = step_lib.make_mesh(jax.devices()[:8])
         params = jax.device_put(init(jax.random.key(0)), step_lib.replicated(mesh))
-        eval_step = step_lib.make_eval_step(bind, mesh)
+        eval_step = step_lib.make_eval_step(bind, mesh, config.train)
         plan, feed = train.make_feed(config, split, vocabulary, mesh)
         found.append(train.validate(eval_step, params, plan, feed))
-        batches = (plan.in_order(n) for n in range(plan.steps_per_epoch))
-        assert sum(float(eval_step(params, inputs)[1]) for inputs in feed.ahead(batches)) == tokens
+        batches = ([plan.in_order(n)] for n in range(plan.steps_per_epoch))
+        assert sum(float(eval_step(params, inputs).tokens) for _, inputs in feed.ahead(batches)) == tokens
     np.testing.assert_allclose(found[1:], found[:1] * 2, rtol=1e-5)
 
 

@@ -1,5 +1,8 @@
 """The step: the loss counts real tokens only, any number of devices gives the same numbers, state is donated."""
 
+import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +41,9 @@ def inputs_on(mesh, feats_IPF, tokens_ICT) -> step_lib.Inputs:
     width = I // mesh.size
     order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
     index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
-    return jax.device_put(step_lib.Inputs(feats_IPF[order], index_I, tokens_ICT), step_lib.over_images(mesh))
+    shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
+    inputs = step_lib.Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], np.int32(1))
+    return jax.device_put(inputs, step_lib.Inputs(*shardings))
 
 
 def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
@@ -47,12 +52,24 @@ def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
     schedule = step_lib.learning_rate(config.train, 10)
     optimizer = step_lib.make_optimizer(config.train, schedule)
     state = step_lib.init_state(INIT, optimizer, 0, mesh)
-    train_step = step_lib.make_train_step(BIND, optimizer, schedule, mesh)
+    train_step = step_lib.make_train_step(BIND, optimizer, schedule, mesh, config.train)
     metrics = []
     for seed in range(steps):
         state, found = train_step(state, inputs_on(mesh, *batch(seed)))
-        metrics.append(jax.device_get(found))
+        metrics.append({name: value[0] for name, value in jax.device_get(found).items()})
     return jax.device_get(state.params), metrics
+
+
+def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T) -> Any:
+    """The step of a batch of so many images and so many tokens."""
+    schedule = step_lib.learning_rate(config.train, 10)
+    optimizer = step_lib.make_optimizer(config.train, schedule)
+    state = step_lib.init_state(INIT, optimizer, 0, mesh)
+    feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
+    shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
+    inputs = step_lib.Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], np.int32(1))
+    train_step: Any = step_lib.make_train_step(BIND, optimizer, schedule, mesh, config.train)
+    return train_step.lower(state, jax.device_put(inputs, step_lib.Inputs(*shardings))).compile()
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +87,73 @@ def test_any_number_of_devices_gives_the_same_loss_gradients_and_parameters(one_
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, one_device[0])
 
 
-def test_gradients_agree_between_one_and_eight_devices():
-    feats_IPF, tokens_ICT = batch()
-    params = INIT(jax.random.key(0))
+@pytest.mark.parametrize("devices", [2, 8])
+def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
+    """Neither features nor activations travel: what each device computes is its own images' alone."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    text = compiled_step(mesh).as_text()
+    assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast", text)
+    sums = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
+    assert len(sums) == 1
+    sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in re.findall(r"f32\[([\d,]*)\]", sums[0])]
+    parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(INIT, jax.random.key(0))))
+    # The gradients, and the numbers of nats, tokens, right tokens and captions.
+    assert sum(sizes) == parameters + 4
 
-    def gradients(devices: int):
+
+def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
+    """Weak scaling: as many images a device, the same arithmetic and memory on each."""
+    costs = []
+    for devices in (1, 2, 4, 8):
         mesh = step_lib.make_mesh(jax.devices()[:devices])
+        compiled = compiled_step(mesh, images=4 * devices)
+        costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes))
+    flops, memory = zip(*costs, strict=True)
+    np.testing.assert_allclose(flops[1:], flops[1], rtol=1e-6)
+    np.testing.assert_allclose(flops[0], flops[1], rtol=1e-2)
+    assert max(memory) < 1.2 * min(memory)
 
-        @jax.jit
-        def grads(params, inputs):
-            def loss(params):
-                total, count, _ = step_lib.token_losses(BIND(params), step_lib.gather(mesh, inputs), inputs.tokens_ICT)
-                return total / count
 
-            return jax.grad(loss)(params)
+def test_memory_is_linear_in_the_batch_and_in_the_length():
+    mesh = step_lib.make_mesh(jax.devices()[:1])
+    whole = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, microbatch_images=1000))
 
-        return grads(jax.device_put(params, step_lib.replicated(mesh)), inputs_on(mesh, feats_IPF, tokens_ICT))
+    def needs(images: int, time: int) -> int:
+        return compiled_step(mesh, whole, images, time).memory_analysis().temp_size_in_bytes
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradients(1), gradients(8))
+    for a, b, c in ([needs(n, 16) for n in (32, 64, 96)], [needs(32, n) for n in (17, 33, 49)]):
+        assert c - b == pytest.approx(b - a, rel=0.1)
+        assert a < b < c
+    microbatches = [compiled_step(mesh, CONFIG, n, 16).memory_analysis().temp_size_in_bytes for n in (16, 64, 256)]
+    assert max(microbatches) < 1.3 * min(microbatches)  # what a microbatch needs, whatever the batch
+
+
+def test_several_steps_a_dispatch_are_the_steps_one_by_one():
+    mesh = step_lib.make_mesh(jax.devices()[:2])
+    singles = [inputs_on(mesh, *batch(seed)) for seed in range(3)]
+    schedule = step_lib.learning_rate(CONFIG.train, 10)
+    optimizer = step_lib.make_optimizer(CONFIG.train, schedule)
+    train_step = step_lib.make_train_step(BIND, optimizer, schedule, mesh, CONFIG.train)
+
+    # A device's part of the bank holds its images of all batches; a fourth batch is there but not meant.
+    banks = [np.split(np.asarray(s.bank_NPF), 2) for s in singles]
+    bank_NPF = np.concatenate([np.concatenate([bank[d] for bank in banks]) for d in range(2)])
+    index_KI = np.concatenate(
+        [np.asarray(s.index_KI) + k * I // 2 for k, s in enumerate(singles)] + [singles[0].index_KI]
+    )
+    tokens_KICT = np.concatenate([s.tokens_KICT for s in [*singles, singles[0]]])
+    together = jax.device_put(
+        step_lib.Inputs(bank_NPF, index_KI, tokens_KICT, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
+    )
+    state, metrics = train_step(step_lib.init_state(INIT, optimizer, 0, mesh), together)
+    one_by_one = step_lib.init_state(INIT, optimizer, 0, mesh)
+    for k, inputs in enumerate(singles):
+        one_by_one, found = train_step(one_by_one, inputs)
+        for name, value in found.items():
+            np.testing.assert_allclose(metrics[name][k], value[0], rtol=1e-6, err_msg=name)
+    assert int(state.step) == 3
+    assert all(float(value[3]) == 0 for value in metrics.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.params, one_by_one.params)
 
 
 def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
@@ -112,8 +178,8 @@ def test_padding_changes_neither_loss_nor_gradients():
     padded = [(0, 0), (0, 2), (0, 5)]  # two absent captions an image, five <pad> at every end
 
     def loss(params, tokens):
-        total, count, _ = step_lib.token_losses(BIND(params), feats_IPF, tokens)
-        return total / count
+        sums = step_lib.token_losses(BIND(params), feats_IPF, tokens)
+        return sums.nats / sums.tokens
 
     short = jax.value_and_grad(loss)(params, jnp.asarray(tokens_ICT))
     long = jax.value_and_grad(loss)(params, jnp.asarray(np.pad(tokens_ICT, padded)))
@@ -125,7 +191,7 @@ def test_the_state_is_donated():
     schedule = step_lib.learning_rate(CONFIG.train, 10)
     optimizer = step_lib.make_optimizer(CONFIG.train, schedule)
     state = step_lib.init_state(INIT, optimizer, 0, mesh)
-    step_lib.make_train_step(BIND, optimizer, schedule, mesh)(state, inputs_on(mesh, *batch()))
+    step_lib.make_train_step(BIND, optimizer, schedule, mesh, CONFIG.train)(state, inputs_on(mesh, *batch()))
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
 
 

@@ -1,0 +1,87 @@
+"""`flaxcap bench decode`: captions of made-up features, a batch at a time and one image at a time."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcap import decode, model
+from flaxcap import train_step as step_lib
+from flaxcap.bench import corpus
+from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.config import Config
+from flaxcap.text import END
+
+
+@contextlib.contextmanager
+def work(config: Config, given: Given) -> Iterator[Work]:
+    """A repetition decodes `steps` batches, then `steps` single images, each to the preset's greatest length."""
+    mesh = step_lib.make_mesh()
+    dtype = jnp.dtype(config.encoder.store_dtype)
+    source = corpus.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    bind, init = model.create(config, given.feature_dim, corpus.vocabulary_size(config.data))
+    params = jax.jit(init, out_shardings=step_lib.replicated(mesh))(jax.random.key(config.seed))
+    # No caption ends before its last token: every run does the same work.
+    params["vocabulary"]["bias"] = params["vocabulary"]["bias"].at[END].set(-1e9)
+    run = decode.make_decode(bind, config.decode)
+
+    def caption(first: int, images: int) -> np.ndarray:
+        """Tokens of `images` images, as `evaluate` has them: read, sent, decoded, fetched."""
+        feats_IPF = source.read(np.arange(first, first + images))
+        placed = step_lib.over_images(mesh) if images % mesh.size == 0 else step_lib.replicated(mesh)
+        key = jax.random.fold_in(jax.random.key(config.seed), first)
+        return jax.device_get(run(params, jax.device_put(feats_IPF, placed), key).tokens_IT)
+
+    batch, compile_s = config.decode.batch_size, {}
+    for name, images in _settings(batch).items():
+        begin = time.perf_counter()
+        length = _length(caption(0, images))
+        compile_s[name] = time.perf_counter() - begin
+        if length != config.decode.max_length:
+            raise RuntimeError(f"captions ended at {length} of {config.decode.max_length} tokens")
+        for n in range(1, given.warmup):
+            caption(n * images, images)
+
+    def repeat() -> Figures:
+        found = {name: _timed(caption, images, given.steps) for name, images in _settings(batch).items()}
+        return found["batch"] | ({"one_image": found["one_image"]} if "one_image" in found else {})
+
+    facts = {
+        "method": config.decode.method,
+        "batch": batch,
+        "tokens_a_caption": config.decode.max_length,
+        "compile_s": compile_s,
+    }
+    yield Work("captions_s", facts, repeat)
+
+
+def _settings(batch: int) -> dict[str, int]:
+    return {"batch": batch} | ({"one_image": 1} if batch > 1 else {})
+
+
+def _length(tokens_IT: np.ndarray) -> int:
+    """Tokens of the shortest caption, <end> included."""
+    ends_IT = tokens_IT == END
+    return int(np.where(ends_IT.any(1), ends_IT.argmax(1) + 1, tokens_IT.shape[1]).min())
+
+
+def _timed(caption: Callable[[int, int], np.ndarray], images: int, calls: int) -> Figures:
+    call_ms, tokens = [], 0
+    begin = last = time.perf_counter()
+    for n in range(calls):
+        tokens += caption(n * images, images).size
+        now = time.perf_counter()
+        call_ms.append(1e3 * (now - last))
+        last = now
+    seconds = last - begin
+    return {
+        "seconds": seconds,
+        "captions": calls * images,
+        "tokens": tokens,
+        **rates(seconds, captions=calls * images, tokens=tokens),
+        "ms_a_caption": 1e3 * seconds / (calls * images),
+        "call_ms": spread(call_ms),
+    }

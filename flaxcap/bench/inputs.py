@@ -1,0 +1,95 @@
+"""`flaxcap bench input`: batches onto the devices, and nothing done with them there."""
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
+
+from flaxcap import store
+from flaxcap import train_step as step_lib
+from flaxcap.bench import corpus
+from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.config import Config
+from flaxcap.errors import UserError
+from flaxcap.feed import Feed
+
+
+@contextlib.contextmanager
+def work(config: Config, given: Given) -> Iterator[Work]:
+    """A repetition feeds the timed steps from features on the device, where they fit, and from a store on disk.
+
+    The store was just written, so the system may have it in memory: what is measured is the way, not the disk.
+    """
+    plan = corpus.plan(given.images, config)
+    mesh = step_lib.make_mesh()
+    dispatches = corpus.sample(plan, given.steps)
+    counted = corpus.counts(dispatches)
+    with tempfile.TemporaryDirectory(prefix="flaxcap-bench-") as folder:
+        written, split = _write(folder, config, given)
+        feeds = {"stream": Feed(split, plan, mesh, "stream")}
+        begin = time.perf_counter()
+        resident = Feed(split, plan, mesh, "auto")
+        facts: Figures = {
+            "steps_per_epoch": plan.steps_per_epoch,
+            "store_gb": np.prod(split.shape) * split.dtype.itemsize / 1e9,
+            "write_gb_s": written,
+        }
+        if resident.resident:
+            jax.block_until_ready(resident(dispatches[0]).bank_NPF)
+            feeds["device"] = resident
+            facts |= {"load_s": time.perf_counter() - begin}
+
+        def run(feed: Feed, dispatches: list) -> Figures:
+            step_ms, size = [], 0
+            begin = last = time.perf_counter()
+            for count, inputs in feed.ahead(dispatches):
+                jax.block_until_ready(inputs)
+                now = time.perf_counter()
+                step_ms += [1e3 * (now - last) / count] * count
+                last = now
+                sent = (inputs.index_KI, inputs.tokens_KICT, *(() if feed.resident else (inputs.bank_NPF,)))
+                size += sum(array.nbytes for array in sent)
+            seconds = last - begin
+            some = {name: counted[name] for name in ("images", "captions", "tokens")}
+            return {
+                "seconds": seconds,
+                **some,
+                **rates(seconds, batches=counted["steps"], **some),
+                "gb_s": size / seconds / 1e9,
+                "step_ms": spread(step_ms),
+            }
+
+        for feed in feeds.values():
+            run(feed, dispatches[: given.warmup])
+
+        def repeat() -> Figures:
+            found = {mode: run(feed, dispatches) for mode, feed in feeds.items()}
+            return {"captions_s": found["stream"]["captions_s"]} | found
+
+        yield Work("captions_s", facts, repeat)
+
+
+def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Split]:
+    """A store's split of made-up features, and GB a second of its writing. UserError if the disk is too small."""
+    size = given.images * store.bytes_an_image(given.feature_dim, config.encoder.store_dtype)
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"--images={given.images} take {size / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free;"
+            " TMPDIR names another place"
+        )
+    dtype = jnp.dtype(config.encoder.store_dtype)
+    source = corpus.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    split = store.Split(epath.Path(folder), given.images, config.encoder.shard_images)
+    begin = time.perf_counter()
+    array = split.create_array(given.feature_dim, config.encoder.store_dtype)
+    for number in tqdm.trange(split.num_shards, desc="store", unit=" shards", disable=None):
+        split.write(array, number, source.read(split.shard(number)), [])
+    return size / (time.perf_counter() - begin) / 1e9, split

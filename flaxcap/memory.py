@@ -1,0 +1,60 @@
+"""What a compiled step needs of a device's memory, known before it runs, and what a device has."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flaxcap.config import ConfigError
+
+
+def capacity(devices: list) -> int:
+    """Bytes that a program may take on each of these devices: an accelerator's own, or an equal part of the host's."""
+    stats: Callable = devices[0].memory_stats
+    limit = (stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+
+
+def needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes on each device: what goes in and comes out, donated once, and the arithmetic between."""
+    m: Any = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, devices: list, all_devices: int) -> int:
+    """The bytes that the step of a batch needs on each device.
+
+    `compile_for(images)` compiles the step for a batch of so many. ConfigError, naming the largest batch that fits,
+    where it needs more than `devices`, this process's, have. A compiler may refuse as well: that counts as too much.
+    """
+    limit = capacity(devices)
+    try:
+        need = needed(compile_for(batch_images))
+        if need <= limit:
+            return need
+        found = f"needs {megabytes(need)} a device"
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        found = "does not compile within a device's memory"
+    # A step's need is linear in its batch: two small ones tell the largest.
+    small, large = (-(-batch_images // (part * all_devices)) * all_devices for part in (8, 4))
+    most = 0
+    if small < large:
+        low, high = needed(compile_for(small)), needed(compile_for(large))
+        each = (high - low) / (large - small)
+        most = int((limit - low) / each + small) // all_devices * all_devices if each > 0 else small
+        most = min(most, batch_images - all_devices)
+    hint = f"the largest that fits is {most}"
+    if most <= 0:
+        hint = "none fits; --config.train.features=stream keeps the features off the device"
+    raise ConfigError(
+        f"--config.train.batch_images={batch_images}: a step {found}, which has {megabytes(limit)}; {hint}"
+    )
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,27 @@
+"""What a process sets up before it uses JAX: the other processes, and where compiled programs are kept."""
+
+import jax
+
+from flaxcap import config as config_lib
+from flaxcap.errors import UserError
+
+
+def join(distributed: str) -> None:
+    """Makes this process one of several, on JAX's own runtime: "auto", or "COORDINATOR:PORT,PROCESSES,ID"."""
+    if distributed == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        coordinator, *numbers = distributed.split(",")
+        processes, number = map(int, numbers)
+    except ValueError:
+        raise UserError(f"--distributed={distributed}: expected auto, or COORDINATOR:PORT,PROCESSES,ID") from None
+    jax.distributed.initialize(coordinator, processes, number)
+
+
+def keep_compiled(directory: str | None) -> None:
+    """Compiled programs are kept in `directory` and found there by the next run; None: in flaxcap's cache; "": not."""
+    if directory == "":
+        return
+    jax.config.update("jax_compilation_cache_dir", directory or str(config_lib.cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
