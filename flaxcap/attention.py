@@ -77,7 +77,8 @@ def _backward(residuals: Residuals, given: tuple[jax.Array, jax.Array]) -> tuple
     sums = jax.lax.platform_dependent(
         grown_IPA, query_ICA, d_scores_ICP.astype(dtype), cpu=_sums_on_a_cpu, default=_sums_by_caption
     )
-    r_ICA, slope_ICA, slope_IPA = sums
+    # A GPU's compiler would take a sum over r apart from the others, and read all of r for it once more.
+    r_ICA, slope_ICA, slope_IPA = jax.lax.optimization_barrier(sums)
     score_11A = 4 * score_A[None, None].astype(jnp.float32)
     d_keys_IPA, d_query_ICA = (score_11A * slope_IPA).astype(dtype), (score_11A * slope_ICA).astype(dtype)
     return d_keys_IPA, d_values_IPE, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA

@@ -3,6 +3,7 @@
 One cell, two drivers: training runs `unroll` over the tokens of the captions, decoding calls the cell over its own.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,16 +84,29 @@ class Cell(nnx.Module):
             context_ICE = context_ICE * jax.nn.sigmoid(self.gate(hidden_ICH))
         input_ICG = word_ICG + self.context(context_ICE)
         if carry.cell_ICH is not None:
-            i, f, g, o = jnp.split(input_ICG + recurrent_ICG, 4, -1)
-            # The forget gate starts open (Jozefowicz et al. 2015).
-            cell = jax.nn.sigmoid(f + 1) * carry.cell_ICH + jax.nn.sigmoid(i) * jnp.tanh(g)
-            return Carry(jax.nn.sigmoid(o) * jnp.tanh(cell), cell), alpha_ICP, context_ICE
-        # Cho et al. 2014, the reset gate after the product, as cuDNN and Keras have it.
+            hidden, cell = _lstm(*jnp.split(input_ICG + recurrent_ICG, 4, -1), carry.cell_ICH)
+            return Carry(hidden, cell), alpha_ICP, context_ICE
         z_x, r_x, n_x = jnp.split(input_ICG, 3, -1)
         z_h, r_h, n_h = jnp.split(recurrent_ICG, 3, -1)
-        z = jax.nn.sigmoid(z_x + z_h)
-        n = jnp.tanh(n_x + jax.nn.sigmoid(r_x + r_h) * n_h)
-        return Carry(z * hidden_ICH + (1 - z) * n, None), alpha_ICP, context_ICE
+        return Carry(_gru(z_x + z_h, r_x + r_h, n_x, n_h, hidden_ICH), None), alpha_ICP, context_ICE
+
+
+# Of the gates, backward keeps what goes in and computes the rest again: less is written at every token.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_recomputed
+def _gru(z: jax.Array, r: jax.Array, n_x: jax.Array, n_h: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Cho et al. 2014, the reset gate after the product, as cuDNN and Keras have it."""
+    z = jax.nn.sigmoid(z)
+    return z * hidden + (1 - z) * jnp.tanh(n_x + jax.nn.sigmoid(r) * n_h)
+
+
+@_recomputed
+def _lstm(i: jax.Array, f: jax.Array, g: jax.Array, o: jax.Array, cell: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The next hidden and cell state. The forget gate starts open (Jozefowicz et al. 2015)."""
+    cell = jax.nn.sigmoid(f + 1) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(cell), cell
 
 
 def unroll(cell: Cell, memory: Memory, carry: Carry, words_TICG: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -50,7 +50,7 @@ def define(command: str, values: flags.FlagValues) -> None:
     if command != "export":
         flags.DEFINE_string(
             "compilation_cache_dir", None, "where compiled programs are kept for the next run; default:"
-            " ~/.cache/flaxcap/compiled; empty: nowhere", **text,
+            " $JAX_COMPILATION_CACHE_DIR, else ~/.cache/flaxcap/compiled; empty: nowhere", **text,
         )  # fmt: skip
     if command != "prepare":
         flags.DEFINE_string("workdir", None, "the run: its checkpoints, metrics and plots", **text)

@@ -48,6 +48,8 @@ def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, 
         each = (high - low) / (large - small)
         most = int((limit - low) / each + small) // all_devices * all_devices if each > 0 else small
         most = min(most, batch_images - all_devices)
+        while most > 0 and needed(compile_for(most)) > limit:  # by what a compiler rounds up
+            most -= all_devices
     hint = f"the largest that fits is {most}"
     if most <= 0:
         hint = "none fits; --config.train.features=stream keeps the features off the device"

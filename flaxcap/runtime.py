@@ -1,5 +1,7 @@
 """What a process sets up before it uses JAX: the other processes, and where compiled programs are kept."""
 
+import os
+
 import jax
 
 from flaxcap import config as config_lib
@@ -20,8 +22,12 @@ def join(distributed: str) -> None:
 
 
 def keep_compiled(directory: str | None) -> None:
-    """Compiled programs are kept in `directory` and found there by the next run; None: in flaxcap's cache; "": not."""
+    """Compiled programs are kept in `directory` and found there by the next run; "": nowhere.
+
+    None: in JAX's own `$JAX_COMPILATION_CACHE_DIR`, else in flaxcap's cache.
+    """
     if directory == "":
         return
-    jax.config.update("jax_compilation_cache_dir", directory or str(config_lib.cache_dir() / "compiled"))
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(config_lib.cache_dir() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", directory or default)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

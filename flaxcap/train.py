@@ -73,9 +73,8 @@ def train(
     step = int(state.step)
     if step < last:
         need = compiled.check(config.train.batch_images, int(plan.buckets[-1]))
-        print(
-            f"a step takes up to {need / 1e9:.2f} GB of a device's {memory.capacity(jax.local_devices()) / 1e9:.2f} GB"
-        )
+        capacity = memory.capacity(jax.local_devices())
+        print(f"a step takes up to {memory.megabytes(need)} of a device's {memory.megabytes(capacity)}")
     best = progress.get("best", float("inf"))
     metrics = logs.Metrics(workdir, step)
     clock = logs.Clock(progress)

@@ -170,6 +170,9 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("decode.max_length", 0, "more than 0"),
         ("decode.temperature", 0.0, "more than 0"),
         ("decode.batch_size", 0, "more than 0"),
+        ("decode.beam_width", 0, "more than 0"),
+        ("decode.length_penalty", -0.1, "0 or more"),
+        ("decode.no_repeat_ngram", -1, "0 or more"),
         ("decode.top_k", -1, "0 or more"),
         ("data.max_images", -1, "0 or more"),
         ("data.max_captions", -1, "0 or more"),
@@ -189,7 +192,7 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("train.schedule", "cosin", "one of cosine, constant; did you mean 'cosine'?"),
         ("train.dtype", "", "one of float32, bfloat16"),
         ("train.features", "disk", "one of auto, device, stream"),
-        ("decode.method", "beam", "one of greedy, sample"),
+        ("decode.method", "beams", "one of greedy, sample, beam; did you mean 'beam'?"),
     ],
 )
 def test_a_bad_value_is_named_with_what_was_expected(field, value, expected):

@@ -1,6 +1,5 @@
 """The trainer's loss and gradients, fast as they are, are those of the plain model of tests/reference.py."""
 
-import functools
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -56,8 +55,8 @@ CASES = st.builds(
 # Keys and queries of up to about 20: tanh is 1 in float32 from 9 on.
 SATURATED = Case(3, "lstm", True, "mean", False, (8, 5, 7, 8, 9), 6, 30, 2, 3, 6, "any", 9, 7.0)
 SHORTEST = Case(2, "gru", True, "mean", True, (5, 3, 6, 7, 5), 4, 9, 3, 2, 2, "shortest", 64, 1.0)
-# Fewer than half of the places are real: the least packed size.
-PADDED = Case(4, "gru", False, "zeros", False, (5, 3, 6, 7, 5), 4, 9, 2, 3, 6, "shortest", 5, 4.0)
+# 6 tokens in 234 places, which are packed to 128.
+PADDED = Case(4, "gru", False, "zeros", False, (5, 3, 6, 7, 5), 4, 9, 2, 3, 40, "shortest", 5, 4.0)
 
 
 def config_of(case: Case, **train: Any) -> Config:
@@ -99,19 +98,19 @@ def mean_loss(bind: Any, params: Any, feats_IPF: Any, tokens_ICT: Any) -> jax.Ar
 
 def fast(config: Config, case: Case, params: Any) -> tuple[jax.Array, Any]:
     bind, _ = model.create(config, case.features, case.vocabulary)
+
+    def run(params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[jax.Array, Any]:
+        return jax.value_and_grad(mean_loss, 1)(bind, params, feats_IPF, tokens_ICT)
+
     # Unoptimised machine code is the same computation, compiled in half the time.
-    compiled = jax.jit(
-        functools.partial(jax.value_and_grad(mean_loss, 1), bind),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    return compiled(params, *batch(case))
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, *batch(case))
 
 
 @hypothesis.given(case=CASES)
 @hypothesis.example(case=SATURATED)
 @hypothesis.example(case=SHORTEST)
 @hypothesis.example(case=PADDED)
-@hypothesis.settings(max_examples=6, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 def test_loss_and_every_gradient_are_the_plain_models(case):
     """Against float64, to 1e-5 of the loss and of the largest gradient of each layer.
 
@@ -123,7 +122,9 @@ def test_loss_and_every_gradient_are_the_plain_models(case):
     loss, grads = fast(config, case, params)
 
     feats_IPF, tokens_ICT = batch(case)
-    plain = jax.value_and_grad(lambda *args: reference.batch_loss(config.model, *args, tokens_ICT))
+    plain = jax.value_and_grad(
+        lambda params, feats_IPF: reference.batch_loss(config.model, params, feats_IPF, tokens_ICT)
+    )
     expected_loss, expected = reference.in_float64(plain, params, feats_IPF)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     ours, layers = layers_of(grads), layers_of(expected)
@@ -163,15 +164,16 @@ def test_attention_does_saturate_in_the_case_of_that_name():
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_bfloat16_gradients_point_where_those_of_float32_do(cell):
-    """Mixed precision on a model of middle size: 64 wide, 200 words, 5 x 4 captions of up to 12 tokens, the full grid.
+    """Mixed precision on a model of middle size: 64 wide, 200 words, 5 x 4 captions of up to 9 tokens, the full grid.
 
     The whole gradient as one vector: cosine above 0.999, norm within 1%; the loss within 0.2%. Parameters, gradients
     and loss stay float32.
     """
-    case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 12, "any", 64, 1.0)
+    case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0)
     config = config_of(case)
     _, init = model.create(config, case.features, case.vocabulary)
-    params = jax.jit(init)(jax.random.key(0))
+    # Weights as wide layers have them, so that nothing saturates.
+    params = jax.tree.map(lambda x: 2 * x / np.sqrt(x.shape[0]), parameters(init, case))
     found = []
     for dtype in ("float32", "bfloat16"):
         loss, grads = fast(config_of(case, dtype=dtype), case, params)

@@ -1,12 +1,14 @@
 """The decoder against a plain reference, and what teacher forcing must and must not see."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from jax.test_util import check_grads
 
 from flaxcap import model
@@ -45,55 +47,14 @@ def case(request):
     return config, bind, jax.tree.unflatten(tree, noisy), feats_IPF, tokens_ICT
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def reference(config: Model, params, feats_PF, tokens_T) -> np.ndarray:
-    """Logits [T, V] of one caption: the papers' formulas one token at a time, nothing hoisted, NumPy float64."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-
-    def dense(name, x):
-        return x @ p[name]["kernel"] + p[name].get("bias", 0)
-
-    values = dense("image", feats_PF)
-    if config.positions:
-        values = values + p["position"]
-    values = np.maximum(values, 0)
-    n, a = config.hidden_dim, config.attention_dim
-    h = c = np.zeros(n)
-    if config.initial_state == "mean":
-        state = np.tanh(dense("first", values.mean(0)))
-        h, c = state[:n], state[n:]
-    w_query, w_gates = np.split(p["cell"]["recurrent"]["kernel"], [a], axis=1)
-    b_query, b_gates = np.split(p["cell"]["recurrent"]["bias"], [a])
-    logits = []
-    for token in tokens_T:
-        energy = np.tanh(dense("key", values) + h @ w_query + b_query) @ p["cell"]["score"]["kernel"][:, 0]
-        alpha = np.exp(energy - energy.max())
-        context = (alpha / alpha.sum()) @ values
-        if config.attention_gate:
-            context = context * sigmoid(h @ p["cell"]["gate"]["kernel"] + p["cell"]["gate"]["bias"])
-        inputs = dense("word", p["embedding"]["embedding"][token]) + context @ p["cell"]["context"]["kernel"]
-        x = np.split(inputs, 3 + (config.cell == "lstm"))
-        r = np.split(h @ w_gates + b_gates, len(x))
-        if config.cell == "gru":
-            z, reset = sigmoid(x[0] + r[0]), sigmoid(x[1] + r[1])
-            h = z * h + (1 - z) * np.tanh(x[2] + reset * r[2])
-        else:
-            i, f, g, o = (one + other for one, other in zip(x, r, strict=True))
-            c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
-            h = sigmoid(o) * np.tanh(c)
-        logits.append(dense("vocabulary", dense("head", h)))
-    return np.array(logits)
-
-
 def test_logits_are_the_papers_formulas(case):
     config, bind, params, feats_IPF, tokens_ICT = case
     captioner = bind(params)
     logits_ICTV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
     for i, c in np.ndindex(2, 3):
-        expected = reference(config.model, params, np.asarray(feats_IPF[i], np.float64), np.asarray(tokens_ICT[i, c]))
+        expected = reference.in_float64(
+            functools.partial(reference.logits, config.model), params, feats_IPF[i], tokens_ICT[i, c]
+        )
         np.testing.assert_allclose(logits_ICTV[i, c], expected, atol=2e-5)
 
 
@@ -118,8 +79,9 @@ def test_logits_ignore_later_tokens_and_other_captions(case):
         captioner = bind(params)
         return captioner.logits(captioner(feats_IPF, distinct_ICT)[0])[0, 1, t].sum()
 
+    gradient = jax.jit(jax.grad(logits_at))
     for t in range(5):
-        grad_VE = jax.grad(logits_at)(params, t)["embedding"]["embedding"]
+        grad_VE = gradient(params, t)["embedding"]["embedding"]
         assert set(np.flatnonzero(np.abs(grad_VE).sum(1))) == set(distinct_ICT[0, 1, : t + 1].tolist())
 
 
