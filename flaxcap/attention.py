@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 Residuals = tuple[jax.Array, ...]
 
-# Beyond it tanh is 1 in float32; within it no product of two exponentials is 0 · ∞.
+# Within it no product of two exponentials is 0 · ∞. Beyond it, where tanh of a key or query alone is ±1 in float32, a
+# key and a query of opposite signs no longer cancel as they would in the formula.
 LARGEST = 40.0
 
 
@@ -77,8 +78,9 @@ def _backward(residuals: Residuals, given: tuple[jax.Array, jax.Array]) -> tuple
     sums = jax.lax.platform_dependent(
         grown_IPA, query_ICA, d_scores_ICP.astype(dtype), cpu=_sums_on_a_cpu, default=_sums_by_caption
     )
-    # A GPU's compiler would take a sum over r apart from the others, and read all of r for it once more.
-    r_ICA, slope_ICA, slope_IPA = jax.lax.optimization_barrier(sums)
+    r_ICA, slope_ICA, slope_IPA = sums
+    # A GPU's compiler would join this sum with the one that gave r_ICA, apart from the others, and make r once more.
+    r_ICA = jax.lax.optimization_barrier(r_ICA)
     score_11A = 4 * score_A[None, None].astype(jnp.float32)
     d_keys_IPA, d_query_ICA = (score_11A * slope_IPA).astype(dtype), (score_11A * slope_ICA).astype(dtype)
     return d_keys_IPA, d_values_IPE, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA
@@ -102,8 +104,8 @@ def _sums_on_a_cpu(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array)
     r_ICPA = 1 / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
     r_ICA = _weigh("icp,icpa->ica", d_ICP, r_ICPA)
     slope_ICA = jax.lax.map(lambda x: _weigh("cp,cpa->ca", x[0], x[1] - x[1] * x[1]), (d_ICP, r_ICPA))
-    slope_IPA = sum((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None] for c in range(d_ICP.shape[1]))
-    return r_ICA, slope_ICA, slope_IPA.astype(jnp.float32)
+    slopes_IPA = ((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None] for c in range(d_ICP.shape[1]))
+    return r_ICA, slope_ICA, sum(slope_IPA.astype(jnp.float32) for slope_IPA in slopes_IPA)
 
 
 attend.defvjp(_forward, _backward)

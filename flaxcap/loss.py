@@ -71,9 +71,9 @@ def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: ja
 
         return run
 
-    return jax.lax.switch(
-        jnp.searchsorted(jnp.array(sizes(places)), real_N.sum()), [branch(size) for size in sizes(places)]
-    )
+    *smaller, _ = sizes(places)
+    smallest_that_holds = (real_N.sum() > jnp.array(smaller, jnp.int32)).sum()
+    return jax.lax.switch(smallest_that_holds, [branch(size) for size in sizes(places)])
 
 
 @jax.custom_vjp

@@ -85,8 +85,10 @@ def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: in
 def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> loss_lib.Sums:
     """Sums over the batch: each caption's tokens after its first, given those before."""
     hidden_ICTH, _ = model(feats_IPF, tokens_ICT[..., :-1])
-    hidden_NH = hidden_ICTH.reshape(-1, hidden_ICTH.shape[-1])
-    return loss_lib.token_losses(model.output_weights(), hidden_NH, tokens_ICT[..., 1:].reshape(-1))
+    # Time first, as the scan leaves them: the targets are turned, not the states.
+    hidden_NH = jnp.moveaxis(hidden_ICTH, 2, 0).reshape(-1, hidden_ICTH.shape[-1])
+    targets_N = jnp.moveaxis(tokens_ICT[..., 1:], 2, 0).reshape(-1)
+    return loss_lib.token_losses(model.output_weights(), hidden_NH, targets_N)
 
 
 def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
