@@ -72,9 +72,9 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     bank = (-(-a.bank // mesh.size) * mesh.size, 64, 2048), jnp.bfloat16, images
     batches = [((1, a.images, *rest), jnp.int32, later) for rest in ((), (a.captions, a.time))]
     state = jax.tree.map(lambda x: x.update(sharding=everywhere), state)
-    inputs = step_lib.Inputs(
-        *(jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches, ((), jnp.int32, everywhere)))
-    )
+    arrays: Any = [jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches)]
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    inputs = step_lib.Inputs(*arrays, count)
     options = {"xla_gpu_enable_triton_gemm": False} if a.topology.startswith("h100") else {}
     return step.lower(state, inputs).compile(compiler_options=options)
 
@@ -151,7 +151,7 @@ def main() -> None:
     print({k: cost[k] for k in ("flops", "bytes accessed", "optimal_seconds") if k in cost})
     places = a.images // len(devices(a.topology)) * a.captions * (a.time - 1)
     branch = sum(size < a.real * places for size in loss.sizes(places))
-    computations = parse(compiled.as_text())
+    computations = parse(compiled.as_text() or "")
     loops = collections.defaultdict(list)
     for loop, times, name, op, moved, cycles in kernels(computations, list(computations)[-1], branch):
         loops[loop, times].append((max(moved, cycles * 500), name, op.type, moved / 1e6, cycles))

@@ -104,8 +104,10 @@ def _sums_on_a_cpu(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array)
     r_ICPA = 1 / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
     r_ICA = _weigh("icp,icpa->ica", d_ICP, r_ICPA)
     slope_ICA = jax.lax.map(lambda x: _weigh("cp,cpa->ca", x[0], x[1] - x[1] * x[1]), (d_ICP, r_ICPA))
-    slopes_IPA = ((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None] for c in range(d_ICP.shape[1]))
-    return r_ICA, slope_ICA, sum(slope_IPA.astype(jnp.float32) for slope_IPA in slopes_IPA)
+    slope_IPA = jnp.zeros(grown_IPA.shape, jnp.float32)
+    for c in range(d_ICP.shape[1]):
+        slope_IPA += ((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None]).astype(jnp.float32)
+    return r_ICA, slope_ICA, slope_IPA
 
 
 attend.defvjp(_forward, _backward)

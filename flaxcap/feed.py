@@ -49,7 +49,7 @@ class Feed:
     def __call__(self, batches: Sequence[Batch]) -> Inputs:
         """At most `plan.run` batches of one bucket on the devices, to be sent there together."""
         # One shape for any number of batches: what is missing is filled up, and not computed.
-        filled = [*batches, *batches[-1:] * (self._plan.run - len(batches))]
+        filled = [*batches, *[batches[-1]] * (self._plan.run - len(batches))]
         columns = np.concatenate([self._columns(d) for d in self._local])
         rows_KI = np.stack([b.rows_I[columns] for b in filled])
         tokens_KICT = np.stack([b.tokens_ICT[columns] for b in filled])

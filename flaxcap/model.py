@@ -69,7 +69,7 @@ class Captioner(nnx.Module):
 
     def output_weights(self) -> loss.Weights:
         """Of the two layers between hidden states and logits."""
-        layers = {"head": self.head, "vocabulary": self.vocabulary}
+        layers: dict[str, Any] = {"head": self.head, "vocabulary": self.vocabulary}
         return {name: {"kernel": layer.kernel[...], "bias": layer.bias[...]} for name, layer in layers.items()}
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ from flaxcap.main import main
 
 # Every flag of every command: a new one belongs here and in the help.
 FLAGS = {
-    "prepare": "config data_dir verbosity compilation_cache_dir distributed manual_dir npy_dir encoder_weights num_workers max_bad_fraction",
+    "prepare": "config data_dir verbosity compilation_cache_dir distributed manual_dir npy_dir encoder_weights"
+    " num_workers max_bad_fraction",
     "train": "config data_dir verbosity compilation_cache_dir distributed workdir [no]resume init_from profile_dir",
     "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed split out_dir",
     "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir",

@@ -36,14 +36,17 @@ def batch(seed: int = 0) -> tuple[Any, Any]:
     return rng.standard_normal((I, 64, F)).astype(np.float32), tokens_ICT
 
 
+Inputs: Any = step_lib.Inputs  # also of NumPy arrays and of shardings
+
+
 def inputs_on(mesh, feats_IPF, tokens_ICT) -> step_lib.Inputs:
     """The batch with each device's features in its own part of the bank, in another order."""
     width = I // mesh.size
     order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
     index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
     shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
-    inputs = step_lib.Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], np.int32(1))
-    return jax.device_put(inputs, step_lib.Inputs(*shardings))
+    inputs = Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], np.int32(1))
+    return jax.device_put(inputs, Inputs(*shardings))
 
 
 def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
@@ -67,9 +70,9 @@ def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T)
     state = step_lib.init_state(INIT, optimizer, 0, mesh)
     feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
     shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
-    inputs = step_lib.Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], np.int32(1))
+    inputs = Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], np.int32(1))
     train_step: Any = step_lib.make_train_step(BIND, optimizer, schedule, mesh, config.train)
-    return train_step.lower(state, jax.device_put(inputs, step_lib.Inputs(*shardings))).compile()
+    return train_step.lower(state, jax.device_put(inputs, Inputs(*shardings))).compile()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +146,7 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
     )
     tokens_KICT = np.concatenate([s.tokens_KICT for s in [*singles, singles[0]]])
     together = jax.device_put(
-        step_lib.Inputs(bank_NPF, index_KI, tokens_KICT, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
+        Inputs(bank_NPF, index_KI, tokens_KICT, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
     )
     state, metrics = train_step(step_lib.init_state(INIT, optimizer, 0, mesh), together)
     one_by_one = step_lib.init_state(INIT, optimizer, 0, mesh)
