@@ -72,9 +72,9 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     bank = (-(-a.bank // mesh.size) * mesh.size, 64, 2048), jnp.bfloat16, images
     batches = [((1, a.images, *rest), jnp.int32, later) for rest in ((), (a.captions, a.time))]
     state = jax.tree.map(lambda x: x.update(sharding=everywhere), state)
-    arrays: Any = [jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches)]
-    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    inputs = step_lib.Inputs(*arrays, count)
+    count = (), jnp.int32, everywhere
+    arrays: Any = (jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches, count))
+    inputs = step_lib.Inputs._make(arrays)
     options = {"xla_gpu_enable_triton_gemm": False} if a.topology.startswith("h100") else {}
     return step.lower(state, inputs).compile(compiler_options=options)
 
