@@ -15,7 +15,7 @@ from flaxcap.config import Config, ConfigError, check, difference, from_dict, le
 from flaxcap.encoders import inception_v3
 from flaxcap.errors import UserError
 
-PRESETS = sorted((ROOT / "experiments").glob("*.py"))
+PRESETS = sorted(f for f in (ROOT / "experiments").glob("*.py") if "def get_config" in f.read_text())
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
 
 
