@@ -60,8 +60,9 @@ class Feed:
         else:
             # Each device gets its rows of all the batches, one batch after the other.
             own_DKI = np.stack(np.split(rows_KI[: len(batches)], len(self._local), 1))
-            # What stands in an empty place is never looked at: it has no token.
-            read = self._source.read(np.where(own_DKI < 0, rows_KI.max(), own_DKI).reshape(-1))
+            # What stands in an empty place is never looked at: it has no token. This process may have no other.
+            some_row = max(int(batch.rows_I.max()) for batch in batches)
+            read = self._source.read(np.where(own_DKI < 0, some_row, own_DKI).reshape(-1))
             bank_DNPF = read.reshape(len(self._local), -1, *read.shape[1:])
             missing = (len(filled) - len(batches)) * self._width
             bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else bank_DNPF
@@ -72,7 +73,7 @@ class Feed:
             bank,
             self._put(index_KI.astype(np.int32), later),
             self._put(tokens_KICT, later),
-            self._put(np.int32(len(batches)), replicated(self._mesh)),
+            self._everywhere(np.int32(len(batches))),
         )
 
     def ahead(self, dispatches: Iterable[Sequence[Batch]], depth: int = 2) -> Iterator[tuple[int, Inputs]]:
@@ -109,6 +110,12 @@ class Feed:
             array((*places, captions, time), np.int32, over_images(mesh, 1)),
             array((), np.int32, replicated(mesh)),
         )
+
+    def _everywhere(self, value: np.ndarray | np.generic) -> jax.Array:
+        # Put on one device after the other: JAX's own way compares the processes' values, which is one more program
+        # that they would have to start in the same order as their steps.
+        copies = [jax.device_put(value, device) for device in self._local]
+        return jax.make_array_from_single_device_arrays(value.shape, replicated(self._mesh), copies)
 
     def _put(self, local: Any, sharding: Any) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, local)
