@@ -185,9 +185,19 @@ def test_a_config_of_another_model_is_refused(copy):
     file = copy / "config.json"
     config = config_lib.load(str(file))
     for group, field, value, message in (
-        ("model", "hidden_dim", 33, r"decoder: 6 parameters .*: context/kernel has shape \(16, 96\), expected .*99"),
-        ("model", "cell", "lstm", r"decoder: \d+ parameters do not fit the preset: context/kernel has shape"),
-        ("model", "attention_gate", True, r"decoder: 2 parameters do not fit the preset: gate/bias has shape none"),
+        (
+            "model",
+            "hidden_dim",
+            33,
+            r"decoder: 6 parameters .*: cell/context/kernel has shape \(16, 96\), expected .*99",
+        ),
+        ("model", "cell", "lstm", r"decoder: \d+ parameters do not fit the preset: cell/context/kernel has shape"),
+        (
+            "model",
+            "attention_gate",
+            True,
+            r"decoder: 2 parameters do not fit the preset: cell/gate/bias has shape none",
+        ),
         ("encoder", "block", "mixed1", r"encoder: .* has shape none \(it is missing\), expected \("),
         ("encoder", "block", "mixed99", r"encoder\.block=mixed99: expected one of"),
     ):
