@@ -86,7 +86,7 @@ class Plan:
     def dispatches(self, first: int, last: int, cuts: Iterable[int] = ()) -> Iterator[list[Batch]]:
         """The batches of steps first … last-1 in lists of one bucket, at most a run long.
 
-        Each list ends where a run ends, and before a step that is a multiple of one of `cuts`.
+        Each list ends before an epoch, and before a step that is a multiple of one of `cuts`.
         """
         waiting: list[Batch] = []
         for step in range(first, last):

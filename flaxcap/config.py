@@ -93,7 +93,7 @@ class Train:
                         ("float32", "bfloat16"))  # fmt: skip
     num_buckets: int = _field(8, "lengths that batches are padded to, chosen from the data")
     microbatch_images: int = _field(
-        0, "images a device computes at once, their gradients add up to the step's; 0: 16 on a CPU, else all"
+        0, "most images a device computes at once, their gradients add up to the step's; 0: about 16 on a CPU, else all"
     )
     steps_per_dispatch: int = _field(4, "steps of one length that follow each other, sent to the device together")
     features: str = _field("auto", "where features live: in device memory, streamed from the store, or by size",

@@ -42,15 +42,16 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def dispatch(self) -> None:
-        """Comes before each dispatch."""
+    def dispatch(self, before: Any) -> None:
+        """Comes before each dispatch; `before`, what those before it compute, is waited for at a trace's two ends."""
         self._count += 1
-        if self._directory is None:
+        if self._directory is None or self._count not in (self.FIRST, self.LAST):
             return
+        jax.block_until_ready(before)
         if self._count == self.FIRST:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
-        elif self._count == self.LAST:
+        else:
             self._stop()
 
     def __exit__(self, *_: object) -> None:

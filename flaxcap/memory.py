@@ -1,5 +1,6 @@
 """What a compiled step needs of a device's memory, known before it runs, and what a device has."""
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -31,30 +32,33 @@ def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, 
     where it needs more than `devices`, this process's, have. A compiler may refuse as well: that counts as too much.
     """
     limit = capacity(devices)
-    try:
-        need = needed(compile_for(batch_images))
-        if need <= limit:
-            return need
-        found = f"needs {megabytes(need)} a device"
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        found = "does not compile within a device's memory"
+
+    def need(images: int) -> float:
+        try:
+            return needed(compile_for(images))
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            return math.inf
+
+    asked = need(batch_images)
+    if asked <= limit:
+        return int(asked)
+    most = batch_images - all_devices
     # A step's need is linear in its batch: two small ones tell the largest.
     small, large = (-(-batch_images // (part * all_devices)) * all_devices for part in (8, 4))
-    most = 0
-    if small < large:
-        low, high = needed(compile_for(small)), needed(compile_for(large))
-        each = (high - low) / (large - small)
-        most = int((limit - low) / each + small) // all_devices * all_devices if each > 0 else small
-        most = min(most, batch_images - all_devices)
-        while most > 0 and needed(compile_for(most)) > limit:  # by what a compiler rounds up
-            most -= all_devices
+    low, high = need(small), need(large)
+    if low < high < math.inf:
+        rate = (high - low) / (large - small)
+        most = min(most, int((limit - low) / rate + small) // all_devices * all_devices)
+    while most > 0 and need(most) > limit:  # by what a compiler rounds up
+        most -= all_devices
+    found = "does not compile for" if asked == math.inf else f"needs {megabytes(int(asked))} of"
     hint = f"the largest that fits is {most}"
     if most <= 0:
         hint = "none fits; --config.train.features=stream keeps the features off the device"
     raise ConfigError(
-        f"--config.train.batch_images={batch_images}: a step {found}, which has {megabytes(limit)}; {hint}"
+        f"--config.train.batch_images={batch_images}: a step {found} a device's {megabytes(limit)}; {hint}"
     )
 
 

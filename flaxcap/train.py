@@ -91,7 +91,7 @@ def train(
                 jax.block_until_ready(state)
                 clock.pause()
             run = compiled[length]
-            profile.dispatch()
+            profile.dispatch(state)
             state, step_metrics = run(state, inputs)
             clock.run()
             step += count
@@ -200,7 +200,10 @@ class _Compiled(dict):
 
     def check(self, images: int, length: int) -> int:
         """The bytes that the longest step needs on each device; ConfigError if it has less."""
-        compile_for = lambda n: self[length] if n == images else self._compile(n, length)  # noqa: E731
+
+        def compile_for(n: int) -> jax.stages.Compiled:
+            return self[length] if n == images else self._compile(n, length)
+
         return memory.check(compile_for, images, jax.local_devices(), jax.device_count())
 
     def _compile(self, images: int | None, length: int) -> jax.stages.Compiled:

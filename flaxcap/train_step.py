@@ -1,6 +1,7 @@
 """One step of training, and of evaluation, over a mesh of devices. No input or output here."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,10 +93,18 @@ def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) 
 
 
 def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
-    """Equal parts, as few as possible, that a device computes its images of a batch in."""
+    """Equal parts that a device computes its images of a batch in.
+
+    As few as `microbatch_images` allows. Where that is 0, on a CPU: those nearest to 16 images in ratio, so that a
+    number without a good divisor does not fall apart into single images; elsewhere one.
+    """
     own = images // mesh.size
-    most = config.microbatch_images or (16 if mesh.devices.flat[0].platform == "cpu" else own)
-    return next(parts for parts in range(1, own + 1) if own % parts == 0 and own // parts <= most)
+    sizes = [size for size in range(1, own + 1) if own % size == 0]
+    if config.microbatch_images:
+        return own // max(size for size in sizes if size <= config.microbatch_images)
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    return own // min(sizes, key=lambda size: abs(math.log(size / 16)))
 
 
 def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zeros: Callable) -> Callable:

@@ -78,10 +78,10 @@ def test_a_model_that_prefers_unknown_and_padding_says_neither(params):
 def test_a_batch_is_its_images_one_by_one(params, options):
     together = run(params, **options)
     for i in range(I):
-        # Image i draws from fold_in(key, i): without the others, in place i, it is the same.
-        alone = run(params, feats_IPF=jnp.repeat(FEATS_IPF[i : i + 1], I, 0), **options)
-        assert alone.tokens_IT[i].tolist() == together.tokens_IT[i].tolist()
-        np.testing.assert_allclose(alone.log_prob_I[i], together.log_prob_I[i], rtol=1e-4)
+        # Image i draws from fold_in(key, i): alone in place i it is the same.
+        alone = run(params, feats_IPF=jnp.repeat(FEATS_IPF[i : i + 1], i + 1, 0), **options)
+        assert alone.tokens_IT[-1].tolist() == together.tokens_IT[i].tolist()
+        np.testing.assert_allclose(alone.log_prob_I[-1], together.log_prob_I[i], rtol=1e-4)
 
 
 def test_sampling_follows_its_seed_and_the_model(params):

@@ -104,6 +104,30 @@ def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
     assert sum(sizes) == parameters + 4
 
 
+def test_the_gradients_travel_in_one_sum():
+    text = compiled_step(step_lib.make_mesh(jax.devices()[:2])).as_text()
+    shapes = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
+    assert sum("," in shape for shape in shapes) == 1  # what else is summed is a single number
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "most", "parts"),
+    [
+        (64, 1, 0, 4),
+        (64, 2, 0, 2),
+        (24, 1, 0, 2),
+        (34, 1, 0, 2),
+        (17, 1, 0, 1),
+        (1, 1, 0, 1),
+        (64, 1, 8, 8),
+        (6, 1, 4, 2),
+    ],
+)
+def test_microbatches_are_equal_parts_near_what_is_asked(images, devices, most, parts):
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    assert step_lib.microbatches(images, mesh, Train(microbatch_images=most)) == parts
+
+
 def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
     """Weak scaling: as many images a device, the same arithmetic and memory on each."""
     costs = []
