@@ -13,6 +13,7 @@ usage: ./launch.sh               this machine: install into .venv, then prepare,
   PRESET=experiments/shapes.py   what to train; WORKDIR=runs/NAME and DATA_DIR=data: where it goes
   PYTHON=python3.12              a Python, 3.11 or newer; default: the first on the PATH that will do
   EXTRA=cuda12|cuda13|tpu        the accelerator to install for; default: by the NVIDIA driver; EXTRA= for none
+  SPLIT=test                     what is scored and captioned at the end: test, or val
   MANUAL_DIR=DIR                 your own files, for the data sets that take any
   DRY_RUN=1                      print every command, run none
 
@@ -90,10 +91,10 @@ main_job() {
   execute .venv/bin/flaxcap prepare "${data[@]}" ${MANUAL_DIR:+--manual_dir="$MANUAL_DIR"}
   say "training in $WORKDIR"
   execute .venv/bin/flaxcap train "${data[@]}" "$work"
-  say "scoring the test split"
-  execute .venv/bin/flaxcap evaluate "${data[@]}" "$work" --split=test
-  say "captioning held-out images"
-  execute .venv/bin/flaxcap caption "$work" --data_dir="$DATA_DIR" --split=test --num_images=4 --plot \
+  say "scoring split $SPLIT"
+  execute .venv/bin/flaxcap evaluate "${data[@]}" "$work" --split="$SPLIT"
+  say "captioning images of it"
+  execute .venv/bin/flaxcap caption "$work" --data_dir="$DATA_DIR" --split="$SPLIT" --num_images=4 --plot \
     --out_dir="$WORKDIR/captions"
 }
 
@@ -253,6 +254,7 @@ main() {
   PRESET=${PRESET:-experiments/shapes.py}
   WORKDIR=${WORKDIR:-runs/$(basename "$PRESET" .py)}
   DATA_DIR=${DATA_DIR:-data}
+  SPLIT=${SPLIT:-test}
   case $command in
     '') if [[ -z ${TPU_NAME:-} ]]; then main_job; else ./launch.sh watch && ./launch.sh delete; fi ;;
     install) environment "$(accelerator)" ;;

@@ -66,11 +66,12 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     bind, init = model.create(config, 2048, a.vocabulary)
     schedule = step_lib.learning_rate(config.train, 1000)
     optimizer = step_lib.make_optimizer(config.train, schedule)
-    step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train)
+    step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)
     state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, step_lib.make_mesh(jax.devices())))
     everywhere, images, later = step_lib.replicated(mesh), step_lib.over_images(mesh), step_lib.over_images(mesh, 1)
     bank = (-(-a.bank // mesh.size) * mesh.size, 64, 2048), jnp.bfloat16, images
-    batches = [((1, a.images, *rest), jnp.int32, later) for rest in ((), (a.captions, a.time))]
+    shapes = ((), jnp.int32), ((a.captions, a.time), jnp.int32), ((a.captions,), jnp.float32)
+    batches = [((1, a.images, *rest), dtype, later) for rest, dtype in shapes]
     state = jax.tree.map(lambda x: x.update(sharding=everywhere), state)
     count = (), jnp.int32, everywhere
     arrays: Any = (jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches, count))

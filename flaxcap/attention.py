@@ -34,20 +34,16 @@ grow.defvjp(lambda keys_IPA: (_grown(keys_IPA), None), lambda _, d_keys_IPA: (d_
 
 
 @jax.custom_vjp
-def attend(
-    grown_IPA: jax.Array, values_IPE: jax.Array, score_A: jax.Array, query_ICA: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Context [I, C, E] and weights alpha [I, C, P], float32, which add up to one over the positions.
+def attend(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> jax.Array:
+    """Weights alpha [I, C, P], float32, which add up to one over the positions.
 
-    alpha = softmax_p(score · tanh(key_p + query)), context = sum_p alpha_p value_p; `grown_IPA` is `grow(keys)`.
-    All arguments are of one dtype.
+    alpha = softmax_p(score · tanh(key_p + query)); `grown_IPA` is `grow(keys)`. All arguments are of one dtype.
     """
     # A softmax does not see what all positions have in common, here sum(score). The product is one for each image, as
     # if their scores differed: as a single matrix product, a GPU's compiler would write all of r to memory for it.
     score_IA = jnp.broadcast_to(-2 * score_A, grown_IPA.shape[::2])
     scores_IP = [_weigh("ipa,ia->ip", r_IPA, score_IA) for r_IPA in _reciprocals(grown_IPA, query_ICA)]
-    alpha_ICP = jax.nn.softmax(jnp.stack(scores_IP, 1))
-    return jnp.einsum("icp,ipe->ice", alpha_ICP.astype(values_IPE.dtype), values_IPE), alpha_ICP
+    return jax.nn.softmax(jnp.stack(scores_IP, 1))
 
 
 def _reciprocals(grown_IPA: jax.Array, query_ICA: jax.Array) -> list[jax.Array]:
@@ -60,19 +56,14 @@ def _weigh(axes: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(axes, x, y, preferred_element_type=jnp.float32)
 
 
-def _forward(
-    grown_IPA: jax.Array, values_IPE: jax.Array, score_A: jax.Array, query_ICA: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
-    context_ICE, alpha_ICP = attend(grown_IPA, values_IPE, score_A, query_ICA)
-    return (context_ICE, alpha_ICP), (grown_IPA, values_IPE, score_A, query_ICA, alpha_ICP)
+def _forward(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> tuple[jax.Array, Residuals]:
+    alpha_ICP = attend(grown_IPA, score_A, query_ICA)
+    return alpha_ICP, (grown_IPA, score_A, query_ICA, alpha_ICP)
 
 
-def _backward(residuals: Residuals, given: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    grown_IPA, values_IPE, score_A, query_ICA, alpha_ICP = residuals
-    d_context_ICE, d_alpha_ICP = given
+def _backward(residuals: Residuals, d_alpha_ICP: jax.Array) -> tuple[jax.Array, ...]:
+    grown_IPA, score_A, query_ICA, alpha_ICP = residuals
     dtype = grown_IPA.dtype
-    d_values_IPE = jnp.einsum("icp,ice->ipe", alpha_ICP.astype(dtype), d_context_ICE)
-    d_alpha_ICP = d_alpha_ICP + _weigh("ice,ipe->icp", d_context_ICE, values_IPE)
     d_scores_ICP = alpha_ICP * (d_alpha_ICP - (alpha_ICP * d_alpha_ICP).sum(-1, keepdims=True))
 
     sums = jax.lax.platform_dependent(
@@ -83,7 +74,7 @@ def _backward(residuals: Residuals, given: tuple[jax.Array, jax.Array]) -> tuple
     r_ICA = jax.lax.optimization_barrier(r_ICA)
     score_11A = 4 * score_A[None, None].astype(jnp.float32)
     d_keys_IPA, d_query_ICA = (score_11A * slope_IPA).astype(dtype), (score_11A * slope_ICA).astype(dtype)
-    return d_keys_IPA, d_values_IPE, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA
+    return d_keys_IPA, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA
 
 
 def _sums_by_caption(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array) -> tuple[jax.Array, ...]:

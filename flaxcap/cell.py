@@ -30,6 +30,36 @@ class Carry(NamedTuple):
     cell_ICH: jax.Array | None
 
 
+class Noise(NamedTuple):
+    """What training hides from the cell, or draws for it; None: nothing. Masks hold 0 or 1 / (the share kept)."""
+
+    hidden_ICH: jax.Array | None = None  # mask of the state that enters the recurrent product, the same at every token
+    alpha_TICP: jax.Array | None = None  # mask of the attention weights
+    gumbel_TICP: jax.Array | None = None  # hard attention: Gumbel noise that draws the place that is looked at
+    hard_I: jax.Array | None = None  # bool: the images that look at one place, not at the weighted sum
+
+    def at(self, token: tuple[jax.Array | None, jax.Array | None]) -> "Noise":
+        """With what was drawn for one token."""
+        return self._replace(alpha_TICP=token[0], gumbel_TICP=token[1])
+
+
+NO_NOISE = Noise()
+
+
+def place(alpha_P: jax.Array, gumbel_P: jax.Array) -> jax.Array:
+    """One-hot, over the last axis: a place drawn with the probabilities alpha (Gumbel 1954)."""
+    best = jnp.argmax(jnp.log(alpha_P) + gumbel_P, -1)
+    return jax.nn.one_hot(best, alpha_P.shape[-1], dtype=alpha_P.dtype)
+
+
+class Seen(NamedTuple):
+    """Of every token: the state after it, where the model looked, and what it saw there (after the gate, if any)."""
+
+    hidden_TICH: jax.Array
+    alpha_TICP: jax.Array
+    context_TICE: jax.Array
+
+
 def _recurrent_init(attention_dim: int, hidden_dim: int) -> Callable:
     """The query's columns Glorot-uniform, each gate's columns orthogonal, as Keras initialises them apart."""
 
@@ -65,21 +95,33 @@ class Cell(nnx.Module):
             self.gate = nnx.Linear(c.hidden_dim, 1, **linear)
 
     def __call__(
-        self, memory: Memory, carry: Carry, word_ICG: jax.Array, probe_ICR: jax.Array | None = None
+        self,
+        memory: Memory,
+        carry: Carry,
+        word_ICG: jax.Array,
+        noise: Noise = NO_NOISE,
+        probe_ICR: jax.Array | None = None,
     ) -> tuple[Carry, jax.Array, jax.Array]:
         """The next state, where the model looked for it, `alpha_ICP`, and what it saw, `context_ICE`.
 
-        `word_ICG`: the token's part of the gates. `probe_ICR` is added to the recurrent product, whose gradient
-        it thereby takes.
+        `word_ICG`: the token's part of the gates. `noise`: of this token. `probe_ICR` is added to the recurrent
+        product, whose gradient it thereby takes.
         """
         c = self.config
         hidden_ICH = carry.hidden_ICH
-        mixed_ICR = self.recurrent(hidden_ICH)
+        mixed_ICR = self.recurrent(hidden_ICH if noise.hidden_ICH is None else hidden_ICH * noise.hidden_ICH)
         if probe_ICR is not None:
             mixed_ICR = mixed_ICR + probe_ICR
         query_ICA, recurrent_ICG = mixed_ICR[..., : c.attention_dim], mixed_ICR[..., c.attention_dim :]
         score_A = self.score.kernel[:, 0].astype(query_ICA.dtype)
-        context_ICE, alpha_ICP = attention.attend(memory.keys_IPA, memory.values_IPE, score_A, query_ICA)
+        alpha_ICP = attention.attend(memory.keys_IPA, score_A, query_ICA)
+        seen_ICP = alpha_ICP
+        if noise.gumbel_TICP is not None and noise.hard_I is not None:
+            hard_I11 = noise.hard_I[:, None, None]
+            seen_ICP = jnp.where(hard_I11, jax.lax.stop_gradient(place(alpha_ICP, noise.gumbel_TICP)), alpha_ICP)
+        if noise.alpha_TICP is not None:
+            seen_ICP = seen_ICP * noise.alpha_TICP
+        context_ICE = jnp.einsum("icp,ipe->ice", seen_ICP.astype(memory.values_IPE.dtype), memory.values_IPE)
         if c.attention_gate:
             context_ICE = context_ICE * jax.nn.sigmoid(self.gate(hidden_ICH))
         input_ICG = word_ICG + self.context(context_ICE)
@@ -109,45 +151,53 @@ def _lstm(i: jax.Array, f: jax.Array, g: jax.Array, o: jax.Array, cell: jax.Arra
     return jax.nn.sigmoid(o) * jnp.tanh(cell), cell
 
 
-def unroll(cell: Cell, memory: Memory, carry: Carry, words_TICG: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [T, I, C, H] after each token, attention weights [T, I, C, P].
+def unroll(cell: Cell, memory: Memory, carry: Carry, words_TICG: jax.Array, noise: Noise = NO_NOISE) -> Seen:
+    """The cell over given tokens.
 
-    The gradients of the cell's two large kernels are each one product over all the tokens, after the backward scan;
-    inside it they would be read and written at every token.
+    The gradients of its two large kernels are each one product over all the tokens, after the backward scan; inside it
+    they would be read and written at every token.
     """
     graph, weights = nnx.split(cell)
-    return _unroll(graph, nnx.to_pure_dict(weights), memory, carry, words_TICG)
+    return _unroll(graph, nnx.to_pure_dict(weights), memory, carry, words_TICG, noise)
 
 
 def _scan(
-    graph: Any, weights: Any, memory: Memory, carry: Carry, words_TICG: jax.Array, probes_TICR: jax.Array | None
-) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """(hidden, alpha), context, each stacked over the tokens."""
+    graph: Any,
+    weights: Any,
+    memory: Memory,
+    carry: Carry,
+    words_TICG: jax.Array,
+    noise: Noise,
+    probes_TICR: jax.Array | None = None,
+) -> Seen:
+    def body(carry: Carry, token: tuple) -> tuple[Carry, Seen]:
+        word_ICG, drawn, probe_ICR = token
+        cell = nnx.merge(graph, nnx.State(weights))
+        carry, alpha_ICP, context_ICE = cell(memory, carry, word_ICG, noise.at(drawn), probe_ICR)
+        return carry, Seen(carry.hidden_ICH, alpha_ICP, context_ICE)
 
-    def body(carry: Carry, token: tuple) -> tuple[Carry, tuple]:
-        state = nnx.State(weights)
-        carry, alpha_ICP, context_ICE = nnx.merge(graph, state)(memory, carry, *token)
-        return carry, ((carry.hidden_ICH, alpha_ICP), context_ICE)
-
-    return jax.lax.scan(body, carry, (words_TICG, probes_TICR))[1]
+    drawn = noise.alpha_TICP, noise.gumbel_TICP
+    return jax.lax.scan(body, carry, (words_TICG, drawn, probes_TICR))[1]
 
 
-def _unroll(graph, weights, memory, carry, words_TICG):
-    return _scan(graph, weights, memory, carry, words_TICG, None)[0]
+def _unroll(graph, weights, memory, carry, words_TICG, noise):
+    return _scan(graph, weights, memory, carry, words_TICG, noise)
 
 
-def _forward(graph, weights, memory, carry, words_TICG):
+def _forward(graph, weights, memory, carry, words_TICG, noise):
     def run(weights, memory, carry, words_TICG, probes_TICR):
         held = dict(weights)
         for name in ("recurrent", "context"):
             held[name] = held[name] | {"kernel": jax.lax.stop_gradient(held[name]["kernel"])}
-        return _scan(graph, held, memory, carry, words_TICG, probes_TICR)
+        return _scan(graph, held, memory, carry, words_TICG, noise, probes_TICR)
 
     mixed = weights["recurrent"]["kernel"].shape[1]
     probes_TICR = jnp.zeros((*words_TICG.shape[:-1], mixed), words_TICG.dtype)
-    (hidden, alpha), pull, context = jax.vjp(run, weights, memory, carry, words_TICG, probes_TICR, has_aux=True)
-    before = jnp.concatenate([carry.hidden_ICH[None], hidden[:-1]])
-    return (hidden, alpha), (pull, before, context)
+    seen, pull = jax.vjp(run, weights, memory, carry, words_TICG, probes_TICR)
+    before = jnp.concatenate([carry.hidden_ICH[None], seen.hidden_TICH[:-1]])
+    if noise.hidden_ICH is not None:
+        before = before * noise.hidden_ICH[None]
+    return seen, (pull, before, seen.context_TICE)
 
 
 def _backward(graph, residuals, given):
@@ -159,7 +209,7 @@ def _backward(graph, residuals, given):
 
     d_weights["recurrent"]["kernel"] = kernel(before_TICH, d_mixed_TICR)
     d_weights["context"]["kernel"] = kernel(context_TICE, d_words_TICG)
-    return d_weights, d_memory, d_carry, d_words_TICG
+    return d_weights, d_memory, d_carry, d_words_TICG, None
 
 
 _unroll = jax.custom_vjp(_unroll, nondiff_argnums=(0,))

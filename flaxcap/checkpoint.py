@@ -22,17 +22,17 @@ class Checkpoints:
     """The checkpoints below a directory. Every process of a run makes one and calls the same methods."""
 
     def __init__(self, path: epath.PathLike, keep_latest: int = 1):
-        def loss(metrics: Any) -> float:
-            return metrics["val_loss"]
+        def score(metrics: Any) -> float:
+            return metrics["score"]
 
         # best_fn with max_to_keep would delete the newest checkpoint whenever it is not the best.
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_latest),
-                checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1),
+                checkpoint_managers.BestN(get_metric_fn=score, n=1),
             ]
         )
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=loss, best_mode="min")
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=score, best_mode="max")
         self.path = epath.Path(path)
         # Named here, since a manager that has saved nothing yet could not read the metadata otherwise.
         handlers = {
@@ -48,18 +48,18 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the lowest validation loss; of the newest checkpoint before the first validation."""
+        """The step of the best validation score; of the newest checkpoint before the first validation."""
         return self._manager.best_step()
 
-    def save(self, step: int, state: TrainState, progress: dict, val_loss: float | None = None) -> None:
+    def save(self, step: int, state: TrainState, progress: dict, score: float | None = None) -> None:
         """Saves in the background what is needed to go on; `progress` is any JSON. A step saved already is left."""
         if step in self._manager.all_steps():
             return
-        rest = state._replace(params=None)
+        params, rest = _apart(state)
         # Orbax ranks every checkpoint: one between validations comes last.
-        metrics = {"val_loss": math.inf if val_loss is None else val_loss}
+        metrics = {"score": -math.inf if score is None else score}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),  # pyright: ignore[reportCallIssue]
+            params=ocp.args.StandardSave(params),  # pyright: ignore[reportCallIssue]
             rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
             progress=ocp.args.JsonSave(progress),  # pyright: ignore[reportCallIssue]
         )
@@ -70,14 +70,15 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             raise CheckpointError(f"{self.path}: no checkpoint")
-        like = jax.tree.map(_abstract, like)
+        params, rest = _apart(jax.tree.map(_abstract, like))
         found = self._restore(
             step,
-            params=ocp.args.StandardRestore(like.params),  # pyright: ignore[reportCallIssue]
-            rest=ocp.args.StandardRestore(like._replace(params=None)),  # pyright: ignore[reportCallIssue]
+            params=ocp.args.StandardRestore(params),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardRestore(rest),  # pyright: ignore[reportCallIssue]
             progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
         )
-        return found.rest._replace(params=found.params), found.progress
+        whole = {"params": found.params} if like.average is None else {"average": found.params}
+        return found.rest._replace(**whole), found.progress
 
     def restore_params(self, like: Any, step: int) -> Any:
         """The parameters of a step, sharded as `like`."""
@@ -99,6 +100,13 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _apart(state: TrainState) -> tuple[Any, TrainState]:
+    """The parameters to caption with, and the rest."""
+    if state.average is None:
+        return state.params, state._replace(params=None)  # pyright: ignore[reportArgumentType]
+    return state.average, state._replace(average=None)
 
 
 def check_shapes(where: object, found: Any, expected: Any) -> None:

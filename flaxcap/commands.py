@@ -19,7 +19,7 @@ COMMANDS = {
         "flaxcap train --config=experiments/shapes.py --data_dir=data --workdir=runs/shapes",
     ),
     "evaluate": (
-        "Score a captioner on a prepared split: its loss, and the captions it generates.",
+        "Score the captions that a captioner, or anyone's file, has for a split.",
         "flaxcap evaluate --workdir=runs/shapes --data_dir=data --split=test",
     ),
     "caption": (
@@ -52,17 +52,19 @@ def define(command: str, values: flags.FlagValues) -> None:
             "compilation_cache_dir", None, "where compiled programs are kept for the next run; default:"
             " $JAX_COMPILATION_CACHE_DIR, else ~/.cache/flaxcap/compiled; empty: nowhere", **text,
         )  # fmt: skip
-    if command != "prepare":
+    if command in ("train", "export"):
         flags.DEFINE_string("workdir", None, "the run: its checkpoints, metrics and plots", **text)
     if command in ("evaluate", "caption"):
-        flags.DEFINE_string("model", None, "an export, instead of a run", **text)
+        flags.DEFINE_list("workdir", [], "a run; of several, RUN,RUN, each word's probability is the mean", **text)
+        flags.DEFINE_list("model", [], "an export, or several, instead of a run", **text)
         flags.DEFINE_integer("seed", 0, "seed of sampling", **text)
     if command in ("prepare", "train"):
         flags.DEFINE_string(
             "distributed", None, "several processes: auto (TPU pods, Slurm), or COORDINATOR:PORT,PROCESSES,ID", **text
         )
-    if command == "prepare":
+    if command in ("prepare", "evaluate"):
         flags.DEFINE_string("manual_dir", None, "your own files: see the data set's description", **text)
+    if command == "prepare":
         flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from here, compute none", **text)
         flags.DEFINE_string("encoder_weights", None, "a Keras no-top .h5, instead of downloading it", **text)
         flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode pictures", lower_bound=1, **text)
@@ -72,9 +74,12 @@ def define(command: str, values: flags.FlagValues) -> None:
         )  # fmt: skip
     elif command == "train":
         flags.DEFINE_boolean("resume", True, "go on with the run in --workdir, where there is one", **text)
-        flags.DEFINE_string("init_from", None, "start a new run from the parameters of this export", **text)
+        flags.DEFINE_string("init_from", None, "start a new run from the parameters of this run or export", **text)
         flags.DEFINE_string("profile_dir", None, "write a trace of a few steps there, for XProf", **text)
     elif command == "evaluate":
+        flags.DEFINE_string(
+            "predictions", None, "score this file of captions (COCO's results format) instead of a model's", **text
+        )
         flags.DEFINE_enum("split", "val", ("train", "val", "test"), "which split", **text)
         flags.DEFINE_string(
             "out_dir", None, "where predictions.json and scores.json go; default: WORKDIR/SPLIT", **text

@@ -1,20 +1,13 @@
 """The preset: typed dataclasses, and the one place where a default stands.
 
-A preset file has a `get_config()` that returns a `Config`; the command line overrides its fields
-(`--config.train.epochs=3`). The resolved preset is saved as JSON beside every run and export.
+The command line overrides its fields (`--config.train.epochs=3`); presets.py reads and writes it.
 """
 
 import dataclasses
 import difflib
-import importlib.util
-import json
 import os
 import pathlib
-import re
-import traceback
 import typing
-
-from etils import epath
 
 from flaxcap.errors import UserError
 
@@ -78,6 +71,32 @@ class Model:
     attention_gate: bool = _field(False, "scale the context by a learned gate (Show, Attend and Tell, 4.2.1)")
     initial_state: str = _field("zeros", "first recurrent state, made of nothing or of the mean of the image's grid",
                                 ("zeros", "mean"))  # fmt: skip
+    attention: str = _field("soft", "look at the weighted sum of the grid, or, in training, at one place drawn by the"
+                            " weights and learned by REINFORCE (Xu et al. 2015, 4.1)", ("soft", "hard"))  # fmt: skip
+    output: str = _field("state", "words follow from the state alone, or also from what was seen and the last word"
+                         " (Show, Attend and Tell, equation 7)", ("state", "deep"))  # fmt: skip
+    tied: bool = _field(False, "the last layer has the embedding's weights; embedding_dim and head_dim are equal")
+    embeddings: str = _field("", "a text file of word vectors (GloVe's format) that the embedding starts with")
+
+
+@dataclasses.dataclass
+class Dropout:
+    """Shares that training hides, anew at each step."""
+
+    image: float = _field(0.0, "of the projected grid")
+    embedding: float = _field(0.0, "of a word's embedding")
+    attention: float = _field(0.0, "of the attention weights")
+    recurrent: float = _field(0.0, "of the recurrent state, the same for all of a caption's words (arXiv:1512.05287)")
+    output: float = _field(0.0, "of what the output layers take")
+
+
+@dataclasses.dataclass
+class Finetune:
+    block: str = _field("", "train the encoder too, from this block on; empty: features are read as prepared",
+                        ("", *(f"mixed{n}" for n in range(11))))  # fmt: skip
+    learning_rate: float = _field(1e-5, "of the encoder")
+    flip: bool = _field(True, "mirror half of the pictures")
+    crop: float = _field(0.8, "crop pictures at random, at most to this share of their sides")
 
 
 @dataclasses.dataclass
@@ -87,7 +106,24 @@ class Train:
     epochs: int = _field(20, "passes over the training captions")
     learning_rate: float = _field(1e-3, "peak learning rate of Adam")
     warmup_steps: int = _field(100, "steps of linear warm-up")
-    schedule: str = _field("cosine", "learning rate after the warm-up", ("cosine", "constant"))
+    schedule: str = _field("cosine", "learning rate after the warm-up: down to 2%, kept, or multiplied by"
+                           " plateau_factor whenever plateau_epochs brought no better validation",
+                           ("cosine", "constant", "plateau"))  # fmt: skip
+    plateau_epochs: int = _field(2, "schedule=plateau: epochs without a better validation score")
+    plateau_factor: float = _field(0.5, "schedule=plateau: what the learning rate is multiplied by")
+    stop_after: int = _field(0, "end the run after so many epochs without a better validation score; 0: never")
+    weight_decay: float = _field(0.0, "of matrices, decoupled from the gradient and times the learning rate (AdamW)")
+    ema: float = _field(0.0, "validate and keep a moving average of the parameters with this decay; 0: the newest")
+    dropout: Dropout = _group(Dropout, "what training hides")
+    label_smoothing: float = _field(0.0, "share of a target's probability that is spread over all words")
+    doubly_stochastic: float = _field(0.0, "weight of attention's regulariser: a caption sees each place once in all")
+    scheduled_sampling: float = _field(0.0, "share of given words replaced by the model's own at the end of training,"
+                                       " where it grows to linearly")  # fmt: skip
+    cider_epochs: int = _field(0, "epochs of self-critical training on CIDEr, after the others")
+    cider_learning_rate: float = _field(5e-5, "learning rate of self-critical training")
+    finetune: Finetune = _group(Finetune, "a second stage, which starts with --init_from")
+    hard_reward: float = _field(0.1, "attention=hard: weight of the reward for the places drawn")
+    hard_entropy: float = _field(0.01, "attention=hard: weight of the entropy of the attention weights")
     clip_norm: float = _field(5.0, "largest global norm of the gradient; 0: no clipping")
     dtype: str = _field("float32", "arithmetic of the decoder; parameters and loss are always float32",
                         ("float32", "bfloat16"))  # fmt: skip
@@ -109,6 +145,7 @@ class Decode:
     max_length: int = _field(30, "most tokens of a generated caption, <end> included")
     temperature: float = _field(1.0, "sampling: divides the logits; smaller is safer")
     top_k: int = _field(0, "sampling: choose among so many best words; 0: all")
+    top_p: float = _field(1.0, "sampling: choose among the fewest best words that together have this probability")
     beam_width: int = _field(5, "beam search: hypotheses of an image that go on at each step")
     length_penalty: float = _field(0.0, "beam search: captions compete by log-probability / length to this power")
     no_repeat_ngram: int = _field(0, "beam search: no run of so many words occurs twice in a caption; 0: it may")
@@ -129,70 +166,6 @@ class Config:
 def cache_dir() -> pathlib.Path:
     """For downloads, and data sets that cannot be kept elsewhere: `$XDG_CACHE_HOME/flaxcap` or `~/.cache/flaxcap`."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flaxcap"
-
-
-def load(path: str) -> Config:
-    """The preset of a `.py` file with `get_config()`, or of a saved `config.json`.
-
-    Raises ConfigError where the file is missing, is not a preset, or has an unknown field or one of another type.
-    """
-    file = epath.Path(path)
-    if not file.exists():
-        raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
-    if path.endswith(".json"):
-        try:
-            tree = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError) as e:
-            raise ConfigError(f"{path}: not JSON ({e})") from e
-        return from_dict(tree, path)
-    spec = importlib.util.spec_from_file_location(file.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: a preset is a .py or a .json file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as e:  # a preset is a program: it may raise anything
-        raise ConfigError(f"--config={path}: {_what_failed(e, path)}") from e
-    if config is None:
-        raise ConfigError(f"--config={path}: has no get_config()")
-    if not isinstance(config, Config):
-        raise ConfigError(f"{path}: get_config() gave {type(config).__name__}, not flaxcap.config.Config")
-    return from_dict(dataclasses.asdict(config), path)
-
-
-def _what_failed(error: Exception, path: str) -> str:
-    """An error inside a preset, its line, and what may have been meant."""
-    file = os.path.abspath(path)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    hint = nearest(unknown[1], list(leaves(Config()))) if unknown else ""
-    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{hint}"
-
-
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_dict(tree: object, where: str, cls: type = Config):
-    """The dataclass of a parsed JSON tree; every unknown field or wrong type is a ConfigError."""
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where}: found {type(tree).__name__}, expected an object")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, value in tree.items():
-        if name not in hints:
-            raise ConfigError(f"{where}: unknown field {name!r}{nearest(name, list(hints))}")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
-            continue
-        if hint is float and type(value) is int and abs(value) < 2**53:
-            value = float(value)
-        if type(value) is not hint:
-            raise ConfigError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
-        values[name] = value
-    return cls(**values)
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, tuple[object, str]]:
@@ -222,18 +195,26 @@ _POSITIVE = {
     "encoder": ("image_size", "shard_images"),
     "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
     "train": (
-        "batch_images", "captions_per_image", "epochs", "learning_rate", "num_buckets", "steps_per_dispatch",
-        "log_every", "keep_latest",
+        "batch_images", "captions_per_image", "learning_rate", "num_buckets", "steps_per_dispatch",
+        "log_every", "keep_latest", "plateau_epochs", "plateau_factor", "cider_learning_rate",
     ),
-    "decode": ("max_length", "temperature", "beam_width", "batch_size"),
+    "train.finetune": ("learning_rate", "crop"),
+    "decode": ("max_length", "temperature", "top_p", "beam_width", "batch_size"),
 }  # fmt: skip
 _NOT_NEGATIVE = {
     "data": ("max_images", "max_captions"),
     "data.shapes": ("num_test",),
     "encoder": ("batch_size",),
-    "train": ("warmup_steps", "clip_norm", "microbatch_images", "checkpoint_every"),
+    "train": (
+        "epochs", "cider_epochs", "warmup_steps", "clip_norm", "microbatch_images", "checkpoint_every", "stop_after",
+        "weight_decay", "doubly_stochastic", "hard_reward", "hard_entropy",
+    ),
     "decode": ("top_k", "length_penalty", "no_repeat_ngram"),
-}
+}  # fmt: skip
+_SHARES = (
+    "train.ema", "train.label_smoothing",
+    *(f"train.dropout.{name}" for name in ("image", "embedding", "attention", "recurrent", "output")),
+)  # fmt: skip
 _SEEDS = ("seed", "data.shapes.seed", "encoder.seed")
 
 
@@ -248,6 +229,26 @@ def check(config: Config) -> Config:
                     raise ConfigError(f"--config.{group}.{name}={value}: expected {expected}")
     if config.data.max_length < 3:
         raise ConfigError(f"--config.data.max_length={config.data.max_length}: expected 3 or more")
+    for name in _SHARES:
+        if not 0 <= values[name] < 1:
+            raise ConfigError(f"--config.{name}={values[name]}: expected 0 or more, and less than 1")
+    for name in ("train.scheduled_sampling", "train.plateau_factor", "train.finetune.crop", "decode.top_p"):
+        if not 0 <= values[name] <= 1:
+            raise ConfigError(f"--config.{name}={values[name]}: expected 0 to 1")
+    model = config.model
+    if model.tied and model.embedding_dim != model.head_dim:
+        raise ConfigError(
+            f"--config.model.tied: embedding_dim={model.embedding_dim} and head_dim={model.head_dim} are expected equal"
+        )
+    if not config.train.epochs + config.train.cider_epochs:
+        raise ConfigError("--config.train.epochs=0 and cider_epochs=0: expected more than 0 of either")
+    if config.train.cider_epochs and config.train.captions_per_image < 2:
+        raise ConfigError(
+            f"--config.train.captions_per_image={config.train.captions_per_image}: expected 2 or more, as"
+            " self-critical training compares captions of an image"
+        )
+    if config.train.finetune.block and config.train.cider_epochs:
+        raise ConfigError("--config.train.finetune.block with cider_epochs: expected one of the two in a run")
     for name in _SEEDS:
         if not 0 <= values[name] < 2**32:
             raise ConfigError(f"--config.{name}={values[name]}: expected 0 to {2**32 - 1}")
@@ -266,10 +267,3 @@ def _check_choices(node: object, prefix: str) -> None:
         elif choices and value not in choices:
             raise ConfigError(f"--config.{prefix}{f.name}={value}: expected one of {', '.join(choices)}"
                               + nearest(str(value), list(choices)))  # fmt: skip
-
-
-def difference(old: Config, new: Config, names: typing.Iterable[str]) -> list[str]:
-    """ "model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
-    a, b = leaves(old), leaves(new)
-    picked = [k for k in a if any(k == n or k.startswith(n + ".") for n in names)]
-    return [f"{k} was {a[k][0]}, is {b[k][0]}" for k in picked if a[k][0] != b[k][0]]

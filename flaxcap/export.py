@@ -8,6 +8,7 @@ An export is a directory that needs nothing else:
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ import numpy as np
 from etils import epath
 
 import flaxcap
-from flaxcap import checkpoint, model, store
+from flaxcap import checkpoint, finetune, model, presets, store
 from flaxcap import config as config_lib
 from flaxcap.checkpoint import CheckpointError, Checkpoints
 from flaxcap.encoders import images, inception_v3, weights
+from flaxcap.model import ENCODER
 from flaxcap.text import Vocabulary
 
 
@@ -31,6 +33,15 @@ class Captioner(NamedTuple):
     params: model.Params
     encoder: inception_v3.Params  # unfolded
     about: dict
+    others: tuple["Captioner", ...] = ()  # that decide with it: an ensemble
+
+    @property
+    def binds(self) -> tuple[model.Bind, ...]:
+        return (self.bind, *(other.bind for other in self.others))
+
+    @property
+    def all_params(self) -> tuple[model.Params, ...]:
+        return (self.params, *(other.params for other in self.others))
 
 
 def load(
@@ -47,12 +58,45 @@ def load(
     return _load_run(epath.Path(workdir), data_dir)
 
 
+def load_any(path: epath.PathLike, data_dir: epath.PathLike) -> Captioner:
+    """A run or an export."""
+    is_run = (epath.Path(path) / "checkpoints").exists()
+    return load(workdir=path, data_dir=data_dir) if is_run else load(model_dir=path)
+
+
+def encoder_of(prepared: store.Store, config: config_lib.Config) -> inception_v3.Params:
+    """The network, unfolded, that made a store's features."""
+    if (prepared.path / "encoder").exists():
+        return checkpoint.load_params(prepared.path / "encoder")
+    # Features made elsewhere: their encoder is taken to be the preset's.
+    return weights.load(config.encoder.weights, block=config.encoder.block)[0]
+
+
+def load_all(
+    *, workdirs: Sequence[epath.PathLike] = (), model_dirs: Sequence[epath.PathLike] = (), data_dir: epath.PathLike = ""
+) -> Captioner:
+    """One captioner of all these runs and exports. CheckpointError unless they share words and features."""
+    found = [load(model_dir=path) for path in model_dirs]
+    found += [load(workdir=path, data_dir=data_dir) for path in workdirs]
+    if not found:
+        return load()
+    first, *others = found
+    for path, other in zip([*model_dirs, *workdirs][1:], others, strict=True):
+        for name in ("vocabulary_sha256", "encoder_sha256", "feature_dim"):
+            if other.about.get(name) != first.about.get(name):
+                raise CheckpointError(
+                    f"{path}: cannot decide together with {[*model_dirs, *workdirs][0]}: its {name} is"
+                    f" {other.about.get(name)}, not {first.about.get(name)}"
+                )
+    return first._replace(others=tuple(others))
+
+
 def read_config(directory: epath.PathLike) -> config_lib.Config:
     """The preset saved in a run or an export."""
     file = epath.Path(directory) / "config.json"
     if not file.exists():
         raise CheckpointError(f"{directory}: no {file.name}: neither a run nor an export of flaxcap")
-    return config_lib.load(str(file))
+    return presets.load(str(file))
 
 
 def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
@@ -65,19 +109,22 @@ def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
     if step is None:
         raise CheckpointError(f"{workdir}: no checkpoint yet; `flaxcap train` makes them")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    encoder = encoder_of(prepared, config)
     like = jax.eval_shape(init, jax.random.key(0))
+    if first := config.train.finetune.block:
+        like[ENCODER] = finetune.split(encoder, first, config.encoder.block)[1]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     params = checkpoints.restore_params(like, step)
     checkpoints.close()
-    if (prepared.path / "encoder").exists():
-        encoder = checkpoint.load_params(prepared.path / "encoder")
-    else:  # features made elsewhere: their encoder is taken to be the preset's
-        encoder, _ = weights.load(config.encoder.weights, block=config.encoder.block)
+    made_by = prepared.manifest["encoder"]["weights_sha256"]
+    if ENCODER in params:
+        encoder, params = finetune.whole(encoder, jax.device_get(params))
+        made_by = weights.digest(encoder)
     about = {
         "step": step,
         "dataset": config.dataset,
         "preprocessing": images.PREPROCESSING,
-        "encoder_sha256": prepared.manifest["encoder"]["weights_sha256"],
+        "encoder_sha256": made_by,
         "vocabulary_sha256": vocabulary.hash,
         "feature_dim": prepared.feature_dim,
         "flaxcap": flaxcap.__version__,
@@ -137,7 +184,7 @@ def _vocabulary(directory: epath.Path) -> Vocabulary:
 
 
 def write(captioner: Captioner, out: epath.PathLike) -> None:
-    """An export. CheckpointError if `out` holds something already."""
+    """An export of one captioner. CheckpointError if `out` holds something already."""
     path = epath.Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
@@ -147,4 +194,4 @@ def write(captioner: Captioner, out: epath.PathLike) -> None:
     (path / "vocabulary.json").write_text(captioner.vocabulary.to_json())
     (path / "about.json").write_text(json.dumps(captioner.about | {"files": _checksums(path)}, indent=2) + "\n")
     # Last: what has a config.json is whole.
-    (path / "config.json").write_text(config_lib.to_json(captioner.config))
+    (path / "config.json").write_text(presets.to_json(captioner.config))

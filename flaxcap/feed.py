@@ -2,9 +2,9 @@
 
 import collections
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from flaxcap import memory
 from flaxcap.batches import Batch, Plan
 from flaxcap.config import ConfigError
+from flaxcap.model import Params
 from flaxcap.train_step import Inputs, over_images, replicated
 
 
@@ -20,7 +21,7 @@ class Source(Protocol):
     """Where features are read from: a split of a store, or something made up."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...  # [N, P, F]
+    def shape(self) -> tuple[int, ...]: ...  # [N, P, F], of pictures [N, Y, X, 3]
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -28,17 +29,30 @@ class Source(Protocol):
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray: ...  # [len(rows), P, F]
 
 
+class Stage(NamedTuple):
+    """What a run trains from: features, or pictures with a part of the encoder, see finetune.py."""
+
+    sources: Mapping[str, Source]  # by role; none: a split's features
+    frozen: Any  # of `Inputs`
+    trained: Params  # beside the decoder's
+    encode: Callable | None
+
+
+FEATURES = Stage({}, None, {}, None)
+
+
 class Feed:
     """Puts batches of a plan onto a mesh. Of several processes each handles its own devices' columns."""
 
-    def __init__(self, source: Source, plan: Plan, mesh: Mesh, mode: str = "auto"):
+    def __init__(self, source: Source, plan: Plan, mesh: Mesh, mode: str = "auto", frozen: Any = None):
         """`mode`: "device" loads every image a device will need there now, "stream" reads them as they come,
-        "auto" goes by size. ConfigError if the mesh does not divide the batch.
+        "auto" goes by size. `frozen`: of `Inputs`. ConfigError if the mesh does not divide the batch.
         """
         images = plan.table_SI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
         self._source, self._plan, self._mesh = source, plan, mesh
+        self._frozen = jax.device_put(frozen, replicated(mesh))
         self._width = images // mesh.size  # columns a device
         self._devices = list(mesh.devices.flat)
         self._local = [d for d in self._devices if d.process_index == jax.process_index()]
@@ -50,9 +64,8 @@ class Feed:
         """At most `plan.run` batches of one bucket on the devices, to be sent there together."""
         # One shape for any number of batches: what is missing is filled up, and not computed.
         filled = [*batches, *[batches[-1]] * (self._plan.run - len(batches))]
-        columns = np.concatenate([self._columns(d) for d in self._local])
-        rows_KI = np.stack([b.rows_I[columns] for b in filled])
-        tokens_KICT = np.stack([b.tokens_ICT[columns] for b in filled])
+        rows_KI = self.local_rows(filled)
+        tokens_KICT = np.stack([b.tokens_ICT[self._local_columns()] for b in filled])
         if self.resident:
             parts = zip(self._local, np.split(rows_KI, len(self._local), 1), strict=True)
             index_KI = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts], 1)
@@ -65,7 +78,7 @@ class Feed:
             read = self._source.read(np.where(own_DKI < 0, some_row, own_DKI).reshape(-1))
             bank_DNPF = read.reshape(len(self._local), -1, *read.shape[1:])
             missing = (len(filled) - len(batches)) * self._width
-            bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else bank_DNPF
+            bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing)] + [(0, 0)] * (read.ndim - 1)) if missing else bank_DNPF
             bank = self._put(bank_DNPF.reshape(-1, *read.shape[1:]), over_images(self._mesh))
             index_KI = np.arange(len(filled))[:, None] * self._width + np.tile(np.arange(self._width), len(self._local))
         later = over_images(self._mesh, 1)
@@ -73,16 +86,37 @@ class Feed:
             bank,
             self._put(index_KI.astype(np.int32), later),
             self._put(tokens_KICT, later),
+            self._put(np.ones(tokens_KICT.shape[:3], np.float32), later),
             self._everywhere(np.int32(len(batches))),
+            self._frozen,
         )
 
-    def ahead(self, dispatches: Iterable[Sequence[Batch]], depth: int = 2) -> Iterator[tuple[int, Inputs]]:
-        """For each dispatch its number of batches and its inputs, the next `depth` being made by another thread."""
+    def local_rows(self, batches: Sequence[Batch]) -> np.ndarray:
+        """`rows_KI` of the batches' columns that are this process's."""
+        return np.stack([batch.rows_I[self._local_columns()] for batch in batches])
+
+    def local(self, array_KI: jax.Array) -> np.ndarray:
+        """This process's columns of an array that is sharded over its second axis."""
+        shards = sorted(array_KI.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards], 1)
+
+    def replace(self, inputs: Inputs, tokens_KICT: np.ndarray, weight_KIC: np.ndarray) -> Inputs:
+        """The same images with other captions, this process's columns of them."""
+        later = over_images(self._mesh, 1)
+        return inputs._replace(tokens_KICT=self._put(tokens_KICT, later), weight_KIC=self._put(weight_KIC, later))
+
+    @property
+    def lengths(self) -> list[int]:
+        """What captions are padded to."""
+        return self._plan.buckets.tolist()
+
+    def ahead(self, dispatches: Iterable[Sequence[Batch]], depth: int = 2) -> Iterator[tuple[Sequence[Batch], Inputs]]:
+        """Each dispatch's batches and inputs, the next `depth` being made by another thread."""
         dispatches = iter(dispatches)
 
-        def make() -> tuple[int, Inputs] | None:
+        def make() -> tuple[Sequence[Batch], Inputs] | None:
             batches = next(dispatches, None)
-            return None if batches is None else (len(batches), self(batches))
+            return None if batches is None else (batches, self(batches))
 
         with ThreadPoolExecutor(1, "feed") as pool:
             ready = collections.deque(pool.submit(make) for _ in range(depth + 1))
@@ -108,7 +142,9 @@ class Feed:
             array((rows * len(self._devices), *self._source.shape[1:]), self._source.dtype, over_images(mesh)),
             array(places, np.int32, over_images(mesh, 1)),
             array((*places, captions, time), np.int32, over_images(mesh, 1)),
+            array((*places, captions), np.float32, over_images(mesh, 1)),
             array((), np.int32, replicated(mesh)),
+            jax.tree.map(lambda x: array(x.shape, x.dtype, x.sharding), self._frozen),
         )
 
     def _everywhere(self, value: np.ndarray | np.generic) -> jax.Array:
@@ -119,6 +155,10 @@ class Feed:
 
     def _put(self, local: Any, sharding: Any) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, local)
+
+    @functools.cache  # noqa: B019
+    def _local_columns(self) -> np.ndarray:
+        return np.concatenate([self._columns(device) for device in self._local])
 
     def _columns(self, device: Any) -> np.ndarray:
         first = self._devices.index(device) * self._width

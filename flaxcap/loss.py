@@ -4,6 +4,8 @@ The vocabulary's product is half the arithmetic of a training step, and its logi
 once attention keeps nothing: padding must not enter it, and nothing of it should outlive it.
 """
 
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,17 @@ import jax.numpy as jnp
 
 from flaxcap.text import PAD
 
-Weights = dict[str, dict[str, jax.Array]]  # {"head": {"kernel", "bias"}, "vocabulary": {"kernel", "bias"}}
+Layer = dict[str, jax.Array]  # {"kernel", "bias"}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("head", "vocabulary"), meta_fields=("tanh",))
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Of the two layers between a decoder's states and its logits; once folded they may be one, and `head` None."""
+
+    head: Layer | None
+    vocabulary: Layer
+    tanh: bool = False  # between the two
 
 
 class Sums(NamedTuple):
@@ -22,29 +34,66 @@ class Sums(NamedTuple):
     right: jax.Array  # tokens that the model finds most likely
 
 
+class Losses(NamedTuple):
+    """Of given tokens. Only `objective` has gradients."""
+
+    objective: jax.Array  # float32 []: the tokens' cross-entropy, smoothed and weighted, summed
+    sums: Sums
+    nats_N: jax.Array  # float32: the plain cross-entropy of each token, 0 at <pad>
+
+
 def no_tokens() -> Sums:
     return Sums(*[jnp.zeros(())] * 3)
 
 
-def logits(weights: Weights, hidden: jax.Array) -> jax.Array:
-    """Hidden states [..., H] -> float32 logits [..., V]: two linear layers, computed in the states' dtype."""
-    for name in ("head", "vocabulary"):
-        layer = weights[name]
-        bias = layer["bias"].astype(hidden.dtype).reshape(*[1] * (hidden.ndim - 1), -1)
-        hidden = hidden @ layer["kernel"].astype(hidden.dtype) + bias
-    return hidden.astype(jnp.float32)
+def fold(weights: Weights) -> Weights:
+    """The same function with one layer, where nothing stands between the two."""
+    head, vocabulary = weights.head, weights.vocabulary
+    if head is None or weights.tanh:
+        return weights
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    return Weights(
+        None,
+        {
+            "kernel": multiply(head["kernel"], vocabulary["kernel"]),
+            "bias": multiply(head["bias"], vocabulary["kernel"]) + vocabulary["bias"],
+        },
+    )
 
 
-def _sums(weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> Sums:
-    """The plain computation, <pad> left out."""
-    logits_NV = logits(weights, hidden_NH)
+def logits(weights: Weights, states: jax.Array) -> jax.Array:
+    """Decoder states [..., S] -> float32 logits [..., V], computed in the states' dtype."""
+    if weights.head is not None:
+        states = _linear(weights.head, states)
+        states = jnp.tanh(states) if weights.tanh else states
+    return _linear(weights.vocabulary, states).astype(jnp.float32)
+
+
+def _linear(layer: Layer, x: jax.Array) -> jax.Array:
+    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
+
+
+def _losses(
+    weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float
+) -> Losses:
+    """The plain computation, <pad> left out.
+
+    Label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7): the target has the probability 1 - smoothing,
+    and all words share the rest.
+    """
+    logits_NV = logits(weights, states_NS)
     target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
     # Picked by a mask: a gather's gradient would be scattered into an array of zeros.
     target_N = jnp.where(target_NV, logits_NV, 0).sum(-1)
     max_N = jax.lax.stop_gradient(logits_NV.max(-1))
-    nats_N = jnp.log(jnp.exp(logits_NV - max_N[:, None]).sum(-1)) + max_N - target_N
+    normaliser_N = jnp.log(jnp.exp(logits_NV - max_N[:, None]).sum(-1)) + max_N
     real_N = (targets_N != PAD).astype(jnp.float32)
-    return Sums((nats_N * real_N).sum(), real_N.sum(), ((target_N >= max_N) * real_N).sum())
+    nats_N = (normaliser_N - target_N) * real_N
+    smooth_N = nats_N
+    if smoothing:
+        smooth_N = nats_N + smoothing * (target_N - logits_NV.mean(-1)) * real_N
+    sums = Sums(nats_N.sum(), real_N.sum(), ((target_N >= max_N) * real_N).sum())
+    return Losses((smooth_N * weight_N).sum(), sums, nats_N)
 
 
 SIZES, ROWS = 5, 64
@@ -56,8 +105,13 @@ def sizes(places: int) -> list[int]:
     return sorted({min(-(-part // ROWS) * ROWS, places) for part in parts})
 
 
-def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> Any:
-    """`function(weights, hidden, targets)` of the real tokens alone, packed to the least size that holds them."""
+def _packed(
+    function: Any, weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array
+) -> tuple[Losses, Any]:
+    """`function(weights, states, targets, weight)` of the real tokens alone, packed to the least size that holds them.
+
+    It gives losses, and by how many more arrays of packed tokens, which are laid out again over all the places.
+    """
     places = len(targets_N)
     real_N = targets_N != PAD
     order_N = jnp.nonzero(real_N, size=places, fill_value=places)[0]
@@ -65,9 +119,17 @@ def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: ja
     def branch(size: int) -> Any:
         def run() -> Any:
             order = order_N[:size]
-            hidden = hidden_NH.at[order].get(mode="fill", fill_value=0)
-            targets = targets_N.at[order].get(mode="fill", fill_value=PAD)
-            return function(weights, hidden, targets, order)
+
+            def pack(x: jax.Array, fill: int) -> jax.Array:
+                return x.at[order].get(mode="fill", fill_value=fill)
+
+            def unpack(x: jax.Array) -> jax.Array:
+                blank = jnp.zeros((places, *x.shape[1:]), x.dtype)
+                return blank.at[order].set(x, mode="drop", unique_indices=True)
+
+            losses, d_weights, d_states = function(weights, pack(states_NS, 0), pack(targets_N, PAD), pack(weight_N, 0))
+            d_states = None if d_states is None else unpack(d_states)
+            return losses._replace(nats_N=unpack(losses.nats_N)), d_weights, d_states
 
         return run
 
@@ -76,29 +138,38 @@ def _packed(function: Any, weights: Weights, hidden_NH: jax.Array, targets_N: ja
     return jax.lax.switch(smallest_that_holds, [branch(size) for size in sizes(places)])
 
 
-@jax.custom_vjp
-def token_losses(weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> Sums:
-    """What `hidden_NH` makes of the tokens `targets_N` that follow; <pad> does not count. Only `nats` has gradients."""
-    return _packed(lambda w, h, t, _: _sums(w, h, t), weights, hidden_NH, targets_N)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_losses(
+    weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float = 0.0
+) -> Losses:
+    """What `states_NS` makes of the tokens `targets_N` that follow; <pad> does not count.
+
+    `weight_N`, float32: of each token in the objective. `smoothing`: label smoothing's share.
+    """
+
+    def run(weights: Weights, states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple:
+        return _losses(weights, states, targets, weight, smoothing), None, None
+
+    return _packed(run, weights, states_NS, targets_N, weight_N)[0]
 
 
-def _forward(weights: Weights, hidden_NH: jax.Array, targets_N: jax.Array) -> tuple[Sums, tuple]:
-    def run(weights: Weights, hidden: jax.Array, targets: jax.Array, order: jax.Array) -> tuple:
-        def nats(weights: Weights, hidden: jax.Array) -> tuple[jax.Array, Sums]:
-            sums = _sums(weights, hidden, targets)
-            return sums.nats, sums
+def _forward(weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float):
+    def run(weights: Weights, states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple:
+        def objective(weights: Weights, states: jax.Array) -> tuple[jax.Array, Losses]:
+            losses = _losses(weights, states, targets, weight, smoothing)
+            return losses.objective, losses
 
-        (d_weights, d_hidden), sums = jax.grad(nats, (0, 1), has_aux=True)(weights, hidden)
-        d_hidden_NH = jnp.zeros_like(hidden_NH).at[order].set(d_hidden, mode="drop", unique_indices=True)
-        return sums, (d_weights, d_hidden_NH)
+        (d_weights, d_states), losses = jax.grad(objective, (0, 1), has_aux=True)(weights, states)
+        return losses, d_weights, d_states
 
-    return _packed(run, weights, hidden_NH, targets_N)
+    losses, *gradients = _packed(run, weights, states_NS, targets_N, weight_N)
+    return losses, gradients
 
 
-def _backward(gradients: tuple, given: Sums) -> tuple:
-    d_weights, d_hidden_NH = gradients
-    scale = given.nats
-    return jax.tree.map(lambda x: x * scale, d_weights), d_hidden_NH * scale.astype(d_hidden_NH.dtype), None
+def _backward(smoothing: float, gradients: list, given: Losses) -> tuple:
+    d_weights, d_states_NS = gradients
+    scale = given.objective
+    return jax.tree.map(lambda x: x * scale, d_weights), d_states_NS * scale.astype(d_states_NS.dtype), None, None
 
 
 token_losses.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import flaxcap
-from flaxcap import commands
+from flaxcap import commands, presets
 from flaxcap import config as config_lib
 from flaxcap.errors import UserError
 
@@ -80,15 +80,19 @@ def main(args: Sequence[str]) -> int:
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:
     """The preset of --config, else the one saved with the run or export, with `--config.FIELD=VALUE` applied."""
     if given.config:
-        config = config_lib.load(given.config)
+        config = presets.load(given.config)
     elif saved := getattr(given, "model", None) or getattr(given, "workdir", None):
         from flaxcap import export
 
-        config = export.read_config(saved)
+        config = export.read_config(saved if isinstance(saved, str) else saved[0])
     elif command == "bench":
         config = config_lib.Config()
     else:
-        raise UserError("which model? give --workdir=RUN or --model=EXPORT")
+        raise UserError(
+            "which data set? give --config=PRESET"
+            if getattr(given, "predictions", None)
+            else "which model? give --workdir=RUN or --model=EXPORT"
+        )
     known = config_lib.leaves(config)
     for override in overrides:
         name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
@@ -152,11 +156,22 @@ def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]
 def _evaluate(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap import evaluate
 
-    out_dir = given.out_dir or os.path.join(given.workdir or "evaluation", given.split)
-    scores = evaluate.evaluate(_captioner(given, config), given.data_dir, given.split, out_dir, given.seed)
-    width = max(map(len, scores))
-    for name, value in scores.items():
+    place = given.data_dir, given.split
+    if given.predictions:
+        if given.workdir or given.model:
+            raise UserError("--predictions is a model's captions already: give it without --workdir and --model")
+        out_dir = given.out_dir or os.path.join("evaluation", given.split)
+        report = evaluate.evaluate_file(given.predictions, config, *place, out_dir, manual_dir=given.manual_dir)
+    else:
+        out_dir = given.out_dir or os.path.join(given.workdir[0] if given.workdir else "evaluation", given.split)
+        report = evaluate.evaluate(
+            _captioner(given, config), *place, out_dir, manual_dir=given.manual_dir, seed=given.seed
+        )
+    width = max(map(len, report.scores))
+    for name, value in report.scores.items():
         print(f"{name:{width}}  {value:.4f}")
+    for name, reason in report.missing.items():
+        print(f"{name:{width}}  none: {reason}")
     print(f"{out_dir}/predictions.json, {out_dir}/scores.json")
     return 0
 
@@ -215,14 +230,18 @@ def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
     """The model of --model or --workdir; of its preset, what does not make the model may be overridden."""
     from flaxcap import export
 
-    captioner = export.load(workdir=given.workdir, model_dir=getattr(given, "model", None), data_dir=given.data_dir)
-    changed = config_lib.difference(captioner.config, config, _MODEL)
+    workdirs = [given.workdir] if isinstance(given.workdir, str) else given.workdir
+    captioner = export.load_all(workdirs=workdirs, model_dirs=getattr(given, "model", []), data_dir=given.data_dir)
+    changed = presets.difference(captioner.config, config, _MODEL)
     if changed:
         raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
     return captioner._replace(config=config)
 
 
-_MODEL = ("model", "data", "encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed")
+_MODEL = (
+    *("model", "data.vocab_size", "data.max_length"),
+    *("encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed"),
+)
 _RUN: dict[str, Any] = {
     "prepare": _prepare,
     "train": _train,

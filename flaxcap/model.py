@@ -7,7 +7,7 @@ One cell, two drivers: training scans `Captioner.step` over given tokens, decodi
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,31 @@ from jax.nn import initializers
 
 from flaxcap import attention, loss
 from flaxcap import config as config_lib
-from flaxcap.cell import Carry, Cell, Memory, unroll
+from flaxcap.cell import NO_NOISE, Carry, Cell, Memory, Noise, unroll
 from flaxcap.encoders import inception_v3
 
 Params = dict[str, Any]
+ENCODER = "encoder"  # of the parameters those that are trained of the encoder, which are no part of the decoder
+Bind = Callable[[Params], "Captioner"]
+
+
+class Dropped(NamedTuple):
+    """What training hides: masks that hold 0 or 1 / (the share kept); None: nothing. See noise.py."""
+
+    values_IPE: jax.Array | None = None
+    words_TICE: jax.Array | None = None
+    states_TICS: jax.Array | None = None
+    cell: Noise = NO_NOISE
+
+
+NOTHING_DROPPED = Dropped()
+
+
+class _Bias(nnx.Module):
+    """Of a vocabulary whose kernel is the embedding."""
+
+    def __init__(self, size: int):
+        self.bias = nnx.Param(jnp.zeros(size))
 
 
 class Captioner(nnx.Module):
@@ -42,15 +63,21 @@ class Captioner(nnx.Module):
         self.word = nnx.Linear(c.embedding_dim, self.cell.gates, **linear)
         if c.initial_state == "mean":
             self.first = nnx.Linear(c.image_dim, c.hidden_dim * (2 if c.cell == "lstm" else 1), **linear)
-        self.head = nnx.Linear(c.hidden_dim, c.head_dim, **linear)
-        self.vocabulary = nnx.Linear(c.head_dim, vocab_size, **linear)
+        self.head = nnx.Linear(self.states, c.head_dim, **linear)
+        self.vocabulary = _Bias(vocab_size) if c.tied else nnx.Linear(c.head_dim, vocab_size, **linear)
 
-    def remember(self, feats_IPF: jax.Array) -> Memory:
+    @property
+    def states(self) -> int:
+        """S, the width of what the output layers take of a token."""
+        c = self.config
+        return c.hidden_dim + (c.image_dim + c.embedding_dim if c.output == "deep" else 0)
+
+    def remember(self, feats_IPF: jax.Array, dropped_IPE: jax.Array | None = None) -> Memory:
         """The projected grid and its attention keys."""
         values_IPE = self.image(feats_IPF.astype(self.dtype))
         if self.config.positions:
             values_IPE = values_IPE + self.position[None].astype(self.dtype)
-        values_IPE = jax.nn.relu(values_IPE)
+        values_IPE = _masked(jax.nn.relu(values_IPE), dropped_IPE)
         return Memory(values_IPE, attention.grow(self.key(values_IPE)))
 
     def start(self, memory: Memory, captions: int) -> Carry:
@@ -63,31 +90,38 @@ class Captioner(nnx.Module):
             state = jnp.zeros((images, captions, c.hidden_dim * (2 if c.cell == "lstm" else 1)), self.dtype)
         return Carry(state[..., : c.hidden_dim], state[..., c.hidden_dim :] if c.cell == "lstm" else None)
 
-    def read(self, tokens: jax.Array) -> jax.Array:
-        """Token ids [...] -> their part of the cell's gates [..., G]."""
-        return self.word(self.embedding(tokens))
+    def deep(self, hidden: jax.Array, context: jax.Array, words: jax.Array) -> jax.Array:
+        """What the output layers take, [..., S]: the states, and of a deep output also what was seen and the word."""
+        return jnp.concatenate([hidden, context, words], -1) if self.config.output == "deep" else hidden
 
     def output_weights(self) -> loss.Weights:
-        """Of the two layers between hidden states and logits."""
-        layers: dict[str, Any] = {"head": self.head, "vocabulary": self.vocabulary}
-        return {name: {"kernel": layer.kernel[...], "bias": layer.bias[...]} for name, layer in layers.items()}
+        """Of the two layers between states and logits."""
+        head, vocabulary = (nnx.to_pure_dict(nnx.state(layer)) for layer in (self.head, self.vocabulary))
+        if self.config.tied:
+            vocabulary["kernel"] = self.embedding.embedding[...].T
+        return loss.Weights(head, vocabulary, tanh=self.config.output == "deep")
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., H] -> float32 logits [..., V]."""
-        return loss.logits(self.output_weights(), hidden)
+    def logits(self, states: jax.Array) -> jax.Array:
+        """States [..., S] -> float32 logits [..., V]."""
+        return loss.logits(self.output_weights(), states)
 
-    def __call__(self, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Teacher forcing: hidden states [I, C, T, H] after each given token, attention weights [I, C, T, P]."""
-        memory = self.remember(feats_IPF)
-        words_TICG = self.read(jnp.moveaxis(tokens_ICT, 2, 0))
+    def __call__(
+        self, feats_IPF: jax.Array, tokens_ICT: jax.Array, dropped: Dropped = NOTHING_DROPPED
+    ) -> tuple[jax.Array, jax.Array]:
+        """Teacher forcing, time first: states [T, I, C, S] after each given token, attention weights [T, I, C, P]."""
+        memory = self.remember(feats_IPF, dropped.values_IPE)
+        words_TICE = _masked(self.embedding(jnp.moveaxis(tokens_ICT, 2, 0)), dropped.words_TICE)
+        first = self.start(memory, tokens_ICT.shape[1])
+        seen = unroll(self.cell, memory, first, self.word(words_TICE), dropped.cell)
+        states_TICS = self.deep(seen.hidden_TICH, seen.context_TICE, words_TICE)
+        return _masked(states_TICS, dropped.states_TICS), seen.alpha_TICP
 
-        hidden, alpha = unroll(self.cell, memory, self.start(memory, tokens_ICT.shape[1]), words_TICG)
-        return jnp.moveaxis(hidden, 0, 2), jnp.moveaxis(alpha, 0, 2)
+
+def _masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    return x if mask is None else x * mask.astype(x.dtype)
 
 
-def create(
-    config: config_lib.Config, feature_dim: int, vocab_size: int
-) -> tuple[Callable[[Params], Captioner], Callable]:
+def create(config: config_lib.Config, feature_dim: int, vocab_size: int) -> tuple[Bind, Callable]:
     """`bind(params) -> Captioner` for use inside a jitted function, and `init(key) -> params`, a plain dict."""
 
     def make(key: jax.Array) -> Captioner:
@@ -98,7 +132,7 @@ def create(
 
     def bind(params: Params) -> Captioner:
         state = jax.tree.map(lambda x: x, abstract_state)
-        nnx.replace_by_pure_dict(state, params)
+        nnx.replace_by_pure_dict(state, {name: layer for name, layer in params.items() if name != ENCODER})
         return nnx.merge(graph, state)
 
     def init(key: jax.Array) -> Params:

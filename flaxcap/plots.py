@@ -15,7 +15,7 @@ _HEAT = matplotlib.colormaps["inferno"]
 
 
 def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """A PNG of the training and validation loss (nats a token) by step, from the lines of `metrics.jsonl`."""
+    """A PNG of the training and validation loss (nats a token) and CIDEr by step, from the lines of `metrics.jsonl`."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, label, style in (
@@ -28,6 +28,11 @@ def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> No
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats a token")
     axes.grid(alpha=0.3)
+    scores = [(line["step"], line["val/cider"]) for line in lines if "val/cider" in line]
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), color="tab:green", lw=2, marker="o", ms=3)
+        right.set_ylabel("validation CIDEr", color="tab:green")
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     figure.savefig(path, dpi=110)

@@ -187,6 +187,11 @@ class Split:
                 raise StoreError(f"{file}: cannot be read ({e!r}); delete it to have this shard made anew") from e
         return found
 
+    def present(self) -> list[int]:
+        """The rows that have features."""
+        missing = {s.row for s in self.skipped()}
+        return [row for row in range(self.images) if row not in missing]
+
     @functools.cached_property
     def array(self) -> ts.TensorStore:
         """`[N, P, F]`, opened for reading."""

@@ -3,22 +3,36 @@
 import math
 import signal
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tqdm
 from etils import epath
-from jax.sharding import Mesh
 
 from flaxcap import config as config_lib
-from flaxcap import export, logs, memory, model, plots, store
+from flaxcap import (
+    data,
+    decode,
+    embeddings,
+    export,
+    finetune,
+    logs,
+    memory,
+    model,
+    plots,
+    presets,
+    self_critical,
+    store,
+    validation,
+)
 from flaxcap import train_step as step_lib
-from flaxcap.batches import Plan
 from flaxcap.checkpoint import Checkpoints, check_shapes
 from flaxcap.config import Config, ConfigError
-from flaxcap.feed import Feed
-from flaxcap.text import Tokens, Vocabulary
+from flaxcap.feed import FEATURES, Feed, Stage
+from flaxcap.model import ENCODER
+from flaxcap.text import Vocabulary
 
 # What a run cannot change on its way: the meaning of its parameters, and of its steps.
 FIXED = (
@@ -40,7 +54,7 @@ def train(
     init_from: epath.PathLike | None = None,
     profile_dir: epath.PathLike | None = None,
 ) -> float:
-    """Trains to the preset's last epoch and returns the lowest validation loss (nats a token).
+    """Trains to the preset's last epoch and returns the best validation score (CIDEr of the model's own captions).
 
     It starts from the newest checkpoint in `workdir`, else from the parameters of the export `init_from`, else
     from scratch, always in this order. ConfigError if `workdir` holds a run that is not this one; Preempted
@@ -52,30 +66,52 @@ def train(
     _claim(workdir, config, vocabulary, resume)
 
     mesh = step_lib.make_mesh()
-    plan, feed = make_feed(config, prepared.split("train"), vocabulary, mesh, config.train.steps_per_dispatch)
-    val_plan, val_feed = make_feed(config, prepared.split("val"), vocabulary, mesh)
+    stage = _stage(config, prepared, data_dir, init_from)
+    plan, feed = validation.make_feed(
+        config,
+        prepared.split("train"),
+        vocabulary,
+        mesh,
+        config.train.steps_per_dispatch,
+        stage.sources.get("train"),
+        stage.frozen,
+    )
     per_epoch = plan.steps_per_epoch
-    last = config.train.epochs * per_epoch
+    first_stage = config.train.epochs * per_epoch
+    last = first_stage + config.train.cider_epochs * per_epoch
     print(
         f"{plan.num_captions} training captions, {per_epoch} steps an epoch, padded to"
         f" {', '.join(map(str, plan.buckets))} tokens ({plan.padding:.0%} padding);"
         f" features {'on the device' if feed.resident else 'streamed'}; {mesh.size} devices"
     )
     bind, init = model.create(config, prepared.feature_dim, len(vocabulary))
-    schedule = step_lib.learning_rate(config.train, last)
+    schedule = step_lib.learning_rate(config.train, first_stage)
     optimizer = step_lib.make_optimizer(config.train, schedule)
-    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train)
-    eval_step = step_lib.make_eval_step(bind, mesh, config.train)
+    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, stage.encode)
+    validate = validation.Validation(
+        config,
+        prepared.split("val"),
+        vocabulary,
+        mesh,
+        decode.make_decode(bind, config.decode),
+        step_lib.make_eval_step(bind, mesh, config.train, stage.encode),
+        stage,
+    )
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
-    fresh = step_lib.init_state(init, optimizer, config.seed, mesh)
+    fresh = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema, stage.trained)
     compiled = _Compiled(train_step, fresh, feed)
-    state, progress = _start(fresh, checkpoints, init_from)
+    if config.train.cider_epochs:
+        captions = [row.captions for row in prepared.split("train").rows]
+        draw = self_critical.SelfCritical(bind, config, mesh, feed, vocabulary, captions)
+        critical_step = self_critical.make_train_step(bind, optimizer, schedule, mesh, config.train)
+        critical = _Compiled(critical_step, fresh, feed)
+    state, progress = _start(fresh, checkpoints, init_from, config, vocabulary, data_dir)
     step = int(state.step)
     if step < last:
         need = compiled.check(config.train.batch_images, int(plan.buckets[-1]))
         capacity = memory.capacity(jax.local_devices())
         print(f"a step takes up to {memory.megabytes(need)} of a device's {memory.megabytes(capacity)}")
-    best = progress.get("best", float("inf"))
+    standing = _Standing(config.train, progress)
     metrics = logs.Metrics(workdir, step)
     clock = logs.Clock(progress)
     window = _Window(metrics, clock)
@@ -85,12 +121,15 @@ def train(
     bar = tqdm.tqdm(desc="train", total=last, initial=step, unit=" steps", disable=None)
     profile = logs.Profile(profile_dir)
     with _Sigterm() as sigterm, jax.transfer_guard("disallow"), bar, profile:
-        for count, inputs in dispatches:
+        for batches, inputs in dispatches:
+            count, of_length = len(batches), compiled
+            if step >= first_stage:
+                inputs, of_length = draw(state, inputs, batches), critical
             length = inputs.tokens_KICT.shape[-1]
-            if length not in compiled:
+            if length not in of_length:
                 jax.block_until_ready(state)
                 clock.pause()
-            run = compiled[length]
+            run = of_length[length]
             profile.dispatch(state)
             state, step_metrics = run(state, inputs)
             clock.run()
@@ -106,47 +145,56 @@ def train(
                 continue
             bar.set_postfix(window.write())
             clock.pause()
-            loss = None
+            score = None
             if not within:
-                loss, accuracy = validate(eval_step, state.params, val_plan, val_feed)
-                best = min(best, loss)
-                metrics.write(step, {"epoch": epoch, "val/loss": loss, "val/accuracy": accuracy})
-                bar.write(f"epoch {epoch}: validation loss {loss:.4f}, accuracy {accuracy:.1%}, best {best:.4f}")
+                found = validate(state.best_params)
+                score = found["cider"]
+                state = standing.after(score, state)
+                metrics.write(step, {"epoch": epoch, **{f"val/{name}": value for name, value in found.items()}})
+                bar.write(
+                    f"epoch {epoch}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%},"
+                    f" CIDEr {score:.4f}, best {standing.best:.4f}"
+                )
                 _plot(workdir)
-            checkpoints.save(step, state, {"best": best, "seconds": clock.seconds}, loss)
+            checkpoints.save(step, state, {**standing.progress, "seconds": clock.seconds}, score)
             if sigterm.received:
                 checkpoints.close()
                 metrics.close()
                 raise Preempted(f"saved at step {step} of {last}; the same command goes on there")
+            if standing.stop:
+                bar.write(f"no better validation score for {standing.since} epochs: the run ends")
+                break
     checkpoints.close()
     metrics.close()
-    print(f"trained {step} steps in {clock.seconds:.0f} s, lowest validation loss {best:.4f}: {workdir}")
-    return best
+    print(f"trained {step} steps in {clock.seconds:.0f} s, best validation CIDEr {standing.best:.4f}: {workdir}")
+    return standing.best
 
 
-def make_feed(
-    config: Config, split: store.Split, vocabulary: Vocabulary, mesh: Mesh, run: int = 1
-) -> tuple[Plan, Feed]:
-    """The batches of a prepared split, `run` of them a dispatch, and what puts them onto the mesh."""
-    captions = (row.captions for row in split.rows)
-    plan = Plan(
-        Tokens.of(captions, vocabulary, config.data.max_length),
-        batch_images=config.train.batch_images,
-        captions_per_image=config.train.captions_per_image,
-        num_buckets=config.train.num_buckets,
-        run=run,
-        seed=config.seed,
-        skip={s.row for s in split.skipped()},
-    )
-    return plan, Feed(split, plan, mesh, config.train.features)
+class _Standing:
+    """How the run stands by its validation scores, and what follows from it."""
 
+    def __init__(self, config: config_lib.Train, progress: dict):
+        self._config = config
+        self.best: float = progress.get("best", -math.inf)
+        self.since: int = progress.get("since", 0)  # epochs since the best
 
-def validate(eval_step: Callable, params: model.Params, plan: Plan, feed: Feed) -> tuple[float, float]:
-    """Cross-entropy (nats a token) and teacher-forced accuracy over every caption of a plan, each counted once."""
-    batches = ([plan.in_order(n)] for n in range(plan.steps_per_epoch))
-    sums = jax.device_get([eval_step(params, inputs) for _, inputs in feed.ahead(batches)])
-    nats, tokens, right = (math.fsum(column) for column in zip(*sums, strict=True))
-    return nats / tokens, right / tokens
+    @property
+    def progress(self) -> dict:
+        return {"best": self.best, "since": self.since}
+
+    @property
+    def stop(self) -> bool:
+        return 0 < self._config.stop_after <= self.since
+
+    def after(self, score: float, state: step_lib.TrainState) -> step_lib.TrainState:
+        """Notes an epoch's score; the state to go on with."""
+        c = self._config
+        better = score > self.best
+        self.best, self.since = max(score, self.best), 0 if better else self.since + 1
+        if c.schedule != "plateau" or not self.since or self.since % c.plateau_epochs:
+            return state
+        rate = np.asarray(jax.device_get(state.rate) * np.float32(c.plateau_factor))
+        return state._replace(rate=jax.device_put(rate, state.rate.sharding))
 
 
 def _every(interval: int, step: int) -> bool:
@@ -159,7 +207,9 @@ def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: 
     if file.exists():
         if not resume:
             raise ConfigError(f"--noresume, but --workdir={workdir} holds a run; take another, or delete it")
-        changed = config_lib.difference(config_lib.load(str(file)), config, FIXED)
+        # Where self-critical training begins is fixed too.
+        fixed = (*FIXED, "train.epochs") if config.train.cider_epochs else FIXED
+        changed = presets.difference(presets.load(str(file)), config, fixed)
         if changed:
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another preset: {'; '.join(changed)}; take another --workdir"
@@ -168,23 +218,58 @@ def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: 
             raise ConfigError(f"--workdir={workdir} holds a run with another vocabulary; take another --workdir")
     if jax.process_index() == 0:
         store.write_whole(words, vocabulary.to_json())
-        store.write_whole(file, config_lib.to_json(config))
+        store.write_whole(file, presets.to_json(config))
+
+
+def _stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_from: epath.PathLike | None) -> Stage:
+    """Pictures and the encoder of the store, or of `init_from`, where it is fine-tuned; else nothing."""
+    options = config.train.finetune
+    if not options.block:
+        return FEATURES
+    encoder = export.load_any(init_from, data_dir).encoder if init_from else export.encoder_of(prepared, config)
+    frozen, trained = finetune.split(encoder, options.block, config.encoder.block)
+    builder = data.of_preset(config, data_dir)
+    sources = {}
+    for role in ("train", "val"):
+        examples = data.read(builder, prepared.manifest["splits"][role]["split"])
+        images = prepared.split(role).images
+        sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, config.encoder.image_size)
+    encode = finetune.make_encode(config.encoder, options)
+    return Stage(sources, frozen, {ENCODER: trained}, encode)
 
 
 def _start(
-    fresh: step_lib.TrainState, checkpoints: Checkpoints, init_from: epath.PathLike | None
+    fresh: step_lib.TrainState,
+    checkpoints: Checkpoints,
+    init_from: epath.PathLike | None,
+    config: Config,
+    vocabulary: Vocabulary,
+    data_dir: epath.PathLike,
 ) -> tuple[step_lib.TrainState, dict]:
     """The state to start from, and the saved progress: DESIGN's restore order."""
     if checkpoints.latest_step is not None:
         state, progress = checkpoints.restore(fresh)
         print(f"going on at step {int(state.step)}")
         return state, progress
-    if init_from is None:
+    if init_from is not None:
+        params = export.load_any(init_from, data_dir).params
+        if ENCODER in fresh.params:  # already that of --init_from, see `_stage`
+            params = params | {ENCODER: fresh.params[ENCODER]}
+        check_shapes(f"--init_from={init_from}", params, fresh.params)
+    elif config.model.embeddings:
+        params = jax.device_get(fresh.params)
+        vectors = embeddings.read(config.model.embeddings, vocabulary, config.model.embedding_dim)
+        table_VE = np.array(params["embedding"]["embedding"])
+        table_VE[list(vectors)] = list(vectors.values())
+        params["embedding"]["embedding"] = table_VE
+        print(f"{len(vectors)} of {len(vocabulary)} words start with vectors of {config.model.embeddings}")
+    else:
         return fresh, {}
-    params = export.load(model_dir=init_from).params
-    check_shapes(f"--init_from={init_from}", params, fresh.params)
+
     put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
-    return fresh._replace(params=put), {}
+    # A copy: the step is given both, and takes their memory.
+    average = None if fresh.average is None else jax.tree.map(jnp.copy, put)
+    return fresh._replace(params=put, average=average), {}
 
 
 class _Compiled(dict):

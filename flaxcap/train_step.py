@@ -12,11 +12,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
-from flaxcap import loss as loss_lib
-from flaxcap.model import Captioner, Params
-from flaxcap.text import PAD
-
-Bind = Callable[[Params], Captioner]
+from flaxcap import objective as objective_lib
+from flaxcap.loss import Sums
+from flaxcap.model import ENCODER, Bind, Params
+from flaxcap.objective import Moment, Part
 
 
 class TrainState(NamedTuple):
@@ -24,6 +23,14 @@ class TrainState(NamedTuple):
     params: Params  # float32
     opt_state: Any
     key: jax.Array  # root of the run's randomness; a step folds its number in
+    average: Params | None  # of the parameters, see `Train.ema`
+    rate: jax.Array  # float32 []: what a schedule that follows validation multiplies the learning rate by
+    baseline: jax.Array  # float32 []: moving average of a caption's log-probability, in nats
+
+    @property
+    def best_params(self) -> Params:
+        """Those to caption with."""
+        return self.params if self.average is None else self.average
 
 
 class Inputs(NamedTuple):
@@ -36,7 +43,9 @@ class Inputs(NamedTuple):
     bank_NPF: jax.Array
     index_KI: jax.Array  # int32
     tokens_KICT: jax.Array  # int32
+    weight_KIC: jax.Array  # float32: of each caption in the objective
     count: jax.Array  # int32 []
+    frozen: Any = None  # parameters that the bank's rows are encoded with, where these are pictures
 
 
 def make_mesh(devices: list | None = None) -> Mesh:
@@ -56,40 +65,54 @@ def over_images(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then constant, or down a half cosine to 2% of it at `steps`, the run's last."""
-    if config.schedule == "constant":
-        warm = optax.linear_schedule(0, config.learning_rate, max(config.warmup_steps, 1))
-        return warm if config.warmup_steps else optax.constant_schedule(config.learning_rate)
+    """Linear warm-up to the peak, then down a half cosine to 2% of it at step `steps`, or constant; then what
+    self-critical training has. What "plateau" makes of it is in `TrainState.rate`.
+    """
     warmup = min(config.warmup_steps, steps // 2)
-    return optax.warmup_cosine_decay_schedule(
-        0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50
-    )
+    if config.schedule == "cosine":
+        schedule = optax.warmup_cosine_decay_schedule(
+            0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50
+        )
+    elif config.warmup_steps:
+        schedule = optax.linear_schedule(0, config.learning_rate, config.warmup_steps)
+    else:
+        schedule = optax.constant_schedule(config.learning_rate)
+    if config.cider_epochs:
+        schedule = optax.join_schedules([schedule, optax.constant_schedule(config.cider_learning_rate)], [steps])
+    return schedule
 
 
 def make_optimizer(config: config_lib.Train, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients."""
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients, with decoupled weight decay of all matrices
+    (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, optax.adam(schedule))
+
+    def matrices(params: Params) -> Any:
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
+    decay = optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity()
+    return optax.chain(clip, optax.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))
 
 
-def init_state(init: Callable, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """A new run's state, made in place on every device."""
+def init_state(
+    init: Callable,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    ema: float = 0.0,
+    more: Params | None = None,
+) -> TrainState:
+    """A new run's state, made in place on every device. `more`: parameters beside those that `init` makes."""
 
-    def make() -> TrainState:
+    def make(more: Params) -> TrainState:
         params_key, key = jax.random.split(jax.random.key(seed))
-        params = init(params_key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.random.key_data(key))
+        params = init(params_key) | more
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key)
+        return TrainState(step, params, optimizer.init(params), key, average, jnp.ones(()), jnp.zeros(()))
 
-    return jax.jit(make, out_shardings=replicated(mesh))()
-
-
-def token_losses(model: Captioner, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> loss_lib.Sums:
-    """Sums over the batch: each caption's tokens after its first, given those before."""
-    hidden_ICTH, _ = model(feats_IPF, tokens_ICT[..., :-1])
-    # Time first, as the scan leaves them: the targets are turned, not the states.
-    hidden_NH = jnp.moveaxis(hidden_ICTH, 2, 0).reshape(-1, hidden_ICTH.shape[-1])
-    targets_N = jnp.moveaxis(tokens_ICT[..., 1:], 2, 0).reshape(-1)
-    return loss_lib.token_losses(model.output_weights(), hidden_NH, targets_N)
+    return jax.jit(make, out_shardings=replicated(mesh))(more or {})
 
 
 def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
@@ -108,24 +131,31 @@ def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
 
 
 def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zeros: Callable) -> Callable:
-    """`(params, bank_NPF, index_I, tokens_ICT) -> sums` of what `compute(params, feats_IPF, tokens_ICT)` gives.
+    """`(replicated, bank_NPF, index_I, tokens_ICT, weight_IC) -> sums` of what `compute(replicated, part)` gives.
 
     Each device gathers from its own part of the bank and adds up its microbatches; only the sums travel.
-    `zeros(params)`: of `compute`'s shape.
+    `zeros(replicated)`: of `compute`'s shape.
     """
 
-    def local(params: Params, bank_NPF: jax.Array, index_I: jax.Array, tokens_ICT: jax.Array) -> Any:
-        def add(total: Any, part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            index_I, tokens_ICT = part
-            return jax.tree.map(jnp.add, total, compute(params, bank_NPF[index_I], tokens_ICT)), None
+    def local(everywhere: Any, bank_NPF: jax.Array, index_I: jax.Array, *captions: jax.Array) -> Any:
+        def add(total: Any, some: tuple) -> tuple[Any, None]:
+            index_I, tokens_ICT, weight_IC, place_I = some
+            part = Part(bank_NPF[index_I], tokens_ICT, weight_IC, place_I)
+            return jax.tree.map(jnp.add, total, compute(everywhere, part)), None
 
-        parts = microbatches(len(index_I) * mesh.size, mesh, config)
-        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (index_I, tokens_ICT))
-        return jax.lax.psum(jax.lax.scan(add, zeros(params), split)[0], "data")
+        own = len(index_I)
+        place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
+        parts = microbatches(own * mesh.size, mesh, config)
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (index_I, *captions, place_I))
+        return jax.lax.psum(jax.lax.scan(add, zeros(everywhere), split)[0], "data")
 
-    specs = P(), P("data"), P("data"), P("data")
+    specs = P(), P("data"), P("data"), P("data"), P("data")
     # What is P() within a device's function stays its own until psum: gradients are not summed twice.
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+
+
+def _batch(inputs: Inputs, k: jax.Array) -> tuple[jax.Array, ...]:
+    return inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k], inputs.weight_KIC[k]
 
 
 def make_train_step(
@@ -134,65 +164,86 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     config: config_lib.Train,
+    last: int,
+    encode: Callable | None = None,
 ) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted: a step for each batch; the state is donated.
 
-    `metrics`: {name: float32 [K]}, those of steps that were not meant are 0.
+    `metrics`: {name: float32 [K]}, those of steps that were not meant are 0. `last`: the step at which what grows
+    during training is full-grown. `encode`: of finetune.py, where the bank holds pictures.
     """
 
-    def nats(params: Params, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> tuple[jax.Array, tuple]:
-        sums = token_losses(bind(params), feats_IPF, tokens_ICT)
-        return sums.nats, (sums, (tokens_ICT[..., 0] != PAD).sum(dtype=jnp.float32))
+    def compute(everywhere: tuple[Params, Moment, Any], part: Part) -> tuple:
+        params, moment, frozen = everywhere
+
+        def of(params: Params) -> tuple[jax.Array, objective_lib.Found]:
+            seen = part
+            if encode is not None:
+                seen = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, moment.keys(part)))
+            return objective_lib.objective(bind(params), seen, moment, config)
+
+        return jax.grad(of, has_aux=True)(params)
 
     gradients = _on_each_device(
-        mesh,
-        config,
-        jax.grad(nats, has_aux=True),
-        lambda params: (jax.tree.map(jnp.zeros_like, params), (loss_lib.no_tokens(), jnp.zeros(()))),
+        mesh, config, compute, lambda given: (jax.tree.map(jnp.zeros_like, given[0]), objective_lib.nothing())
     )
 
-    def step(state: TrainState, bank_NPF: jax.Array, index_I: jax.Array, tokens_ICT: jax.Array) -> tuple:
-        grads, (sums, captions) = gradients(state.params, bank_NPF, index_I, tokens_ICT)
+    def step(state: TrainState, frozen: Any, *batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        moment = Moment(key, jnp.minimum(state.step / max(last, 1), 1.0), state.baseline)
+        grads, (sums, captions) = gradients((state.params, moment, frozen), *batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda x: x * state.rate, updates)
+        if ENCODER in updates:
+            slower = config.finetune.learning_rate / config.learning_rate
+            updates[ENCODER] = jax.tree.map(lambda x: x * slower, updates[ENCODER])
         params: Any = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            # Early on, the average of few steps: the first parameters are forgotten.
+            decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        log_prob = -sums.nats / jnp.maximum(captions, 1)
+        baseline = jnp.where(state.step == 0, log_prob, 0.9 * state.baseline + 0.1 * log_prob)
         metrics = sums._asdict() | {
             "loss": sums.nats / jnp.maximum(sums.tokens, 1),
             "captions": captions,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32) * state.rate,
         }
-        return TrainState(state.step + 1, params, opt_state, state.key), metrics
+        return TrainState(state.step + 1, params, opt_state, state.key, average, state.rate, baseline), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
         def body(k: jax.Array, so_far: tuple) -> tuple:
             state, metrics = so_far
-            state, found = step(state, inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k])
+            state, found = step(state, inputs.frozen, *_batch(inputs, k))
             return state, {name: metrics[name].at[k].set(value) for name, value in found.items()}
 
-        names = (*loss_lib.Sums._fields, "loss", "captions", "grad_norm", "learning_rate")
+        names = (*Sums._fields, "loss", "captions", "grad_norm", "learning_rate")
         empty = {name: jnp.zeros(len(inputs.index_KI)) for name in names}
         return jax.lax.fori_loop(0, inputs.count, body, (state, empty))
 
     return train_step
 
 
-def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train) -> Callable:
+def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Callable | None = None) -> Callable:
     """`eval_step(params, inputs) -> Sums` over all the batches, jitted."""
-    sums = _on_each_device(
-        mesh,
-        config,
-        lambda params, feats_IPF, tokens_ICT: token_losses(bind(params), feats_IPF, tokens_ICT),
-        lambda _: loss_lib.no_tokens(),
-    )
+
+    def compute(everywhere: tuple[Params, Any], part: Part) -> objective_lib.Found:
+        params, frozen = everywhere
+        if encode is not None:
+            part = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, None))
+        return objective_lib.evaluate(bind(params), part)
+
+    found = _on_each_device(mesh, config, compute, lambda _: objective_lib.nothing())
 
     @jax.jit
-    def eval_step(params: Params, inputs: Inputs) -> loss_lib.Sums:
-        def body(k: jax.Array, total: loss_lib.Sums) -> loss_lib.Sums:
-            found = sums(params, inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k])
-            return jax.tree.map(jnp.add, total, found)
+    def eval_step(params: Params, inputs: Inputs) -> Sums:
+        def body(k: jax.Array, total: objective_lib.Found) -> objective_lib.Found:
+            return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, k)))
 
-        return jax.lax.fori_loop(0, inputs.count, body, loss_lib.no_tokens())
+        return jax.lax.fori_loop(0, inputs.count, body, objective_lib.nothing()).sums
 
     return eval_step

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcap.config import Model
+from flaxcap.config import Config, Model
 from flaxcap.text import PAD
 
 
@@ -36,8 +36,8 @@ def attend(keys_PA: Any, values_PE: Any, score_A: Any, query_A: Any) -> tuple[ja
     return alpha_P @ values_PE, alpha_P
 
 
-def logits(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> jax.Array:
-    """Logits [T, V] after each given token of one caption."""
+def decoder(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> tuple[jax.Array, jax.Array]:
+    """Of one caption: logits [T, V] after each given token, and attention weights [T, P]."""
     values_PE = dense(params["image"], feats_PF)
     if config.positions:
         values_PE = values_PE + params["position"]
@@ -49,13 +49,14 @@ def logits(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> jax.Arra
     if config.initial_state == "mean":
         state = jnp.tanh(dense(params["first"], values_PE.mean(0)))
         h, c = state[:n], state[n:]
-    found = []
+    found, looked = [], []
     for token in tokens_T:
+        word_E = params["embedding"]["embedding"][token]
         mixed = dense(cell["recurrent"], h)
-        context_E, _ = attend(keys_PA, values_PE, cell["score"]["kernel"][:, 0], mixed[:a])
+        context_E, alpha_P = attend(keys_PA, values_PE, cell["score"]["kernel"][:, 0], mixed[:a])
         if config.attention_gate:
             context_E = context_E * jax.nn.sigmoid(dense(cell["gate"], h))
-        inputs = dense(params["word"], params["embedding"]["embedding"][token]) + dense(cell["context"], context_E)
+        inputs = dense(params["word"], word_E) + dense(cell["context"], context_E)
         if config.cell == "gru":
             (z, r, new), (z_h, r_h, new_h) = inputs.reshape(3, n), mixed[a:].reshape(3, n)
             z = jax.nn.sigmoid(z + z_h)
@@ -64,22 +65,40 @@ def logits(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> jax.Arra
             i, f, g, o = (inputs + mixed[a:]).reshape(4, n)
             c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        found.append(dense(params["vocabulary"], dense(params["head"], h)))
-    return jnp.stack(found)
+        looked.append(alpha_P)
+        if config.output == "deep":
+            words = jnp.tanh(dense(params["head"], jnp.concatenate([h, context_E, word_E])))
+        else:
+            words = dense(params["head"], h)
+        vocabulary = params["vocabulary"]
+        if config.tied:
+            vocabulary = vocabulary | {"kernel": params["embedding"]["embedding"].T}
+        found.append(dense(vocabulary, words))
+    return jnp.stack(found), jnp.stack(looked)
 
 
-def caption_loss(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> jax.Array:
-    """Cross-entropy in nats, summed over all tokens of one unpadded caption but its first."""
-    log_p_TV = jax.nn.log_softmax(logits(config, params, feats_PF, tokens_T[:-1]))
-    return -jnp.stack([log_p_V[token] for log_p_V, token in zip(log_p_TV, tokens_T[1:], strict=True)]).sum()
+def logits(config: Model, params: Any, feats_PF: Any, tokens_T: Any) -> jax.Array:
+    """Logits [T, V] after each given token of one caption."""
+    return decoder(config, params, feats_PF, tokens_T)[0]
 
 
-def batch_loss(config: Model, params: Any, feats_IPF: Any, tokens_ICT: np.ndarray) -> jax.Array:
-    """The mean over all real tokens of a batch; captions that are all <pad> are absent."""
+def caption_loss(config: Config, params: Any, feats_PF: Any, tokens_T: Any) -> tuple[jax.Array, jax.Array]:
+    """What is minimised of one unpadded caption, and its cross-entropy in nats: of all tokens but its first, summed."""
+    logits_TV, alpha_TP = decoder(config.model, params, feats_PF, tokens_T[:-1])
+    log_p_TV = jax.nn.log_softmax(logits_TV)
+    nats = -jnp.stack([log_p_V[token] for log_p_V, token in zip(log_p_TV, tokens_T[1:], strict=True)]).sum()
+    smoothing = config.train.label_smoothing
+    smoothed = (1 - smoothing) * nats - smoothing * log_p_TV.mean(-1).sum()
+    unevenness = ((1 - alpha_TP.sum(0)) ** 2).sum()
+    return smoothed + config.train.doubly_stochastic * unevenness, nats
+
+
+def batch_loss(config: Config, params: Any, feats_IPF: Any, tokens_ICT: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """The mean of both over all real tokens of a batch; captions that are all <pad> are absent."""
     losses, tokens = [], 0
     for i, c in np.ndindex(tokens_ICT.shape[:2]):
         length = int((tokens_ICT[i, c] != PAD).sum())
         if length:
-            losses.append(caption_loss(config, params, feats_IPF[i], tokens_ICT[i, c, :length]))
+            losses.append(jnp.stack(caption_loss(config, params, feats_IPF[i], tokens_ICT[i, c, :length])))
             tokens += length - 1
-    return jnp.stack(losses).sum() / tokens
+    return tuple(jnp.stack(losses).sum(0) / tokens)

@@ -20,9 +20,10 @@ def plain(keys_IPA: Any, values_IPE: Any, score_A: Any, query_ICA: Any) -> tuple
     return jnp.einsum("icp,ipe->ice", alpha_ICP, values_IPE), alpha_ICP
 
 
-def fast(keys_IPA: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
-    """`grow` and `attend` together: only so are the gradients those of the keys."""
-    return attend(grow(keys_IPA), *rest)
+def fast(keys_IPA: Any, values_IPE: Any, score_A: Any, query_ICA: Any) -> tuple[jax.Array, jax.Array]:
+    """`grow` and `attend` together: only so are the gradients those of the keys. And the sum that the cell makes."""
+    alpha_ICP = attend(grow(keys_IPA), score_A, query_ICA)
+    return jnp.einsum("icp,ipe->ice", alpha_ICP.astype(values_IPE.dtype), values_IPE), alpha_ICP
 
 
 def arguments(captions: int = 3, positions: int = 6, scale: float = 1.0, seed: int = 0, dtype: Any = np.float32):

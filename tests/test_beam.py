@@ -11,6 +11,7 @@ import pytest
 
 from flaxcap import decode, model, train_step
 from flaxcap.config import Config, Decode, Model, Train
+from flaxcap.decode import beam
 from flaxcap.text import END, PAD, START, UNK
 
 F, V, I, T = 12, 20, 8, 9
@@ -22,7 +23,7 @@ class Small:
     """A decoder far enough from its start that its captions differ and end at various lengths."""
 
     def __init__(self, vocabulary: int, dtype: str = "float32", seed: int = 26, end: float = 1.0, **options: Any):
-        config = Config(model=Model(**SIZES, **options), train=Train(dtype=dtype))
+        config = Config(model=Model(**SIZES | options), train=Train(dtype=dtype))
         self.bind, init = model.create(config, F, vocabulary)
         leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -34,8 +35,8 @@ class Small:
         @jax.jit
         def forced(params: model.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
             captioner = self.bind(params)
-            hidden_ICTH, alpha_ICTP = captioner(feats_PF[None], tokens_T[None, None])
-            return jax.nn.log_softmax(captioner.logits(hidden_ICTH[0, 0])), alpha_ICTP[0, 0]
+            states_TICS, alpha_TICP = captioner(feats_PF[None], tokens_T[None, None])
+            return jax.nn.log_softmax(captioner.logits(states_TICS[:, 0, 0])), alpha_TICP[:, 0, 0]
 
         self.forced = forced
 
@@ -53,7 +54,8 @@ class Small:
         if name not in self.runs:
             self.runs[name] = decode.make_decode(self.bind, config)
         params = self.params if params is None else params
-        return jax.device_get(self.runs[name](params, feats_IPF, jax.random.key(0)))
+        decoded = self.runs[name]
+        return jax.device_get(decoded(decoded.fold(params), feats_IPF, jax.random.key(0)))
 
     def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
         """Teacher forcing: log-probabilities [tokens + 1, V] of what follows each prefix, attention [tokens + 1, P]."""
@@ -68,6 +70,22 @@ def small(**options: Any) -> Small:
     return Small(V, **options)
 
 
+class Ensemble:
+    """Several that decide together, each word's probability being the mean of theirs."""
+
+    def __init__(self, *members: Small):
+        self.members = members
+
+    def run(self, **options: Any) -> decode.Decoded:
+        config = Decode(**{"max_length": T, "method": "beam", **options})
+        decoded = decode.make_decode([m.bind for m in self.members], config)
+        return jax.device_get(decoded(decoded.fold(*(m.params for m in self.members)), FEATS_IPF, jax.random.key(0)))
+
+    def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
+        log_probs, alphas = zip(*(m.follow(image, tokens, length) for m in self.members), strict=True)
+        return np.log(np.mean(np.exp(log_probs), 0)), np.mean(alphas, 0)
+
+
 def caption(tokens_T: Any) -> tuple[int, ...]:
     """The tokens with the first <end>."""
     return tuple(tokens_T[: int(np.argmax(tokens_T == END)) + 1].tolist())
@@ -79,7 +97,7 @@ def repeats(tokens: tuple[int, ...], n: int) -> bool:
 
 
 def plain_beam_search(
-    of: Small, image: int, width: int, penalty: float = 0.0, n: int = 0
+    of: Small | Ensemble, image: int, width: int, penalty: float = 0.0, n: int = 0
 ) -> tuple[tuple[int, ...], float]:
     """One image and one hypothesis at a time, to the end: the best caption and its log-probability."""
     live, ended = [((), 0.0)], []
@@ -122,6 +140,29 @@ def test_it_finds_what_a_plain_beam_search_finds(options, width, penalty, n):
         tokens, log_prob = plain_beam_search(of, i, width, penalty, n)
         assert caption(found.tokens_IT[i]) == tokens
         np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+
+
+def test_an_ensemble_finds_what_a_plain_beam_search_over_the_mean_probabilities_finds():
+    """And its attention is the mean of its members', on the way of the caption that is best."""
+    of = Ensemble(*(small(**options) for options in MODELS))
+    found = of.run(beam_width=3, length_penalty=1.0)
+    for i in range(I):
+        tokens, log_prob = plain_beam_search(of, i, 3, 1.0)
+        assert caption(found.tokens_IT[i]) == tokens
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], of.follow(i, tokens[:-1])[1], atol=1e-5)
+    alone = [m.run(beam_width=3, length_penalty=1.0).tokens_IT for m in of.members]
+    assert all((found.tokens_IT != tokens_IT).any() for tokens_IT in alone)
+
+
+def test_a_deep_and_tied_model_finds_what_a_plain_beam_search_finds():
+    of = small(output="deep", tied=True, head_dim=5, seed=4)
+    found = of.run(beam_width=3)
+    for i in range(I):
+        tokens, log_prob = plain_beam_search(of, i, 3)
+        assert caption(found.tokens_IT[i]) == tokens
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+    assert len({caption(t) for t in found.tokens_IT}) > 3
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
@@ -225,5 +266,5 @@ def test_top_k_in_two_stages_is_top_k(size, k):
     for x_NV in (jax.random.normal(jax.random.key(1), (50, size)), jnp.full((2, size), -jnp.inf)):
         # Rounded: many are equal, and of these the first are asked for.
         for x in (x_NV, jnp.round(2 * x_NV)):
-            for found, expected in zip(decode._top_k(x, k, block=8), jax.lax.top_k(x, k), strict=True):
+            for found, expected in zip(beam._top_k(x, k, block=8), jax.lax.top_k(x, k), strict=True):
                 np.testing.assert_array_equal(found, expected)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import pytest
 
-from flaxcap import bench
+from flaxcap import bench, presets
 from flaxcap import config as config_lib
 from flaxcap.bench import corpus, flops, machine
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
@@ -60,7 +60,7 @@ def check_common(result: dict[str, Any], what: str, rate: str) -> None:
     assert 1 <= result["cpu"]["usable_cores"] <= result["cpu"]["cores"]
     assert result["versions"].keys() == {"python", "jax", "jaxlib", "numpy", "flaxcap"}
     assert result["versions"]["jax"] == jax.__version__
-    assert config_lib.from_dict(result["config"], "the line") == TINY
+    assert presets.from_dict(result["config"], "the line") == TINY
     assert result["given"] == {"images": 48, "steps": 4, "warmup": 1, "repeats": 2}
     assert result["memory"]["process_peak_gb"] > 0.01
     first, second = (figures[rate] for figures in result["repetitions"])
@@ -210,7 +210,7 @@ def test_the_command_measures_flaxcaps_defaults_or_a_preset(monkeypatch, tmp_pat
     found = []
     monkeypatch.setattr(bench, "bench", lambda what, config, **options: found.append((what, config, options)))
     preset: pathlib.Path = tmp_path / "tiny.json"
-    preset.write_text(config_lib.to_json(TINY))
+    preset.write_text(presets.to_json(TINY))
     assert main(["bench", "train", "--config.train.batch_images=32", "--steps=30"]) == 0
     assert (
         main(["bench", "decode", f"--config={preset}", "--against=a --b", "--against=c", "--out=o", "--images=9"]) == 0

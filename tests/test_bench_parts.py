@@ -116,6 +116,8 @@ def products(function: Any, *args: Any) -> int:
         ),
         Model(image_dim=5, embedding_dim=4, attention_dim=3, hidden_dim=6, head_dim=2, attention_gate=True),
         Model(image_dim=5, embedding_dim=4, attention_dim=3, hidden_dim=6, head_dim=2, initial_state="mean"),
+        Model(image_dim=5, embedding_dim=4, attention_dim=3, hidden_dim=6, head_dim=2, output="deep"),
+        Model(image_dim=5, embedding_dim=4, attention_dim=3, hidden_dim=6, head_dim=4, tied=True),
     ],
 )
 def test_the_formula_counts_the_models_own_products(config):
@@ -124,8 +126,8 @@ def test_the_formula_counts_the_models_own_products(config):
 
     def forward(params: Any, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> Any:
         captioner = bind(params)
-        hidden_ICTH, _ = captioner(feats_IPF, tokens_ICT)
-        return captioner.logits(hidden_ICTH)
+        states_TICS, _ = captioner(feats_IPF, tokens_ICT)
+        return captioner.logits(states_TICS)
 
     feats_IPF, tokens_IC1 = np.zeros((images, 64, features), np.float32), np.ones((images, captions, 1), np.int32)
     expected = products(forward, init(jax.random.key(0)), feats_IPF, tokens_IC1)

@@ -11,23 +11,28 @@ from flaxcap.checkpoint import CheckpointError, Checkpoints
 from flaxcap.config import Train
 
 
-def state_on(devices: int, width: int = 3) -> step_lib.TrainState:
-    """A state with every leaf of its own."""
+def state_on(devices: int, width: int = 3, ema: float = 0.0) -> step_lib.TrainState:
+    """A state with every leaf of its own; with an average that is no longer the parameters."""
     mesh = step_lib.make_mesh(jax.devices()[:devices])
 
     def init(key):
         return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}
 
-    return step_lib.init_state(init, step_lib.make_optimizer(Train(), lambda _: 0.1), 3, mesh)
+    state = step_lib.init_state(init, step_lib.make_optimizer(Train(), lambda _: 0.1), 3, mesh, ema)
+    average = None if state.average is None else jax.tree.map(lambda x: 2 * x + 1, state.average)
+    place = state.rate.sharding
+    rate, baseline = (jax.device_put(np.float32(x), place) for x in (0.25, -31.5))
+    return state._replace(average=average, rate=rate, baseline=baseline)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_saved_on_one_device_restored_on_any_number(tmp_path, devices):
-    saved = state_on(1)
+def test_saved_on_one_device_restored_on_any_number(tmp_path, devices, ema):
+    saved = state_on(1, ema=ema)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, saved, {"best": 1.5}, 2.0)
     checkpoints.wait()
-    restored, progress = checkpoints.restore(state_on(devices))
+    restored, progress = checkpoints.restore(jax.tree.map(jnp.zeros_like, state_on(devices, ema=ema)))
     checkpoints.close()
     assert progress == {"best": 1.5}
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
@@ -35,22 +40,36 @@ def test_saved_on_one_device_restored_on_any_number(tmp_path, devices):
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(restored)} == {devices}
 
 
-def test_parameters_alone(tmp_path):
-    saved = state_on(1)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_parameters_alone(tmp_path, ema):
+    """Those to caption with: the average, if there is one."""
+    saved = state_on(1, ema=ema)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, saved, {}, 2.0)
     checkpoints.wait()
-    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(saved.params, 7), saved.params)
+    expected = saved.params if saved.average is None else saved.average
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(saved.params, 7), expected)
+    assert (tmp_path / "7" / "params").is_dir()
     checkpoints.close()
 
 
 def test_the_best_and_the_newest_are_kept_also_between_validations(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.5), (6, None)):
-        checkpoints.save(step, state_on(1), {}, loss)
+    for step, score in ((1, 1.0), (2, 3.0), (3, 2.0), (4, None), (5, 2.5), (6, None)):
+        checkpoints.save(step, state_on(1), {}, score)
     checkpoints.wait()
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "6"]
+    checkpoints.close()
+
+
+def test_a_score_of_zero_is_better_than_none(tmp_path):
+    """CIDEr of a model that has learned nothing yet: the checkpoints between validations still come after it."""
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((1, None), (2, 0.0), (3, None)):
+        checkpoints.save(step, state_on(1), {}, score)
+    checkpoints.wait()
+    assert (checkpoints.best_step, checkpoints.latest_step) == (2, 3)
     checkpoints.close()
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from trained import Trained, tiny_config
 
 from flaxcap import config as config_lib
-from flaxcap import logs
+from flaxcap import logs, presets
 from flaxcap import main as main_lib
 from flaxcap.main import main
 
@@ -25,7 +25,8 @@ FLAGS = {
     "prepare": "config data_dir verbosity compilation_cache_dir distributed manual_dir npy_dir encoder_weights"
     " num_workers max_bad_fraction",
     "train": "config data_dir verbosity compilation_cache_dir distributed workdir [no]resume init_from profile_dir",
-    "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed split out_dir",
+    "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed manual_dir predictions"
+    " split out_dir",
     "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir",
     "export": "config data_dir verbosity workdir out",
     "bench": "config verbosity images steps warmup repeats workers against out",
@@ -159,7 +160,7 @@ def test_what_is_missing_or_too_much(args, message, refused, tmp_path, monkeypat
         ("train.learning_rate=fast", "--config.train.learning_rate=fast: expected a number"),
         ("model.positions=maybe", "--config.model.positions=maybe: expected true or false"),
         ("train.epochs", "give it as --config.train.epochs=VALUE"),
-        ("train.epochs=0", "--config.train.epochs=0: expected more than 0"),
+        ("train.epochs=0", "--config.train.epochs=0 and cider_epochs=0: expected more than 0 of either"),
         ("train.learning_rate=nan", "--config.train.learning_rate=nan: expected more than 0"),
         ("model.cell=lsmt", "--config.model.cell=lsmt: expected one of gru, lstm; did you mean 'lstm'?"),
         ("encoder.block=mixed11", "--config.encoder.block=mixed11: expected one of mixed0, mixed1, "),
@@ -171,7 +172,7 @@ def test_what_is_missing_or_too_much(args, message, refused, tmp_path, monkeypat
 )  # fmt: skip
 def test_a_bad_override_is_named(override, message, refused, tmp_path):
     preset = tmp_path / "preset.json"
-    preset.write_text(config_lib.to_json(tiny_config()))
+    preset.write_text(presets.to_json(tiny_config()))
     assert message in refused("train", f"--config={preset}", f"--workdir={tmp_path}/run", f"--config.{override}")
     assert not (tmp_path / "run").exists()
 
@@ -248,9 +249,10 @@ def test_a_run_is_evaluated_captioned_and_exported_by_processes(trained: Trained
     run = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
     found = program("evaluate", *run, "--split=test", f"--out_dir={tmp_path}/scores")
     assert (found.returncode, found.stderr) == (0, "")
-    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
-    said = dict(line.split() for line in found.stdout.splitlines()[:-1])
-    assert said == {name: f"{value:.4f}" for name, value in scores.items()}
+    report = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    said = dict(line.split(None, 1) for line in found.stdout.splitlines()[:-1])
+    expected = {name: f"{value:.4f}" for name, value in report["scores"].items()}
+    assert said == expected | {name: f"none: {reason}" for name, reason in report["missing"].items()}
     predictions = json.loads((tmp_path / "scores" / "predictions.json").read_text())
     assert len(predictions) == 8
     assert all(type(p["image_id"]) is int and p["caption"] for p in predictions)

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from flaxcap import config as config_lib
 from flaxcap import data
-from flaxcap.config import Config, ConfigError, check, difference, from_dict, leaves, load, nearest, to_json
+from flaxcap.config import Config, ConfigError, check, leaves, nearest
 from flaxcap.encoders import inception_v3
 from flaxcap.errors import UserError
+from flaxcap.presets import difference, from_dict, load, to_json
 
 PRESETS = sorted(f for f in (ROOT / "experiments").glob("*.py") if "def get_config" in f.read_text())
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
@@ -167,6 +168,29 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("train.warmup_steps", -1, "0 or more"),
         ("train.clip_norm", -1.0, "0 or more"),
         ("train.checkpoint_every", -1, "0 or more"),
+        ("train.epochs", -1, "0 or more"),
+        ("train.cider_epochs", -1, "0 or more"),
+        ("train.stop_after", -1, "0 or more"),
+        ("train.weight_decay", -0.1, "0 or more"),
+        ("train.doubly_stochastic", -1.0, "0 or more"),
+        ("train.hard_reward", -1.0, "0 or more"),
+        ("train.hard_entropy", float("nan"), "0 or more"),
+        ("train.plateau_epochs", 0, "more than 0"),
+        ("train.plateau_factor", 0.0, "more than 0"),
+        ("train.plateau_factor", 1.5, "0 to 1"),
+        ("train.cider_learning_rate", 0.0, "more than 0"),
+        ("train.scheduled_sampling", 1.1, "0 to 1"),
+        ("train.scheduled_sampling", -0.1, "0 to 1"),
+        ("train.label_smoothing", 1.0, "0 or more, and less than 1"),
+        ("train.ema", 1.0, "0 or more, and less than 1"),
+        ("train.ema", -0.5, "0 or more, and less than 1"),
+        ("train.dropout.image", 1.0, "0 or more, and less than 1"),
+        ("train.dropout.embedding", -0.1, "0 or more, and less than 1"),
+        ("train.dropout.attention", 2.0, "0 or more, and less than 1"),
+        ("train.dropout.recurrent", 1.0, "0 or more, and less than 1"),
+        ("train.dropout.output", float("nan"), "0 or more, and less than 1"),
+        ("decode.top_p", 0.0, "more than 0"),
+        ("decode.top_p", 1.01, "0 to 1"),
         ("decode.max_length", 0, "more than 0"),
         ("decode.temperature", 0.0, "more than 0"),
         ("decode.batch_size", 0, "more than 0"),
@@ -189,7 +213,9 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("encoder.store_dtype", "int8", "one of float32, bfloat16"),
         ("model.cell", "GRU", "one of gru, lstm"),
         ("model.initial_state", "zero", "one of zeros, mean; did you mean 'zeros'?"),
-        ("train.schedule", "cosin", "one of cosine, constant; did you mean 'cosine'?"),
+        ("model.attention", "firm", "one of soft, hard"),
+        ("model.output", "deeper", "one of state, deep; did you mean 'deep'?"),
+        ("train.schedule", "cosin", "one of cosine, constant, plateau; did you mean 'cosine'?"),
         ("train.dtype", "", "one of float32, bfloat16"),
         ("train.features", "disk", "one of auto, device, stream"),
         ("decode.method", "beams", "one of greedy, sample, beam; did you mean 'beam'?"),
@@ -202,6 +228,25 @@ def test_a_bad_value_is_named_with_what_was_expected(field, value, expected):
     assert str(value) in str(error.value)
     assert "expected " in str(error.value)
     assert expected in str(error.value).partition("expected ")[2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model__tied": True, "model__embedding_dim": 7}, "model.tied: embedding_dim=7 and head_dim=512 are expected"),
+        ({"train__epochs": 0}, "train.epochs=0 and cider_epochs=0: expected more than 0 of either"),
+        ({"train__cider_epochs": 1, "train__captions_per_image": 1}, "captions_per_image=1: expected 2 or more"),
+    ],
+)
+def test_values_that_do_not_go_together(values, message):
+    with pytest.raises(ConfigError) as error:
+        check(changed(**values))
+    assert message in str(error.value)
+
+
+def test_values_that_do():
+    check(changed(model__tied=True, model__embedding_dim=512))
+    check(changed(train__cider_epochs=1, train__epochs=0, train__captions_per_image=2))
 
 
 def test_the_least_values_are_allowed():

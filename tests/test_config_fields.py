@@ -11,6 +11,7 @@ from flaxcap import config as config_lib
 from flaxcap.data import shapes
 
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
+DECODER = "flaxcap.model.Captioner"  # whose `config` is a Model
 
 
 class Reads(ast.NodeVisitor):
@@ -19,6 +20,7 @@ class Reads(ast.NodeVisitor):
     def __init__(self):
         self.found: set[tuple[str, str]] = set()
         self.scopes: list[dict[str, str]] = [{}]
+        self.kinds = {name: name for name in GROUPS}
 
     def of(self, node: ast.AST) -> str | None:
         """The name of the class of presets that an expression has."""
@@ -27,15 +29,21 @@ class Reads(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == "self":
                 return self.of(ast.Name(f"self.{node.attr}"))
-            if (owner := self.of(node.value)) is not None:
+            if (owner := self.of(node.value)) == DECODER:
+                return "Model" if node.attr == "config" else None
+            if owner is not None:
                 hint = typing.get_type_hints(GROUPS[owner]).get(node.attr)
                 return next((name for name, cls in GROUPS.items() if cls is hint), None)
             return "Config" if node.attr == "config" else None
         return None
 
+    def visit_ImportFrom(self, node: ast.ImportFrom):
+        if DECODER in {f"{node.module}.{alias.name}" for alias in node.names}:
+            self.kinds["Captioner"] = DECODER
+
     def visit_Attribute(self, node: ast.Attribute):
         owner = self.of(node.value)
-        if owner is not None and isinstance(node.ctx, ast.Load):
+        if owner in GROUPS and isinstance(node.ctx, ast.Load):
             self.found.add((owner, node.attr))
         self.generic_visit(node)
 
@@ -54,7 +62,7 @@ class Reads(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef):
         hints = {arg.arg: ast.unparse(arg.annotation) for arg in node.args.args if arg.annotation}
         names = {name: hint.rsplit(".", 1)[-1] for name, hint in hints.items()}
-        self.scopes.append({name: kind for name, kind in names.items() if kind in GROUPS})
+        self.scopes.append({name: self.kinds[kind] for name, kind in names.items() if kind in self.kinds})
         self.generic_visit(node)
         self.scopes.pop()
 
@@ -81,6 +89,9 @@ class A:
     groups = {("Config", "data"), ("Data", "shapes")}
     fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
     assert reads(text) == groups | fields
+    other = "def g(one: Captioner):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
+    assert reads(f"from flaxcap.model import Captioner\n{other}") == {("Model", "tied"), ("Model", "output")}
+    assert reads(other) == {("Config", "tied"), ("Config", "output")}
 
 
 def test_no_field_is_dead():

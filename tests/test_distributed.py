@@ -10,22 +10,26 @@ import numpy as np
 import pytest
 from tiny_store import tiny_config, write_store
 
-from flaxcap import config as config_lib
-from flaxcap import logs
+from flaxcap import logs, presets
 
 RUN = "from flaxcap.main import run; run()"
 
 
-def start(args: list[str], devices: int, **popen) -> subprocess.Popen:
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, *args],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **popen,
-    )
+@pytest.fixture
+def start():
+    """Starts programs on so many devices each; those that a failed test leaves waiting for each other are ended."""
+    started: list[subprocess.Popen] = []
+
+    def start(args: list[str], devices: int) -> subprocess.Popen:
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", RUN, *args]
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
 
 
 def train_args(preset: pathlib.Path, data_dir: pathlib.Path, workdir: pathlib.Path, *more: str) -> list[str]:
@@ -38,7 +42,7 @@ def prepared(tmp_path_factory):
     path = tmp_path_factory.mktemp("distributed")
     config = tiny_config(epochs=2)
     write_store(path / "data", config)
-    (path / "preset.json").write_text(config_lib.to_json(config))
+    (path / "preset.json").write_text(presets.to_json(config))
     return path / "preset.json", path / "data"
 
 
@@ -46,17 +50,34 @@ def losses(workdir: pathlib.Path) -> list[float]:
     return [line["val/loss"] for line in logs.read(workdir) if "val/loss" in line]
 
 
-@pytest.mark.parametrize("features", ["device", "stream"])
-def test_two_processes_train_save_and_resume_as_one(prepared, tmp_path, features):
+def scores(workdir: pathlib.Path) -> list[float]:
+    return [line["val/cider"] for line in logs.read(workdir) if "val/cider" in line]
+
+
+RECIPE = ["dropout.output=0.2", "ema=0.5", "scheduled_sampling=0.5", "doubly_stochastic=0.5", "label_smoothing=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("features", "recipe", "stages"),
+    [
+        ("device", [], ["epochs=1", "epochs=2"]),
+        ("stream", [], ["epochs=1", "epochs=2"]),
+        # A step a dispatch: how long the drawn captions are differs between the processes.
+        ("stream", ["epochs=2", "steps_per_dispatch=1", *RECIPE], ["cider_epochs=0", "cider_epochs=1"]),
+    ],
+    ids=["device", "stream", "recipe"],
+)
+def test_two_processes_train_save_and_resume_as_one(prepared, start, tmp_path, features, recipe, stages):
+    """Also where they draw masks and captions: each those of its own images."""
     preset, data_dir = prepared
-    options = [f"--config.train.features={features}", "--config.train.schedule=constant"]
-    alone = start(train_args(preset, data_dir, tmp_path / "one", *options), devices=4)
+    options = [f"--config.train.{field}" for field in (f"features={features}", "schedule=constant", *recipe)]
+    alone = start(train_args(preset, data_dir, tmp_path / "one", *options, f"--config.train.{stages[-1]}"), devices=4)
     out = ""
-    for epochs in (1, 2):  # the second time they go on with their own checkpoint
+    for stage in stages:  # the second time they go on with their own checkpoint
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        args = train_args(preset, data_dir, tmp_path / "two", *options, f"--config.train.epochs={epochs}")
+        args = train_args(preset, data_dir, tmp_path / "two", *options, f"--config.train.{stage}")
         pair = [start([*args, f"--distributed=127.0.0.1:{port},2,{n}"], devices=2) for n in range(2)]
         for process in pair:
             out, _ = process.communicate(timeout=200)
@@ -66,3 +87,4 @@ def test_two_processes_train_save_and_resume_as_one(prepared, tmp_path, features
     assert alone.returncode == 0, out
     assert len(losses(tmp_path / "one")) == 2
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    np.testing.assert_allclose(scores(tmp_path / "two"), scores(tmp_path / "one"), rtol=1e-5)

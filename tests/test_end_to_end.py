@@ -31,7 +31,7 @@ def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     preset = ["--config=experiments/shapes.py", f"--data_dir={data}"]
     assert "prepared: " in flaxcap("prepare", *preset)
-    assert "lowest validation loss" in flaxcap("train", *preset, f"--workdir={run}")
+    assert "best validation CIDEr" in flaxcap("train", *preset, f"--workdir={run}")
     flaxcap("evaluate", f"--workdir={run}", f"--data_dir={data}", "--split=test")
 
     scores = json.loads((run / "test" / "scores.json").read_text())["scores"]
@@ -39,7 +39,8 @@ def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
     assert len({p["image_id"] for p in predictions}) == len(predictions) == 300
     print(scores)
     assert scores["true"] >= 0.8
-    assert scores["true_of_another_image"] < 0.1
+    assert scores["true_swapped"] < 0.1
+    assert scores["CIDEr"] > 2 * scores["CIDEr_swapped"]
 
     out = flaxcap(
         "caption", f"--workdir={run}", f"--data_dir={data}", "--split=test", "--num_images=2", "--plot",

@@ -10,8 +10,7 @@ import pytest
 import reference
 from hypothesis import strategies as st
 
-from flaxcap import model
-from flaxcap import train_step as step_lib
+from flaxcap import model, objective
 from flaxcap.config import Config, Model, Train
 from flaxcap.text import END, PAD, START
 
@@ -33,6 +32,10 @@ class Case(NamedTuple):
     lengths: str  # "any", absent ones included; "shortest": all <start> <end>; "same": all the longest
     grid: int  # positions where they have no embedding, else 64
     scale: float  # of keys and queries
+    output: str = "state"
+    tied: bool = False  # head is as wide as embedding
+    smoothing: float = 0.0
+    doubly_stochastic: float = 0.0
 
 
 CASES = st.builds(
@@ -51,19 +54,29 @@ CASES = st.builds(
     lengths=st.sampled_from(["any", "shortest", "same"]),
     grid=st.integers(1, 12),
     scale=st.sampled_from([1.0, 4.0]),
+    output=st.sampled_from(["state", "deep"]),
+    tied=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 0.6]),
+    doubly_stochastic=st.sampled_from([0.0, 0.7]),
 )
 # Keys and queries of up to about 20: tanh is 1 in float32 from 9 on.
 SATURATED = Case(3, "lstm", True, "mean", False, (8, 5, 7, 8, 9), 6, 30, 2, 3, 6, "any", 9, 7.0)
 SHORTEST = Case(2, "gru", True, "mean", True, (5, 3, 6, 7, 5), 4, 9, 3, 2, 2, "shortest", 64, 1.0)
 # 6 tokens in 234 places, which are packed to 128.
 PADDED = Case(4, "gru", False, "zeros", False, (5, 3, 6, 7, 5), 4, 9, 2, 3, 40, "shortest", 5, 4.0)
+# Show, Attend and Tell, with the embedding's weights once more as those of the output.
+DEEP = Case(5, "lstm", True, "mean", False, (5, 6, 7, 8, 6), 4, 20, 2, 3, 6, "any", 9, 1.0, "deep", True, 0.1, 0.7)
+TIED = Case(6, "gru", False, "zeros", False, (5, 6, 7, 8, 6), 4, 20, 2, 3, 6, "any", 9, 1.0, "state", True, 0.0, 0.7)
 
 
 def config_of(case: Case, **train: Any) -> Config:
     names = ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim")
     sizes: dict[str, Any] = dict(zip(names, case.widths, strict=True))
+    sizes["head_dim"] = sizes["embedding_dim"] if case.tied else sizes["head_dim"]
     options = {"attention_gate": case.gate, "initial_state": case.initial_state, "positions": case.positions}
-    return Config(model=Model(cell=case.cell, **sizes, **options), train=Train(**train))
+    options |= {"output": case.output, "tied": case.tied}
+    terms: dict[str, Any] = {"label_smoothing": case.smoothing, "doubly_stochastic": case.doubly_stochastic}
+    return Config(model=Model(cell=case.cell, **sizes, **options), train=Train(**terms | train))
 
 
 def batch(case: Case) -> tuple[Any, Any]:
@@ -90,17 +103,19 @@ def parameters(init: Any, case: Case) -> Any:
     return params
 
 
-def mean_loss(bind: Any, params: Any, feats_IPF: Any, tokens_ICT: Any) -> jax.Array:
-    """The trainer's own."""
-    sums = step_lib.token_losses(bind(params), feats_IPF, tokens_ICT)
-    return sums.nats / sums.tokens
+def mean_loss(bind: Any, config: Config, params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[jax.Array, jax.Array]:
+    """The trainer's own: what it minimises, and the cross-entropy that it reports."""
+    part = objective.Part(feats_IPF, tokens_ICT, jnp.ones(tokens_ICT.shape[:2]), jnp.arange(len(tokens_ICT)))
+    moment = objective.Moment(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+    total, (sums, _) = objective.objective(bind(params), part, moment, config.train)
+    return total / sums.tokens, sums.nats / sums.tokens
 
 
-def fast(config: Config, case: Case, params: Any) -> tuple[jax.Array, Any]:
+def fast(config: Config, case: Case, params: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     bind, _ = model.create(config, case.features, case.vocabulary)
 
-    def run(params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[jax.Array, Any]:
-        return jax.value_and_grad(mean_loss, 1)(bind, params, feats_IPF, tokens_ICT)
+    def run(params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        return jax.value_and_grad(mean_loss, 2, has_aux=True)(bind, config, params, feats_IPF, tokens_ICT)
 
     # Unoptimised machine code is the same computation, compiled in half the time.
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})(params, *batch(case))
@@ -110,6 +125,8 @@ def fast(config: Config, case: Case, params: Any) -> tuple[jax.Array, Any]:
 @hypothesis.example(case=SATURATED)
 @hypothesis.example(case=SHORTEST)
 @hypothesis.example(case=PADDED)
+@hypothesis.example(case=DEEP)
+@hypothesis.example(case=TIED)
 @hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 def test_loss_and_every_gradient_are_the_plain_models(case):
     """Against float64, to 1e-5 of the loss and of the largest gradient of each layer.
@@ -119,14 +136,14 @@ def test_loss_and_every_gradient_are_the_plain_models(case):
     config = config_of(case)
     _, init = model.create(config, case.features, case.vocabulary)
     params = parameters(init, case)
-    loss, grads = fast(config, case, params)
+    losses, grads = fast(config, case, params)
 
     feats_IPF, tokens_ICT = batch(case)
     plain = jax.value_and_grad(
-        lambda params, feats_IPF: reference.batch_loss(config.model, params, feats_IPF, tokens_ICT)
+        lambda params, feats_IPF: reference.batch_loss(config, params, feats_IPF, tokens_ICT), has_aux=True
     )
-    expected_loss, expected = reference.in_float64(plain, params, feats_IPF)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    expected_losses, expected = reference.in_float64(plain, params, feats_IPF)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     ours, layers = layers_of(grads), layers_of(expected)
     assert ours.keys() == layers.keys()
     for name, layer in layers.items():
@@ -154,29 +171,29 @@ def test_attention_does_saturate_in_the_case_of_that_name():
     captioner = bind(parameters(init, SATURATED))
     feats_IPF, tokens_ICT = batch(SATURATED)
     keys_IPA = jnp.log(captioner.remember(feats_IPF).keys_IPA) / 2
-    hidden_ICTH, _ = captioner(feats_IPF, tokens_ICT)
-    query_ICTA = captioner.cell.recurrent(hidden_ICTH)[..., : config.model.attention_dim]
-    energies = np.abs(keys_IPA[:, None, None] + query_ICTA[..., None, :])
+    hidden_TICH, _ = captioner(feats_IPF, tokens_ICT)
+    query_TICA = captioner.cell.recurrent(hidden_TICH)[..., : config.model.attention_dim]
+    energies = np.abs(keys_IPA[None, :, None] + query_TICA[..., None, :])
     assert (energies > 9).mean() > 0.2
     assert (energies < 3).mean() > 0.1
     assert np.abs(keys_IPA).max() < 40
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_bfloat16_gradients_point_where_those_of_float32_do(cell):
+@pytest.mark.parametrize(("cell", "output"), [("gru", "state"), ("lstm", "state"), ("gru", "deep")])
+def test_bfloat16_gradients_point_where_those_of_float32_do(cell, output):
     """Mixed precision on a model of middle size: 64 wide, 200 words, 5 x 4 captions of up to 9 tokens, the full grid.
 
     The whole gradient as one vector: cosine above 0.999, norm within 1%; the loss within 0.2%. Parameters, gradients
     and loss stay float32.
     """
-    case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0)
+    case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0, output)
     config = config_of(case)
     _, init = model.create(config, case.features, case.vocabulary)
     # Weights as wide layers have them, so that nothing saturates.
     params = jax.tree.map(lambda x: 2 * x / np.sqrt(x.shape[0]), parameters(init, case))
     found = []
     for dtype in ("float32", "bfloat16"):
-        loss, grads = fast(config_of(case, dtype=dtype), case, params)
+        (loss, _), grads = fast(config_of(case, dtype=dtype), case, params)
         assert loss.dtype == jnp.float32
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
         found.append((loss, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])))

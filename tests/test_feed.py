@@ -54,12 +54,15 @@ def test_each_image_meets_its_own_features_and_captions(split, devices, mode, ru
     last = 2 * batches.steps_per_epoch
     shapes = set()
     step = 0
-    for count, inputs in feed.ahead(batches.dispatches(0, last)):
-        assert int(inputs.count) == count
+    for sent, inputs in feed.ahead(batches.dispatches(0, last)):
+        assert int(inputs.count) == len(sent)
         shapes.add(inputs.tokens_KICT.shape)
-        for k in range(count):
+        assert inputs.weight_KIC.shape == inputs.tokens_KICT.shape[:3]
+        assert (np.asarray(inputs.weight_KIC) == 1).all()
+        for k in range(len(sent)):
             batch = batches.batch(step)
             np.testing.assert_array_equal(inputs.tokens_KICT[k], batch.tokens_ICT)
+            np.testing.assert_array_equal(sent[k].tokens_ICT, batch.tokens_ICT)
             present = batch.rows_I >= 0
             feats_IPF = features(inputs, k)
             np.testing.assert_array_equal(feats_IPF[present, 63, 0], batch.rows_I[present])
@@ -70,6 +73,30 @@ def test_each_image_meets_its_own_features_and_captions(split, devices, mode, ru
         assert spec == like
     assert step == last
     assert len(shapes) == len(batches.buckets)  # one compilation a bucket, however many batches are sent together
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_other_captions_take_the_place_of_the_true_ones(split, devices):
+    """Of the same images: what comes back from the devices is what was sent there, in the batch's order."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    batches = plan(run=3)
+    feed = Feed(split, batches, mesh, "stream")
+    assert feed.lengths == batches.buckets.tolist()
+    sent, inputs = next(iter(feed.ahead(batches.dispatches(0, 9))))
+    assert len(sent) > 1
+    np.testing.assert_array_equal(feed.local(inputs.tokens_KICT), inputs.tokens_KICT)
+    np.testing.assert_array_equal(feed.local_rows(sent), [batch.rows_I for batch in sent])
+
+    rng = np.random.default_rng(0)
+    tokens_KICT = rng.integers(0, 9, (*inputs.tokens_KICT.shape[:3], 4), dtype=np.int32)
+    weight_KIC = rng.standard_normal(tokens_KICT.shape[:3]).astype(np.float32)
+    other = feed.replace(inputs, tokens_KICT, weight_KIC)
+    np.testing.assert_array_equal(feed.local(other.tokens_KICT), tokens_KICT)
+    np.testing.assert_array_equal(feed.local(other.weight_KIC), weight_KIC)
+    assert other.bank_NPF is inputs.bank_NPF
+    assert other.index_KI is inputs.index_KI
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
+    assert feed.spec(4) == like  # a step compiled for that length takes them
 
 
 def test_each_device_holds_only_what_its_columns_need(split):

@@ -11,7 +11,7 @@ import pytest
 import reference
 from jax.test_util import check_grads
 
-from flaxcap import model
+from flaxcap import loss, model
 from flaxcap.config import Config, Model
 from flaxcap.text import START
 
@@ -19,17 +19,23 @@ F, V, P = 12, 30, 64
 # Each option with each value, and with each cell.
 OPTIONS = [
     {"cell": cell, "attention_gate": gate, "initial_state": state, "positions": gate != (state == "mean")}
-    for cell, gate, state in (
-        ("gru", False, "zeros"),
-        ("gru", True, "mean"),
-        ("lstm", True, "zeros"),
-        ("lstm", False, "mean"),
+    | {"output": output, "tied": tied}
+    for cell, gate, state, output, tied in (
+        ("gru", False, "zeros", "state", False),
+        ("gru", True, "mean", "state", False),
+        ("lstm", True, "zeros", "state", False),
+        ("lstm", False, "mean", "state", False),
+        ("gru", False, "zeros", "state", True),
+        ("lstm", True, "mean", "deep", False),
+        ("gru", True, "zeros", "deep", True),
     )
 ]
 
 
 def small(**options: Any) -> Config:
     sizes: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+    if options.get("tied"):
+        sizes["head_dim"] = sizes["embedding_dim"]
     return Config(model=Model(**sizes | options))
 
 
@@ -50,24 +56,26 @@ def case(request):
 def test_logits_are_the_papers_formulas(case):
     config, bind, params, feats_IPF, tokens_ICT = case
     captioner = bind(params)
-    logits_ICTV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
+    logits_TICV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
     for i, c in np.ndindex(2, 3):
         expected = reference.in_float64(
             functools.partial(reference.logits, config.model), params, feats_IPF[i], tokens_ICT[i, c]
         )
-        np.testing.assert_allclose(logits_ICTV[i, c], expected, atol=2e-5)
+        np.testing.assert_allclose(logits_TICV[:, i, c], expected, atol=2e-5)
 
 
 def test_teacher_forced_logits_equal_stepwise_logits(case):
     _, bind, params, feats_IPF, tokens_ICT = case
     captioner = bind(params)
-    hidden_ICTH, alpha_ICTP = captioner(feats_IPF, tokens_ICT)
+    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
     memory = captioner.remember(feats_IPF)
     carry = captioner.start(memory, 3)
     for t in range(tokens_ICT.shape[-1]):
-        carry, alpha_ICP, _ = captioner.cell(memory, carry, captioner.read(tokens_ICT[..., t]))
-        np.testing.assert_allclose(carry.hidden_ICH, hidden_ICTH[:, :, t], atol=1e-6)
-        np.testing.assert_allclose(alpha_ICP, alpha_ICTP[:, :, t], atol=1e-6)
+        words_ICE = captioner.embedding(tokens_ICT[..., t])
+        carry, alpha_ICP, context_ICE = captioner.cell(memory, carry, captioner.word(words_ICE))
+        states_ICS = captioner.deep(carry.hidden_ICH, context_ICE, words_ICE)
+        np.testing.assert_allclose(states_ICS, states_TICS[t], atol=1e-6)
+        np.testing.assert_allclose(alpha_ICP, alpha_TICP[t], atol=1e-6)
 
 
 def test_logits_ignore_later_tokens_and_other_captions(case):
@@ -77,7 +85,9 @@ def test_logits_ignore_later_tokens_and_other_captions(case):
 
     def logits_at(params, t):
         captioner = bind(params)
-        return captioner.logits(captioner(feats_IPF, distinct_ICT)[0])[0, 1, t].sum()
+        # Tied, the embedding is also the output layer's: that is not what is asked.
+        output = jax.lax.stop_gradient(captioner.output_weights())
+        return loss.logits(output, captioner(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
 
     gradient = jax.jit(jax.grad(logits_at))
     for t in range(5):
@@ -90,23 +100,57 @@ def test_the_state_carries_from_step_to_step(case):
     _, bind, params, feats_IPF, _ = case
     captioner = bind(params)
     same = jnp.full((2, 1, 4), 7)
-    hidden_ICTH, _ = captioner(feats_IPF, same)
-    steps = np.abs(np.diff(np.asarray(hidden_ICTH), axis=2)).max((0, 1, 3))
+    states_TICS, _ = captioner(feats_IPF, same)
+    steps = np.abs(np.diff(np.asarray(states_TICS), axis=0)).max((1, 2, 3))
     assert (steps > 1e-3).all()
     changed = captioner(feats_IPF, same.at[..., 0].set(8))[0]
-    assert np.abs(changed[:, :, -1] - hidden_ICTH[:, :, -1]).max() > 1e-4
+    assert np.abs(changed[-1] - states_TICS[-1]).max() > 1e-4
 
 
 def test_attention_weights_sum_to_one_and_follow_the_image(case):
     _, bind, params, feats_IPF, tokens_ICT = case
-    _, alpha_ICTP = bind(params)(feats_IPF, tokens_ICT)
-    np.testing.assert_allclose(alpha_ICTP.sum(-1), 1, atol=1e-5)
-    assert alpha_ICTP.shape == (2, 3, 5, P)
-    assert np.abs(alpha_ICTP[0] - alpha_ICTP[1]).max() > 1e-4
+    _, alpha_TICP = bind(params)(feats_IPF, tokens_ICT)
+    np.testing.assert_allclose(alpha_TICP.sum(-1), 1, atol=1e-5)
+    assert alpha_TICP.shape == (5, 2, 3, P)
+    assert np.abs(alpha_TICP[:, 0] - alpha_TICP[:, 1]).max() > 1e-4
 
 
-def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits():
-    config = small()
+@pytest.mark.parametrize("output", ["state", "deep"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
+    """It keeps a bias of its own; what the output layers take is as wide as `states` says."""
+    config = small(output=output, tied=tied)
+    bind, init = model.create(config, F, V)
+    params = init(jax.random.key(0))
+    sizes = config.model
+    width = sizes.hidden_dim + (sizes.image_dim + sizes.embedding_dim if output == "deep" else 0)
+    assert bind(params).states == width == params["head"]["kernel"].shape[0]
+    assert set(params["vocabulary"]) == ({"bias"} if tied else {"kernel", "bias"})
+    assert params["vocabulary"]["bias"].shape == (V,)
+    weights = bind(params).output_weights()
+    assert weights.tanh == (output == "deep")
+    assert weights.vocabulary["kernel"].shape == (sizes.head_dim, V)
+    assert np.array_equal(weights.vocabulary["kernel"], params["embedding"]["embedding"].T) == tied
+
+
+def test_a_deep_output_sees_the_word_and_the_place_as_well_as_the_state():
+    """Show, Attend and Tell, equation 7: what the output takes is the state, the context and the word side by side."""
+    config = small(output="deep")
+    bind, init = model.create(config, F, V)
+    captioner = bind(init(jax.random.key(0)))
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
+    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
+    hidden, image = config.model.hidden_dim, config.model.image_dim
+    context_TICE = jnp.einsum("ticp,ipe->tice", alpha_TICP, captioner.remember(feats_IPF).values_IPE)
+    np.testing.assert_allclose(states_TICS[..., hidden : hidden + image], context_TICE, atol=1e-5)
+    words_ICTE = captioner.embedding(tokens_ICT)
+    np.testing.assert_array_equal(states_TICS[..., hidden + image :], jnp.moveaxis(words_ICTE, 2, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "deep", "tied": True}])
+def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits(options):
+    config = small(**options)
     _, init = model.create(config, F, V)
     params = init(jax.random.key(0))
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
@@ -117,9 +161,9 @@ def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits():
         bind, init_c = model.create(c, F, V)
         assert {x.dtype for x in jax.tree.leaves(init_c(jax.random.key(0)))} == {jnp.dtype("float32")}
         captioner = bind(params)
-        hidden_ICTH, _ = captioner(feats_IPF, tokens_ICT)
-        assert hidden_ICTH.dtype == c.train.dtype
-        logits.append(captioner.logits(hidden_ICTH))
+        states_TICS, _ = captioner(feats_IPF, tokens_ICT)
+        assert states_TICS.dtype == c.train.dtype
+        logits.append(captioner.logits(states_TICS))
     assert logits[1].dtype == jnp.float32
     np.testing.assert_allclose(logits[0], logits[1], atol=0.03)
     assert np.abs(logits[0] - logits[1]).max() > 0

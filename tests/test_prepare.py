@@ -14,8 +14,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from flaxcap import checkpoint, data, features, store
-from flaxcap import config as config_lib
+from flaxcap import checkpoint, data, features, presets, store
 from flaxcap import prepare as prepare_lib
 from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.encoders import images, weights
@@ -149,7 +148,7 @@ def test_features_without_a_manifest_are_not_trusted(data_dir):
 
 def command(data_dir: pathlib.Path, *more: str) -> list[str]:
     preset = data_dir.parent / "preset.json"
-    preset.write_text(config_lib.to_json(rendered()))
+    preset.write_text(presets.to_json(rendered()))
     flags = [f"--config={preset}", f"--data_dir={data_dir}", "--num_workers=2", *more]
     return [sys.executable, "-c", "from flaxcap.main import run; run()", "prepare", *flags]
 

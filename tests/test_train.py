@@ -6,17 +6,18 @@ import pathlib
 import re
 import signal
 import threading
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from tiny_store import tiny_config, write_store
 
-from flaxcap import logs, memory, model, train
+from flaxcap import logs, memory, train, validation
 from flaxcap import train_step as step_lib
 from flaxcap.checkpoint import Checkpoints
-from flaxcap.config import ConfigError
-from flaxcap.store import Store, StoreError
+from flaxcap.config import Config, ConfigError, Dropout, Train
+from flaxcap.store import StoreError
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,30 @@ def whole(data_dir, tmp_path_factory) -> pathlib.Path:
     """A run that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole")
     train.train(tiny_config(), workdir, data_dir)
+    return workdir
+
+
+def recipe_config() -> Config:
+    """All that has a state or draws something, and an epoch of self-critical training after the others."""
+    return tiny_config(
+        epochs=2,
+        cider_epochs=1,
+        cider_learning_rate=1e-3,
+        schedule="plateau",
+        plateau_epochs=1,
+        ema=0.9,
+        dropout=Dropout(0.1, 0.1, 0.1, 0.1, 0.1),
+        scheduled_sampling=0.5,
+        label_smoothing=0.1,
+        weight_decay=0.1,
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(data_dir, tmp_path_factory) -> pathlib.Path:
+    """The same of a run with a long recipe."""
+    workdir = tmp_path_factory.mktemp("recipe")
+    train.train(recipe_config(), workdir, data_dir)
     return workdir
 
 
@@ -65,11 +90,42 @@ def test_the_loss_falls_and_everything_is_written(whole):
     assert list(whole.glob("events.out.tfevents.*"))
 
 
-@pytest.mark.parametrize("stop", [5, 7])
-def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, whole, tmp_path, stop, monkeypatch):
-    """2k steps = k steps, SIGTERM, the same command again, also where a run of batches is cut in two."""
+def test_the_best_checkpoint_is_that_of_the_captions_with_the_highest_cider(data_dir, whole, tmp_path):
+    """Of the model's own captions, at the end of each epoch; it is what a run returns, finished or not."""
+    scores = {line["step"]: line["val/cider"] for line in logs.read(whole) if "val/cider" in line}
+    assert len(scores) == 3
+    checkpoints = Checkpoints(whole / "checkpoints")
+    assert scores[checkpoints.best_step] == max(scores.values()) > min(scores.values())
+    checkpoints.close()
+    assert train.train(tiny_config(), whole, data_dir) == max(scores.values()) > 0
+
+
+def test_a_run_with_an_average_keeps_and_validates_it(recipe):
+    """Its checkpoints' parameters are those to caption with; the newest are with what is needed to go on."""
+    lines = logs.read(recipe)
+    state = final_state(recipe, lines[-1]["step"])
+    differences = jax.tree.map(lambda a, p: np.abs(a - p).max(), state["params"], state["rest"]["params"])
+    assert min(jax.tree.leaves(differences)) > 1e-6
+    rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
+    # That of self-critical training, times what the validation scores of the epochs before made of it.
+    assert rates[-1] in [pytest.approx(1e-3 * 0.5**n) for n in range(3)]
+    assert rates[0] > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("run", "stop"), [("whole", 5), ("whole", 7), ("recipe", 7), ("recipe", 20)], ids=lambda value: str(value)
+)
+def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run, stop, monkeypatch, request):
+    """2k steps = k steps, SIGTERM, the same command again, also where a run of batches is cut in two.
+
+    Of the recipe, once before and once amid self-critical training.
+    """
+    whole = request.getfixturevalue(run)
+    config = {"whole": tiny_config, "recipe": recipe_config}[run]
     steps = max(line["step"] for line in logs.read(whole))
     assert 0 < stop < steps
+    if run == "recipe":
+        assert (stop > steps * 2 // 3) == (stop == 20)
     seen = []
 
     def interrupt(self, count, metrics, add=train._Window.add):
@@ -82,10 +138,10 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, whole, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(train._Window, "add", interrupt)
         with pytest.raises(train.Preempted, match=f"step .* of {steps}"):
-            train.train(tiny_config(), tmp_path, data_dir)
+            train.train(config(), tmp_path, data_dir)
     assert stop <= sum(seen) < steps
     assert max(line["step"] for line in logs.read(tmp_path)) <= sum(seen)
-    train.train(tiny_config(), tmp_path, data_dir)
+    train.train(config(), tmp_path, data_dir)
     jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, steps), final_state(whole, steps))
     ours = [line for line in without_times(logs.read(tmp_path)) if "val/loss" in line]
     assert ours == [line for line in without_times(logs.read(whole)) if "val/loss" in line]
@@ -142,10 +198,17 @@ def test_a_finished_run_does_nothing_more_and_more_epochs_go_on(data_dir, tmp_pa
     assert logs.read(tmp_path)[-1]["epoch"] == 2
 
 
+def score_with(monkeypatch, *scores: float) -> None:
+    """Validation finds these, one after the other."""
+    rest = iter(scores)
+    monkeypatch.setattr(
+        validation.Validation, "__call__", lambda *_: {"loss": 1.0, "accuracy": 0.5, "cider": next(rest)}
+    )
+
+
 def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
-    monkeypatch.setattr(train, "validate", lambda *_: (next(losses), 0.0))
-    train.train(tiny_config(), tmp_path, data_dir)
+    score_with(monkeypatch, 0.1, 0.3, 0.2)
+    assert train.train(tiny_config(), tmp_path, data_dir) == 0.3
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     steps = max(line["step"] for line in logs.read(tmp_path))
     assert (checkpoints.best_step, checkpoints.latest_step) == (steps * 2 // 3, steps)
@@ -153,24 +216,59 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
     checkpoints.close()
 
 
-def test_validation_counts_every_caption_once_whatever_the_batch(data_dir):
-    config = tiny_config()
-    prepared = Store.finished(data_dir, config)
-    vocabulary, split = prepared.vocabulary(), prepared.split("val")
-    captions = [text for row in split.rows for text in row.captions]
-    tokens = sum(len(vocabulary.encode(text, config.data.max_length)) - 1 for text in captions)
-    bind, init = model.create(config, prepared.feature_dim, len(vocabulary))
-    found = []
-    for images, captions_per_image in ((8, 1), (8, 5), (32, 2)):
-        config = tiny_config(batch_images=images, captions_per_image=captions_per_image)
-        mesh = step_lib.make_mesh(jax.devices()[:8])
-        params = jax.device_put(init(jax.random.key(0)), step_lib.replicated(mesh))
-        eval_step = step_lib.make_eval_step(bind, mesh, config.train)
-        plan, feed = train.make_feed(config, split, vocabulary, mesh)
-        found.append(train.validate(eval_step, params, plan, feed))
-        batches = ([plan.in_order(n)] for n in range(plan.steps_per_epoch))
-        assert sum(float(eval_step(params, inputs).tokens) for _, inputs in feed.ahead(batches)) == tokens
-    np.testing.assert_allclose(found[1:], found[:1] * 2, rtol=1e-5)
+def state_with(rate: float) -> step_lib.TrainState:
+    state: Any = step_lib.TrainState
+    place = step_lib.replicated(step_lib.make_mesh())
+    return state(*[None] * 5, rate=jax.device_put(np.float32(rate), place), baseline=None)
+
+
+def test_the_rate_falls_whenever_enough_epochs_brought_nothing_better():
+    """After every two of them; what is only as good is no better, and a better one starts the count anew."""
+    standing = train._Standing(Train(schedule="plateau", plateau_epochs=2, plateau_factor=0.5), {})
+    state, rates = state_with(1.0), []
+    for score in (0.1, 0.3, 0.3, 0.2, 0.1, 0.25, 0.4, 0.3, 0.5, 0.1, 0.1):
+        before = state.rate
+        state = standing.after(score, state)
+        assert state.rate.sharding == before.sharding
+        rates.append(float(state.rate))
+    assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.125]
+    assert standing.progress == {"best": 0.5, "since": 2}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_other_schedules_do_not_look_at_the_score(schedule):
+    standing = train._Standing(Train(schedule=schedule, plateau_epochs=1), {})
+    state = state_with(1.0)
+    for score in (0.3, 0.2, 0.1):
+        assert standing.after(score, state) is state
+    assert not standing.stop
+
+
+def test_a_run_stops_after_enough_epochs_without_a_better_score():
+    config = Train(stop_after=2)
+    standing, stops = train._Standing(config, {}), []
+    for score in (0.1, 0.1, 0.2, 0.1, 0.15):
+        standing.after(score, state_with(1.0))
+        stops.append(standing.stop)
+    assert stops == [False, False, False, False, True]
+    resumed = train._Standing(config, standing.progress)
+    assert (resumed.best, resumed.since, resumed.stop) == (0.2, 2, True)
+    assert not train._Standing(Train(stop_after=0), standing.progress).stop
+
+
+def test_a_run_without_progress_slows_down_and_ends(data_dir, tmp_path, monkeypatch):
+    """And has ended for good: the same command does nothing more."""
+    config = tiny_config(epochs=6, schedule="plateau", warmup_steps=0, plateau_epochs=1, stop_after=2)
+    score_with(monkeypatch, 0.2, 0.1, 0.15, 0.1)
+    assert train.train(config, tmp_path, data_dir) == 0.2
+    lines = logs.read(tmp_path)
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3]
+    per_epoch = next(line["step"] for line in lines if "epoch" in line)
+    for line in lines:
+        if "train/learning_rate" in line:
+            assert line["train/learning_rate"] == pytest.approx(1e-2 if line["step"] <= 2 * per_epoch else 0.5e-2)
+    assert train.train(config, tmp_path, data_dir) == 0.2
+    assert logs.read(tmp_path) == lines
 
 
 @pytest.mark.parametrize(

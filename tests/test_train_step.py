@@ -1,78 +1,34 @@
 """The step: the loss counts real tokens only, any number of devices gives the same numbers, state is donated."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from flaxcap import model
-from flaxcap import train_step as step_lib
-from flaxcap.config import Config, Model, Train
-from flaxcap.text import END, PAD, START
-
-F, V, I, C, T = 12, 30, 8, 3, 7
-CONFIG = Config(
-    model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
-    train=Train(learning_rate=1e-2, warmup_steps=2),
+from small_step import (
+    BIND,
+    CONFIG,
+    INIT,
+    C,
+    I,
+    Inputs,
+    assert_same,
+    batch,
+    changed,
+    compiled_step,
+    inputs_on,
+    made,
+    step_on,
 )
-BIND, INIT = model.create(CONFIG, F, V)
 
-
-def batch(seed: int = 0) -> tuple[Any, Any]:
-    """`feats_IPF`, and captions of 2 to 5 words, some absent."""
-    rng = np.random.default_rng(seed)
-    tokens_ICT = np.full((I, C, T), PAD, np.int32)
-    for i, c in np.ndindex(I, C):
-        n = int(rng.integers(2, T - 1))
-        if rng.random() < 0.8 or (i, c) == (0, 0):
-            tokens_ICT[i, c, : n + 1] = [START, *rng.integers(4, V, n - 1), END]
-    return rng.standard_normal((I, 64, F)).astype(np.float32), tokens_ICT
-
-
-Inputs: Any = step_lib.Inputs  # also of NumPy arrays and of shardings
-
-
-def inputs_on(mesh, feats_IPF, tokens_ICT) -> step_lib.Inputs:
-    """The batch with each device's features in its own part of the bank, in another order."""
-    width = I // mesh.size
-    order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
-    index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
-    shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
-    inputs = Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], np.int32(1))
-    return jax.device_put(inputs, Inputs(*shardings))
-
-
-def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
-    """Parameters and metrics after some steps on so many devices."""
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
-    schedule = step_lib.learning_rate(config.train, 10)
-    optimizer = step_lib.make_optimizer(config.train, schedule)
-    state = step_lib.init_state(INIT, optimizer, 0, mesh)
-    train_step = step_lib.make_train_step(BIND, optimizer, schedule, mesh, config.train)
-    metrics = []
-    for seed in range(steps):
-        state, found = train_step(state, inputs_on(mesh, *batch(seed)))
-        metrics.append({name: value[0] for name, value in jax.device_get(found).items()})
-    return jax.device_get(state.params), metrics
-
-
-def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T) -> Any:
-    """The step of a batch of so many images and so many tokens."""
-    schedule = step_lib.learning_rate(config.train, 10)
-    optimizer = step_lib.make_optimizer(config.train, schedule)
-    state = step_lib.init_state(INIT, optimizer, 0, mesh)
-    feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
-    shardings = [step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 2, step_lib.replicated(mesh)]
-    inputs = Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], np.int32(1))
-    train_step: Any = step_lib.make_train_step(BIND, optimizer, schedule, mesh, config.train)
-    return train_step.lower(state, jax.device_put(inputs, Inputs(*shardings))).compile()
+from flaxcap import objective
+from flaxcap import train_step as step_lib
+from flaxcap.config import Train
+from flaxcap.text import PAD, START
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +38,7 @@ def one_device():
 
 @pytest.mark.parametrize("devices", [2, 8])
 def test_any_number_of_devices_gives_the_same_loss_gradients_and_parameters(one_device, devices):
-    params, metrics = step_on(devices)
-    for ours, expected in zip(metrics, one_device[1], strict=True):
-        assert ours.keys() == expected.keys()
-        for name in ours:
-            np.testing.assert_allclose(ours[name], expected[name], rtol=2e-5, err_msg=name)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, one_device[0])
+    assert_same(step_on(devices), one_device)
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -143,7 +94,7 @@ def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
 
 def test_memory_is_linear_in_the_batch_and_in_the_length():
     mesh = step_lib.make_mesh(jax.devices()[:1])
-    whole = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, microbatch_images=1000))
+    whole = changed(microbatch_images=1000)
 
     def needs(images: int, time: int) -> int:
         return compiled_step(mesh, whole, images, time).memory_analysis().temp_size_in_bytes
@@ -158,9 +109,7 @@ def test_memory_is_linear_in_the_batch_and_in_the_length():
 def test_several_steps_a_dispatch_are_the_steps_one_by_one():
     mesh = step_lib.make_mesh(jax.devices()[:2])
     singles = [inputs_on(mesh, *batch(seed)) for seed in range(3)]
-    schedule = step_lib.learning_rate(CONFIG.train, 10)
-    optimizer = step_lib.make_optimizer(CONFIG.train, schedule)
-    train_step = step_lib.make_train_step(BIND, optimizer, schedule, mesh, CONFIG.train)
+    train_step, fresh = made(mesh)
 
     # A device's part of the bank holds its images of all batches; a fourth batch is there but not meant.
     banks = [np.split(np.asarray(s.bank_NPF), 2) for s in singles]
@@ -169,11 +118,12 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
         [np.asarray(s.index_KI) + k * I // 2 for k, s in enumerate(singles)] + [singles[0].index_KI]
     )
     tokens_KICT = np.concatenate([s.tokens_KICT for s in [*singles, singles[0]]])
+    weight_KIC = np.concatenate([s.weight_KIC for s in [*singles, singles[0]]])
     together = jax.device_put(
-        Inputs(bank_NPF, index_KI, tokens_KICT, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
+        Inputs(bank_NPF, index_KI, tokens_KICT, weight_KIC, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
     )
-    state, metrics = train_step(step_lib.init_state(INIT, optimizer, 0, mesh), together)
-    one_by_one = step_lib.init_state(INIT, optimizer, 0, mesh)
+    state, metrics = train_step(fresh, together)
+    _, one_by_one = made(mesh)
     for k, inputs in enumerate(singles):
         one_by_one, found = train_step(one_by_one, inputs)
         for name, value in found.items():
@@ -191,7 +141,7 @@ def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
         length = int((tokens_ICT[i, c] != PAD).sum())
         if length:  # each caption alone, cut to its own length
             caption = jnp.asarray(tokens_ICT[i : i + 1, c : c + 1, :length])
-            logits_TV = captioner.logits(captioner(feats_IPF[i : i + 1], caption[..., :-1])[0])[0, 0]
+            logits_TV = captioner.logits(captioner(feats_IPF[i : i + 1], caption[..., :-1])[0])[:, 0, 0]
             losses += (-jax.nn.log_softmax(logits_TV)[np.arange(length - 1), caption[0, 0, 1:]]).tolist()
     metrics = one_device[1][0]
     assert metrics["tokens"] == len(losses)
@@ -199,26 +149,27 @@ def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
     np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
 
 
-def test_padding_changes_neither_loss_nor_gradients():
+@pytest.mark.parametrize("train", [{}, {"label_smoothing": 0.1, "doubly_stochastic": 0.5}])
+def test_padding_changes_neither_loss_nor_gradients(train):
     feats_IPF, tokens_ICT = batch()
     params = INIT(jax.random.key(0))
     padded = [(0, 0), (0, 2), (0, 5)]  # two absent captions an image, five <pad> at every end
 
     def loss(params, tokens):
-        sums = step_lib.token_losses(BIND(params), feats_IPF, tokens)
-        return sums.nats / sums.tokens
+        part = objective.Part(feats_IPF, tokens, jnp.ones(tokens.shape[:2]), jnp.arange(I))
+        moment = objective.Moment(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+        total, (sums, _) = objective.objective(BIND(params), part, moment, changed(**train).train)
+        return total / sums.tokens
 
-    short = jax.value_and_grad(loss)(params, jnp.asarray(tokens_ICT))
-    long = jax.value_and_grad(loss)(params, jnp.asarray(np.pad(tokens_ICT, padded)))
+    run = jax.jit(jax.value_and_grad(loss))
+    short, long = run(params, jnp.asarray(tokens_ICT)), run(params, jnp.asarray(np.pad(tokens_ICT, padded)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), short, long)
 
 
 def test_the_state_is_donated():
     mesh = step_lib.make_mesh(jax.devices()[:1])
-    schedule = step_lib.learning_rate(CONFIG.train, 10)
-    optimizer = step_lib.make_optimizer(CONFIG.train, schedule)
-    state = step_lib.init_state(INIT, optimizer, 0, mesh)
-    step_lib.make_train_step(BIND, optimizer, schedule, mesh, CONFIG.train)(state, inputs_on(mesh, *batch()))
+    train_step, state = made(mesh)
+    train_step(state, inputs_on(mesh, *batch()))
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))
 
 
@@ -243,5 +194,7 @@ def test_learning_rate_warms_up_and_decays():
     for schedule in ("constant", "cosine"):
         at_once = learning_rate(Train(learning_rate=2.0, warmup_steps=0, schedule=schedule), 100)
         assert at_once(0) == 2.0
+    plateau = learning_rate(Train(learning_rate=2.0, warmup_steps=10, schedule="plateau"), 100)
+    assert [plateau(n) for n in (0, 5, 10, 100)] == [constant(n) for n in (0, 5, 10, 100)]  # the rest is in the rate
     short = learning_rate(Train(learning_rate=2.0, warmup_steps=10), 4)
     assert short(2) == 2.0  # a run shorter than its warm-up still reaches the peak

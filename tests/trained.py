@@ -4,7 +4,7 @@ import pathlib
 from typing import NamedTuple
 
 from flaxcap import config as config_lib
-from flaxcap import prepare, train
+from flaxcap import prepare, presets, train
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Shapes, Train
 
 
@@ -41,7 +41,7 @@ def make(directory: pathlib.Path) -> Trained:
     """Prepares and trains it in `directory`."""
     config = config_lib.check(tiny_config())
     made = Trained(config, directory / "data", directory / "run", directory / "tiny.json")
-    made.preset.write_text(config_lib.to_json(config))
+    made.preset.write_text(presets.to_json(config))
     prepare.prepare(config, made.data_dir, num_workers=2)
     train.train(config, made.workdir, made.data_dir)
     return made

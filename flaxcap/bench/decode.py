@@ -27,13 +27,14 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     # No caption ends before its last token: every run does the same work.
     params["vocabulary"]["bias"] = params["vocabulary"]["bias"].at[END].set(-1e9)
     run = decode.make_decode(bind, config.decode)
+    folded = run.fold(params)
 
     def caption(first: int, images: int) -> np.ndarray:
         """Tokens of `images` images, as `evaluate` has them: read, sent, decoded, fetched."""
         feats_IPF = source.read(np.arange(first, first + images))
         placed = step_lib.over_images(mesh) if images % mesh.size == 0 else step_lib.replicated(mesh)
         key = jax.random.fold_in(jax.random.key(config.seed), first)
-        return jax.device_get(run(params, jax.device_put(feats_IPF, placed), key).tokens_IT)
+        return jax.device_get(run(folded, jax.device_put(feats_IPF, placed), key).tokens_IT)
 
     batch, compile_s = config.decode.batch_size, {}
     for name, images in _settings(batch).items():

@@ -12,15 +12,16 @@ def forward(model: Model, *, images: int, tokens: int, feature_dim: int, vocabul
     context's and the word's part of the gates, and the two output layers. Elementwise arithmetic does not count.
     """
     m = model
-    states = 2 if m.cell == "lstm" else 1
+    carried = 2 if m.cell == "lstm" else 1
     gates = (3 if m.cell == "gru" else 4) * m.hidden_dim
     image = POSITIONS * (feature_dim * m.image_dim + m.image_dim * m.attention_dim)
     if m.initial_state == "mean":
-        image += m.image_dim * m.hidden_dim * states
+        image += m.image_dim * m.hidden_dim * carried
     token = m.hidden_dim * (m.attention_dim + gates)
     token += POSITIONS * (m.attention_dim + m.image_dim)
     token += (m.image_dim + m.embedding_dim) * gates
-    token += m.hidden_dim * m.head_dim + m.head_dim * vocabulary
+    states = m.hidden_dim + (m.image_dim + m.embedding_dim if m.output == "deep" else 0)
+    token += states * m.head_dim + m.head_dim * vocabulary
     if m.attention_gate:
         token += m.hidden_dim
     return 2 * (images * image + tokens * token)

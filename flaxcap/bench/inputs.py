@@ -49,10 +49,10 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         def run(feed: Feed, dispatches: list) -> Figures:
             step_ms, size = [], 0
             begin = last = time.perf_counter()
-            for count, inputs in feed.ahead(dispatches):
+            for batches, inputs in feed.ahead(dispatches):
                 jax.block_until_ready(inputs)
                 now = time.perf_counter()
-                step_ms += [1e3 * (now - last) / count] * count
+                step_ms += [1e3 * (now - last) / len(batches)] * len(batches)
                 last = now
                 sent = (inputs.index_KI, inputs.tokens_KICT, *(() if feed.resident else (inputs.bank_NPF,)))
                 size += sum(array.nbytes for array in sent)

@@ -26,10 +26,11 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     feed = Feed(source, plan, mesh, config.train.features)
     vocabulary = corpus.vocabulary_size(config.data)
     bind, init = model.create(config, given.feature_dim, vocabulary)
-    schedule = step_lib.learning_rate(config.train, config.train.epochs * plan.steps_per_epoch)
+    last = config.train.epochs * plan.steps_per_epoch
+    schedule = step_lib.learning_rate(config.train, last)
     optimizer = step_lib.make_optimizer(config.train, schedule)
-    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train)
-    state = step_lib.init_state(init, optimizer, config.seed, mesh)
+    train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, last)
+    state = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema)
 
     dispatches = corpus.sample(plan, given.steps)
     compiled, compile_s = _compile(train_step, state, feed, {b[0].tokens_ICT.shape[-1] for b in dispatches})
@@ -44,13 +45,13 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         step_ms: list[float] = []
         begin = last = time.perf_counter()
         with jax.transfer_guard("disallow"):
-            for count, inputs in feed.ahead(dispatches):
+            for batches, inputs in feed.ahead(dispatches):
                 state, metrics = compiled[inputs.tokens_KICT.shape[-1]](state, inputs)
                 found.append(metrics)
                 if on_cpu:  # an accelerator would idle while the host waits
                     jax.block_until_ready(state)
                     now = time.perf_counter()
-                    step_ms += [1e3 * (now - last) / count] * count
+                    step_ms += [1e3 * (now - last) / len(batches)] * len(batches)
                     last = now
             jax.block_until_ready(state)
         seconds = time.perf_counter() - begin

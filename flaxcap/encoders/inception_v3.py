@@ -126,13 +126,22 @@ def _names() -> Iterator[str]:
 
 def kernel_shapes(block: str = "mixed10") -> dict[str, tuple[int, int, int, int]]:
     """The shape `[rows, columns, in, out]` of every kernel up to `block`, in Keras's creation order."""
+    return _shapes(_path_to(block))
+
+
+def kernels_before(block: str) -> list[str]:
+    """The names of the convolutions before `block`."""
+    return list(_shapes(_path_to(block)[:-1]))
+
+
+def _shapes(path: list) -> dict[str, tuple[int, int, int, int]]:
     shapes: dict[str, tuple[int, int, int, int]] = {}
 
     def on_conv(name: str, conv: Conv, width: int) -> int:
         shapes[name] = (conv.rows, conv.columns, width, conv.filters)
         return conv.filters
 
-    _walk(_path_to(block), 3, _names(), on_conv, lambda _, width: width, sum)
+    _walk(path, 3, _names(), on_conv, lambda _, width: width, sum)
     return shapes
 
 
@@ -284,15 +293,21 @@ def apply(
 ) -> jax.Array:
     """Images -> `feats_IPF` in `dtype`, P = 64 positions row by row (p = 8·y + x), F = `FEATURES[block]`.
 
-    `params` are folded; `images_IYX3` are square, uint8 or float, 0 … 255, and are scaled to [-1, 1] here.
-    Grids larger than 8×8 are average-pooled adaptively. To be called inside `jax.jit`, `block` and `dtype`
-    static; on a CPU batches of 4 are fastest, as they stay in its caches. ValueError for an unknown block and
-    for images that are not square or give a grid smaller than 8×8.
+    `params` are folded; layers that are not may be trained, but for their statistics. `images_IYX3` are square, uint8
+    or float, 0 … 255, and are scaled to [-1, 1] here. Grids larger than 8×8 are average-pooled adaptively. To be
+    called inside `jax.jit`, `block` and `dtype` static; on a CPU batches of 4 are fastest, as they stay in its caches.
+    ValueError for an unknown block and for images that are not square or give a grid smaller than 8×8.
     """
     check_size(images_IYX3.shape, block)
 
     def normalise(name: str, x: jax.Array) -> jax.Array:
-        return x + jnp.asarray(params[name]["bias"], x.dtype).reshape(1, 1, 1, -1)
+        layer = params[name]
+        if "bias" in layer:
+            return x + jnp.asarray(layer["bias"], x.dtype).reshape(1, 1, 1, -1)
+        mean, var = lax.stop_gradient((layer["mean"], layer["var"]))
+        scale = lax.rsqrt(jnp.asarray(var) + BN_EPSILON)
+        shift = layer["beta"] - mean * scale
+        return x * scale.astype(x.dtype).reshape(1, 1, 1, -1) + shift.astype(x.dtype).reshape(1, 1, 1, -1)
 
     x = _run(params, images_IYX3, block, dtype, normalise)
     if x.shape[1] != GRID:

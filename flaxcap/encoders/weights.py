@@ -54,18 +54,19 @@ def load(
             raise WeightsError("random encoder weights need images to measure their batch norm on")
         params = inception_v3.init(jax.random.key(seed), block)
         params = inception_v3.measure(params, measure_on, block)
-        return params, _sha256_of_params(params)
+        return params, digest(params)
     path = fetch(OFFICIAL_URL, OFFICIAL_MD5, cache_dir) if spec == "imagenet" else pathlib.Path(spec)
     return read(path, block), _digest(path, "sha256")
 
 
-def _sha256_of_params(params: inception_v3.Params) -> str:
-    digest = hashlib.sha256()
+def digest(params: inception_v3.Params) -> str:
+    """A SHA-256 that names parameters."""
+    found = hashlib.sha256()
     for name, arrays in params.items():
         for key in sorted(arrays):
-            digest.update(f"{name}/{key}".encode())
-            digest.update(np.ascontiguousarray(arrays[key], "<f4").tobytes())
-    return digest.hexdigest()
+            found.update(f"{name}/{key}".encode())
+            found.update(np.ascontiguousarray(arrays[key], "<f4").tobytes())
+    return found.hexdigest()
 
 
 def _digest(path: pathlib.Path, algorithm: str) -> str:

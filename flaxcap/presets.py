@@ -1,0 +1,84 @@
+"""Presets in files: Python with a `get_config()` that returns a `Config`, and the JSON beside every run and export."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import traceback
+import typing
+
+from etils import epath
+
+from flaxcap.config import Config, ConfigError, leaves, nearest
+
+
+def load(path: str) -> Config:
+    """The preset of a `.py` file with `get_config()`, or of a saved `config.json`.
+
+    Raises ConfigError where the file is missing, is not a preset, or has an unknown field or one of another type.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
+    if path.endswith(".json"):
+        try:
+            tree = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as e:
+            raise ConfigError(f"{path}: not JSON ({e})") from e
+        return from_dict(tree, path)
+    spec = importlib.util.spec_from_file_location(file.stem, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: a preset is a .py or a .json file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as e:  # a preset is a program: it may raise anything
+        raise ConfigError(f"--config={path}: {_what_failed(e, path)}") from e
+    if config is None:
+        raise ConfigError(f"--config={path}: has no get_config()")
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config() gave {type(config).__name__}, not flaxcap.config.Config")
+    return from_dict(dataclasses.asdict(config), path)
+
+
+def _what_failed(error: Exception, path: str) -> str:
+    """An error inside a preset, its line, and what may have been meant."""
+    file = os.path.abspath(path)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    hint = nearest(unknown[1], list(leaves(Config()))) if unknown else ""
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{hint}"
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(tree: object, where: str, cls: type = Config):
+    """The dataclass of a parsed JSON tree; every unknown field or wrong type is a ConfigError."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where}: found {type(tree).__name__}, expected an object")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in tree.items():
+        if name not in hints:
+            raise ConfigError(f"{where}: unknown field {name!r}{nearest(name, list(hints))}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
+            continue
+        if hint is float and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        if type(value) is not hint:
+            raise ConfigError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
+        values[name] = value
+    return cls(**values)
+
+
+def difference(old: Config, new: Config, names: typing.Iterable[str]) -> list[str]:
+    """ "model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
+    a, b = leaves(old), leaves(new)
+    picked = [k for k in a if any(k == n or k.startswith(n + ".") for n in names)]
+    return [f"{k} was {a[k][0]}, is {b[k][0]}" for k in picked if a[k][0] != b[k][0]]

@@ -1,0 +1,122 @@
+"""Self-critical sequence training: captions that the model draws, weighed by how much better than its others they are.
+
+Rennie et al. 2017 (arXiv:1612.00563): the gradient of the expected CIDEr-D of drawn captions, by REINFORCE. The
+baseline of a caption is the mean of the image's other drawn captions (Luo 2020, arXiv:2003.09971). A caption's end
+counts as a word of it: without, the reward would not see captions that break off.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from flaxcap import config as config_lib
+from flaxcap import decode
+from flaxcap import train_step as step_lib
+from flaxcap.batches import Batch
+from flaxcap.feed import Feed
+from flaxcap.metrics.cider import Cider
+from flaxcap.metrics.ngrams import References
+from flaxcap.metrics.ptb import tokenize
+from flaxcap.model import Bind, Params
+from flaxcap.text import END, PAD, START, Vocabulary
+from flaxcap.train_step import Inputs, TrainState
+
+_END = "<end>"
+
+
+class SelfCritical:
+    """Turns a dispatch of batches into one of captions that the model draws for their images."""
+
+    def __init__(
+        self,
+        bind: Bind,
+        config: config_lib.Config,
+        mesh: Mesh,
+        feed: Feed,
+        vocabulary: Vocabulary,
+        captions: Sequence[Sequence[str]],
+    ):
+        """`captions`: the true ones of each row of the store."""
+        self._config, self._feed, self._vocabulary = config, feed, vocabulary
+        self._lengths = [*feed.lengths, config.decode.max_length + 1]
+        self._sample = jax.jit(_make_sample(bind, config, mesh))
+        self._references = References([[[*tokenize(text), _END] for text in texts] for texts in captions])
+        self._cider = Cider(self._references)
+
+    def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> Inputs:
+        """The batches of `inputs` with drawn captions in the place of the true ones, and their weights."""
+        with jax.transfer_guard("allow"):
+            drawn = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
+            tokens_KICT = self._feed.local(drawn)
+        tokens_KICT = np.pad(tokens_KICT, [(0, 0)] * 3 + [(1, 0)], constant_values=START)
+        rows_KI = self._feed.local_rows(batches)
+        tokens_KICT[: len(batches)][rows_KI < 0] = PAD
+        weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
+        for k, rows_I in enumerate(rows_KI):
+            weight_KIC[k] = self._advantages(tokens_KICT[k], rows_I)
+        longest = int((tokens_KICT != PAD).sum(-1).max())
+        length = min(n for n in self._lengths if n >= longest)
+        return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC)
+
+    def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> np.ndarray:
+        """[I, C]: each caption's CIDEr-D above the mean of its image's others; 0 in empty places."""
+        images, captions = tokens_ICT.shape[:2]
+        texts = [self._vocabulary.decode(t) for t in tokens_ICT.reshape(images * captions, -1)]
+        words = [[*tokenize(text), _END] for text in texts]
+        image_B = np.repeat(np.maximum(rows_I, 0), captions)
+        rewards = self._cider.cider_d(self._references.match(words, image_B)).reshape(images, captions)
+        others = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)
+        return np.where(rows_I[:, None] < 0, 0, rewards - others)
+
+
+def make_train_step(
+    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, config: config_lib.Train
+) -> Any:
+    """The train step without what a recipe adds to the captions' cross-entropy, or hides."""
+    plain = dataclasses.replace(
+        config,
+        dropout=config_lib.Dropout(),
+        label_smoothing=0.0,
+        doubly_stochastic=0.0,
+        scheduled_sampling=0.0,
+        hard_reward=0.0,
+        hard_entropy=0.0,
+    )
+    return step_lib.make_train_step(lambda params: bind(_words_only(params)), optimizer, schedule, mesh, plain, 1)
+
+
+def _words_only(params: Params) -> Params:
+    """Parameters under which what is never drawn (<pad>, <unk>, <start>) has no probability.
+
+    What lowers the probability of captions that were drawn would otherwise raise theirs, without end.
+    """
+    bias_V = params["vocabulary"]["bias"].at[:END].set(-1e9)
+    return params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}}
+
+
+def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
+    """`sample(params, bank_NPF, index_KI, key, step) -> tokens_KICT`, each device for its own images."""
+    options = config_lib.Decode(method="sample", max_length=config.decode.max_length)
+    captions = config.train.captions_per_image
+
+    def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
+        root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 1)
+        own = index_KI.shape[1]
+        place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
+
+        def batch(k_index: tuple[jax.Array, jax.Array]) -> jax.Array:
+            k, index_I = k_index
+            keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
+            return decode.draw(bind, params, bank_NPF[index_I], options, keys_I, captions)
+
+        return jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
+
+    specs = P(), P("data"), P(None, "data"), P(), P()
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, "data"), check_vma=False)

@@ -1,0 +1,105 @@
+"""Steps of a small model on made-up batches, on any number of devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxcap import model
+from flaxcap import train_step as step_lib
+from flaxcap.config import Config, Dropout, Model, Train
+from flaxcap.text import END, PAD, START
+
+F, V, I, C, T = 12, 30, 8, 3, 7
+CONFIG = Config(
+    model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
+    train=Train(learning_rate=1e-2, warmup_steps=2),
+)
+BIND, INIT = model.create(CONFIG, F, V)
+# All that a step may draw or add.
+NOISY = Config(
+    model=dataclasses.replace(CONFIG.model, attention="hard"),
+    train=dataclasses.replace(
+        CONFIG.train,
+        dropout=Dropout(image=0.2, embedding=0.1, attention=0.3, recurrent=0.2, output=0.4),
+        label_smoothing=0.1,
+        doubly_stochastic=0.5,
+        scheduled_sampling=0.9,
+        weight_decay=0.1,
+        ema=0.9,
+    ),
+)
+
+
+def changed(config: Config = CONFIG, **train: Any) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def batch(seed: int = 0) -> tuple[Any, Any]:
+    """`feats_IPF`, and captions of 2 to 5 words, some absent."""
+    rng = np.random.default_rng(seed)
+    tokens_ICT = np.full((I, C, T), PAD, np.int32)
+    for i, c in np.ndindex(I, C):
+        n = int(rng.integers(2, T - 1))
+        if rng.random() < 0.8 or (i, c) == (0, 0):
+            tokens_ICT[i, c, : n + 1] = [START, *rng.integers(4, V, n - 1), END]
+    return rng.standard_normal((I, 64, F)).astype(np.float32), tokens_ICT
+
+
+Inputs: Any = step_lib.Inputs  # also of NumPy arrays and of shardings
+
+
+def inputs_on(mesh, feats_IPF, tokens_ICT) -> step_lib.Inputs:
+    """The batch with each device's features in its own part of the bank, in another order."""
+    width = I // mesh.size
+    order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
+    index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
+    weight_IC = np.ones(tokens_ICT.shape[:2], np.float32)
+    inputs = Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], weight_IC[None], np.int32(1))
+    return jax.device_put(inputs, shardings(mesh))
+
+
+def shardings(mesh) -> Any:
+    return Inputs(step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 3, step_lib.replicated(mesh))
+
+
+def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
+    """The step, and a new state."""
+    bind, init = model.create(config, F, V)
+    schedule = step_lib.learning_rate(config.train, 10)
+    optimizer = step_lib.make_optimizer(config.train, schedule)
+    state = step_lib.init_state(init, optimizer, 0, mesh, config.train.ema)
+    return step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10), state
+
+
+def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
+    """State and metrics after some steps on so many devices."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    train_step, state = made(mesh, config)
+    metrics = []
+    for seed in range(steps):
+        state, found = train_step(state, inputs_on(mesh, *batch(seed)))
+        metrics.append({name: value[0] for name, value in jax.device_get(found).items()})
+    return jax.device_get(state), metrics
+
+
+def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T) -> Any:
+    """The step of a batch of so many images and so many tokens."""
+    train_step, state = made(mesh, config)
+    feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
+    weight_KIC = np.ones((1, images, C), np.float32)
+    inputs = Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], weight_KIC, np.int32(1))
+    return train_step.lower(state, jax.device_put(inputs, shardings(mesh))).compile()
+
+
+def assert_same(ours: Any, expected: Any) -> None:
+    """State and metrics, of another number of devices or microbatches."""
+    for found, other in zip(ours[1], expected[1], strict=True):
+        assert found.keys() == other.keys()
+        for name in found:
+            np.testing.assert_allclose(found[name], other[name], rtol=2e-5, err_msg=name)
+    assert (ours[0].average is None) == (expected[0].average is None)
+    for name in ("params", "average", "baseline"):
+        a, b = getattr(ours[0], name), getattr(expected[0], name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
