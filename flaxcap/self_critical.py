@@ -53,17 +53,16 @@ class SelfCritical:
     def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> Inputs:
         """The batches of `inputs` with drawn captions in the place of the true ones, and their weights."""
         with jax.transfer_guard("allow"):
-            drawn = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
-            tokens_KICT = self._feed.local(drawn)
-        tokens_KICT = np.pad(tokens_KICT, [(0, 0)] * 3 + [(1, 0)], constant_values=START)
-        rows_KI = self._feed.local_rows(batches)
-        tokens_KICT[: len(batches)][rows_KI < 0] = PAD
-        weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
-        for k, rows_I in enumerate(rows_KI):
-            weight_KIC[k] = self._advantages(tokens_KICT[k], rows_I)
-        longest = int((tokens_KICT != PAD).sum(-1).max())
-        length = min(n for n in self._lengths if n >= longest)
-        return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC)
+            drawn, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
+            tokens_KICT = np.pad(self._feed.local(drawn), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
+            rows_KI = self._feed.local_rows(batches)
+            tokens_KICT[: len(batches)][rows_KI < 0] = PAD
+            weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
+            for k, rows_I in enumerate(rows_KI):
+                weight_KIC[k] = self._advantages(tokens_KICT[k], rows_I)
+            # Of all processes: they must run the same program.
+            length = min(n for n in self._lengths if n > int(longest))
+            return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC)
 
     def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> np.ndarray:
         """[I, C]: each caption's CIDEr-D above the mean of its image's others; 0 in empty places."""
@@ -102,11 +101,14 @@ def _words_only(params: Params) -> Params:
 
 
 def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
-    """`sample(params, bank_NPF, index_KI, key, step) -> tokens_KICT`, each device for its own images."""
+    """`sample(params, bank_NPF, index_KI, key, step) -> tokens_KICT, longest`, each device for its own images.
+
+    `longest`, int32 []: the tokens of the longest caption of all.
+    """
     options = config_lib.Decode(method="sample", max_length=config.decode.max_length)
     captions = config.train.captions_per_image
 
-    def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> jax.Array:
+    def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 1)
         own = index_KI.shape[1]
         place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
@@ -116,7 +118,8 @@ def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
             keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
             return decode.draw(bind, params, bank_NPF[index_I], options, keys_I, captions)
 
-        return jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
+        tokens_KICT = jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
+        return tokens_KICT, jax.lax.pmax((tokens_KICT != PAD).sum(-1).max(), "data")
 
     specs = P(), P("data"), P(None, "data"), P(), P()
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, "data"), check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(None, "data"), P()), check_vma=False)

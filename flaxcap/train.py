@@ -117,7 +117,7 @@ def train(
     window = _Window(metrics, clock)
 
     cuts = config.train.log_every, config.train.checkpoint_every
-    dispatches = feed.ahead(plan.dispatches(step, last, cuts))
+    dispatches = feed.ahead(plan.dispatches(step, step if standing.stop else last, cuts))
     bar = tqdm.tqdm(desc="train", total=last, initial=step, unit=" steps", disable=None)
     profile = logs.Profile(profile_dir)
     with _Sigterm() as sigterm, jax.transfer_guard("disallow"), bar, profile:
