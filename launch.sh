@@ -102,7 +102,7 @@ tests() {  # pytest last, so that its closing line is the last one printed
   local cores parallel=()
   environment "${EXTRA:+$EXTRA,}test"
   cores=$(getconf _NPROCESSORS_ONLN)
-  if ((cores > 1)); then parallel=(-n "$((cores < 4 ? cores : 4))" --dist=loadfile); fi
+  if ((cores > 1)); then parallel=(-n "$((cores < 4 ? cores : 4))" --dist=loadfile --no-loadscope-reorder); fi
   execute .venv/bin/python -m ruff check .
   execute .venv/bin/python -m ruff format --check .
   execute .venv/bin/python -m pyright --pythonpath .venv/bin/python

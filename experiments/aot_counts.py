@@ -65,7 +65,7 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     mesh = step_lib.make_mesh(devices(a.topology))
     bind, init = model.create(config, 2048, a.vocabulary)
     schedule = step_lib.learning_rate(config.train, 1000)
-    optimizer = step_lib.make_optimizer(config.train, schedule)
+    optimizer = step_lib.make_optimizer(config.train)
     step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)
     state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, step_lib.make_mesh(jax.devices())))
     everywhere, images, later = step_lib.replicated(mesh), step_lib.over_images(mesh), step_lib.over_images(mesh, 1)

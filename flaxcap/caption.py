@@ -69,9 +69,9 @@ def caption(
             place += 1
 
 
-def from_sources(sources: list[str]) -> list[tuple[str, Callable[[], bytes]]]:
-    """Pictures of paths, directories and addresses."""
-    return [(name, lambda name=name: fetch.read(name)) for name in fetch.names(sources)]
+def from_sources(sources: list[str], *, private_urls: bool = False) -> list[tuple[str, Callable[[], bytes]]]:
+    """Pictures of paths, directories and addresses; `private_urls`: also of those that are not public."""
+    return [(name, lambda name=name: fetch.read(name, private=private_urls)) for name in fetch.names(sources)]
 
 
 def from_split(

@@ -30,6 +30,10 @@ COMMANDS = {
         "Write a trained captioner to a directory that needs nothing else.",
         "flaxcap export --workdir=runs/shapes --data_dir=data --out=exported",
     ),
+    "verify": (
+        "Compare the files of a run, or of prepared features, with their checksums.",
+        "flaxcap verify --workdir=runs/shapes --config=experiments/shapes.py --data_dir=data",
+    ),
     "bench": (
         "Measure this machine: train, decode, extract or input; beside other programs, with --against.",
         "flaxcap bench train --config=experiments/coco.py",
@@ -47,12 +51,12 @@ def define(command: str, values: flags.FlagValues) -> None:
         _define_bench(text)
         return
     flags.DEFINE_string("data_dir", "data", "where prepared data sets and features are kept", **text)
-    if command != "export":
+    if command not in ("export", "verify"):
         flags.DEFINE_string(
             "compilation_cache_dir", None, "where compiled programs are kept for the next run; default:"
             " $JAX_COMPILATION_CACHE_DIR, else ~/.cache/flaxcap/compiled; empty: nowhere", **text,
         )  # fmt: skip
-    if command in ("train", "export"):
+    if command in ("train", "export", "verify"):
         flags.DEFINE_string("workdir", None, "the run: its checkpoints, metrics and plots", **text)
     if command in ("evaluate", "caption"):
         flags.DEFINE_list("workdir", [], "a run; of several, RUN,RUN, each word's probability is the mean", **text)
@@ -76,6 +80,10 @@ def define(command: str, values: flags.FlagValues) -> None:
         flags.DEFINE_boolean("resume", True, "go on with the run in --workdir, where there is one", **text)
         flags.DEFINE_string("init_from", None, "start a new run from the parameters of this run or export", **text)
         flags.DEFINE_string("profile_dir", None, "write a trace of a few steps there, for XProf", **text)
+        flags.DEFINE_integer(
+            "max_bad_steps", 10, "a step whose loss or gradient is not finite is skipped; so many in a row end the run",
+            lower_bound=1, **text,
+        )  # fmt: skip
     elif command == "evaluate":
         flags.DEFINE_string(
             "predictions", None, "score this file of captions (COCO's results format) instead of a model's", **text
@@ -89,6 +97,10 @@ def define(command: str, values: flags.FlagValues) -> None:
         flags.DEFINE_integer("num_images", 5, "how many of --split", lower_bound=1, **text)
         flags.DEFINE_boolean("plot", False, "draw where the model looked for each word", **text)
         flags.DEFINE_string("out_dir", "captions", "where the drawings go", **text)
+        flags.DEFINE_boolean(
+            "allow_private_urls", False, "read addresses of this machine and of local networks too, and through the"
+            " environment's proxies", **text,
+        )  # fmt: skip
     elif command == "export":
         flags.DEFINE_string("out", None, "the new directory", **text)
 

@@ -5,11 +5,12 @@ The command line overrides its fields (`--config.train.epochs=3`); presets.py re
 
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 import typing
 
-from flaxcap.errors import UserError
+from flaxcap.errors import UserError, cut
 
 
 class ConfigError(UserError):
@@ -211,11 +212,14 @@ _NOT_NEGATIVE = {
     ),
     "decode": ("top_k", "length_penalty", "no_repeat_ngram"),
 }  # fmt: skip
-_SHARES = (
-    "train.ema", "train.label_smoothing",
-    *(f"train.dropout.{name}" for name in ("image", "embedding", "attention", "recurrent", "output")),
-)  # fmt: skip
+_DROPOUT = tuple(f"train.dropout.{name}" for name in ("image", "embedding", "attention", "recurrent", "output"))
 _SEEDS = ("seed", "data.shapes.seed", "encoder.seed")
+# What memory is in proportion to, far beyond use: a preset may come with a stranger's model. Others: less than 2**31.
+_AT_MOST: dict[str, int] = {
+    "data.max_length": 10_000, "encoder.image_size": 4096, "encoder.batch_size": 1 << 16,
+    **{f"model.{name}_dim": 1 << 16 for name in ("image", "embedding", "attention", "hidden", "head")},
+    "decode.max_length": 10_000, "decode.beam_width": 1000, "decode.batch_size": 1 << 16,
+}  # fmt: skip
 
 
 def check(config: Config) -> Config:
@@ -226,12 +230,15 @@ def check(config: Config) -> Config:
             for name in names:
                 value = values[f"{group}.{name}"]
                 if not value >= least:
-                    raise ConfigError(f"--config.{group}.{name}={value}: expected {expected}")
+                    raise ConfigError(f"--config.{group}.{name}={cut(str(value))}: expected {expected}")
     if config.data.max_length < 3:
         raise ConfigError(f"--config.data.max_length={config.data.max_length}: expected 3 or more")
-    for name in _SHARES:
+    for name in ("train.ema", "train.label_smoothing"):
         if not 0 <= values[name] < 1:
             raise ConfigError(f"--config.{name}={values[name]}: expected 0 or more, and less than 1")
+    for name in _DROPOUT:
+        if not 0 <= values[name] <= 0.99:
+            raise ConfigError(f"--config.{name}={values[name]}: expected 0 to 0.99")
     for name in ("train.scheduled_sampling", "train.plateau_factor", "train.finetune.crop", "decode.top_p"):
         if not 0 <= values[name] <= 1:
             raise ConfigError(f"--config.{name}={values[name]}: expected 0 to 1")
@@ -251,10 +258,16 @@ def check(config: Config) -> Config:
         raise ConfigError("--config.train.finetune.block with cider_epochs: expected one of the two in a run")
     for name in _SEEDS:
         if not 0 <= values[name] < 2**32:
-            raise ConfigError(f"--config.{name}={values[name]}: expected 0 to {2**32 - 1}")
+            raise ConfigError(f"--config.{name}={cut(str(values[name]))}: expected 0 to {2**32 - 1}")
     for name in ("data.train_split", "data.val_split"):
         if not values[name]:
             raise ConfigError(f"--config.{name} is empty: expected the name of a split")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"--config.{name}={value}: expected a finite number")
+        most = _AT_MOST.get(name) or 2**31 - 1
+        if type(value) is int and value > most and name not in _SEEDS:
+            raise ConfigError(f"--config.{name}={cut(str(value))}: expected at most {most}")
     _check_choices(config, "")
     return config
 
@@ -265,5 +278,5 @@ def _check_choices(node: object, prefix: str) -> None:
         if dataclasses.is_dataclass(value):
             _check_choices(value, f"{prefix}{f.name}.")
         elif choices and value not in choices:
-            raise ConfigError(f"--config.{prefix}{f.name}={value}: expected one of {', '.join(choices)}"
-                              + nearest(str(value), list(choices)))  # fmt: skip
+            raise ConfigError(f"--config.{prefix}{f.name}={cut(str(value))}: expected one of {', '.join(choices)}"
+                              + nearest(cut(str(value)), list(choices)))  # fmt: skip

@@ -1,10 +1,14 @@
 """Word vectors made elsewhere, to start a decoder's embedding with."""
 
+import functools
+
 import numpy as np
 from etils import epath
 
 from flaxcap.errors import UserError
 from flaxcap.text import Vocabulary
+
+_LINE_BYTES = 1 << 20  # the widest model's takes less
 
 
 class EmbeddingsError(UserError):
@@ -22,7 +26,9 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
     number = 0
     try:
         with epath.Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(functools.partial(file.readline, _LINE_BYTES), b""), 1):
+                if len(line) == _LINE_BYTES:
+                    raise ValueError(f"of {_LINE_BYTES} bytes or more")
                 word, *values = line.decode().rstrip().split(" ")
                 if number == 1 and len(values) == 1:
                     continue

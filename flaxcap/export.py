@@ -6,8 +6,9 @@ An export is a directory that needs nothing else:
     decoder/  encoder/                         parameters alone (Orbax)
 """
 
-import hashlib
 import json
+import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,16 @@ import numpy as np
 from etils import epath
 
 import flaxcap
-from flaxcap import checkpoint, finetune, model, presets, store
+from flaxcap import checkpoint, checksums, finetune, limits, model, presets, store
 from flaxcap import config as config_lib
 from flaxcap.checkpoint import CheckpointError, Checkpoints
 from flaxcap.encoders import images, inception_v3, weights
+from flaxcap.errors import cut, quoted
 from flaxcap.model import ENCODER
 from flaxcap.text import Vocabulary
+
+PARAMS = ("decoder", "encoder")  # directories of an export
+MAX_FEATURES = 1 << 16  # InceptionV3's are 2048 wide at most
 
 
 class Captioner(NamedTuple):
@@ -92,11 +97,15 @@ def load_all(
 
 
 def read_config(directory: epath.PathLike) -> config_lib.Config:
-    """The preset saved in a run or an export."""
+    """The preset saved in a run or an export. ConfigError if it cannot be used."""
     file = epath.Path(directory) / "config.json"
     if not file.exists():
         raise CheckpointError(f"{directory}: no {file.name}: neither a run nor an export of flaxcap")
-    return presets.load(str(file))
+    config = presets.load(str(file))
+    try:
+        return config_lib.check(config)
+    except config_lib.ConfigError as e:
+        raise config_lib.ConfigError(f"{file}: {e}") from e
 
 
 def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
@@ -133,25 +142,31 @@ def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
 
 
 def _load_export(path: epath.Path) -> Captioner:
-    config = config_lib.check(read_config(path))
+    _check_files(path)
+    config = read_config(path)
     vocabulary = _vocabulary(path)
     file = path / "about.json"
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(limits.read(file, limits.PRESET))
         feature_dim, files = int(about["feature_dim"]), dict(about["files"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        if not 0 < feature_dim <= MAX_FEATURES:
+            raise ValueError(f"feature_dim is {cut(str(feature_dim))}, expected 1 to {MAX_FEATURES}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CheckpointError(f"{file}: cannot be read ({e!r})") from e
     if about.get("preprocessing") != images.PREPROCESSING:
         raise CheckpointError(
-            f"{file}: trained with pictures prepared as {about.get('preprocessing')!r}, this version"
+            f"{file}: trained with pictures prepared as {quoted(about.get('preprocessing'))}, this version"
             f" prepares them as {images.PREPROCESSING!r}"
         )
     if about.get("vocabulary_sha256") != vocabulary.hash:
         raise CheckpointError(f"{path / 'vocabulary.json'}: not the vocabulary that the model was trained with")
-    found = _checksums(path)
-    damaged = [name for name, digest in files.items() if found.get(name) != digest]
-    if damaged:
-        raise CheckpointError(f"{path / damaged[0]}: missing, or not as it was written; copy the export again")
+    for name, digest in files.items():
+        if (
+            not checksums.is_inside(name)
+            or not (path / name).exists()
+            or checksums.of_file(path / name).sha256 != digest
+        ):
+            raise CheckpointError(f"{path / name}: missing, or not as it was written; copy the export again")
     bind, init = model.create(config, feature_dim, len(vocabulary))
     decoder = _params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))
     shapes = inception_v3.kernel_shapes(config.encoder.block).items()
@@ -163,35 +178,45 @@ def _load_export(path: epath.Path) -> Captioner:
 
 def _params(path: epath.Path, expected: Any) -> Any:
     """The parameters saved there. CheckpointError if their names or shapes are not the expected ones."""
-    found = checkpoint.load_params(path)
-    checkpoint.check_shapes(path, found, expected)
-    return found
+    return checkpoint.load_params(path, expected)
 
 
-def _checksums(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of the files that hold parameters, by their names below `path`."""
-    folders = [found for name in ("decoder", "encoder") for found in (path / name).walk()]
-    files = sorted(folder / name for folder, _, names in folders for name in names)
-    return {f.relative_to(path).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+def _check_files(path: epath.Path) -> None:
+    """CheckpointError if an export holds devices, links that lead out of it, or more than `limits.EXPORT`."""
+    if checksums.is_remote(path):
+        return
+    root, size = os.path.realpath(path), 0
+    for folder, _, names in os.walk(path):
+        for file in (os.path.join(folder, name) for name in names):
+            real = os.path.realpath(file)
+            if not os.path.isfile(real) or os.path.commonpath([root, real]) != root:
+                raise CheckpointError(f"{file}: found a link or a device, expected a file (`cp -rL` makes one)")
+            size += os.path.getsize(real)
+    if size > limits.EXPORT:
+        raise CheckpointError(f"{path}: found {size} bytes, expected at most {limits.EXPORT}")
 
 
 def _vocabulary(directory: epath.Path) -> Vocabulary:
     file = directory / "vocabulary.json"
     try:
-        return Vocabulary.from_json(file.read_text(), str(file))
+        return Vocabulary.from_json(limits.read(file, limits.VOCABULARY).decode(), str(file))
     except (OSError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{file}: cannot be read ({e})") from e
 
 
 def write(captioner: Captioner, out: epath.PathLike) -> None:
-    """An export of one captioner. CheckpointError if `out` holds something already."""
+    """An export of one captioner. CheckpointError if `out` holds something already, but for an export cut off."""
     path = epath.Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    ours = re.compile(rf"\.?({'|'.join((*PARAMS, 'vocabulary', 'about'))})(\.json)?(\.part|\.orbax-checkpoint-tmp.*)?")
+    if path.exists() and (not path.is_dir() or not all(ours.fullmatch(file.name) for file in path.iterdir())):
         raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
     path.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_params(path / "decoder", captioner.params)
-    checkpoint.save_params(path / "encoder", captioner.encoder)
-    (path / "vocabulary.json").write_text(captioner.vocabulary.to_json())
-    (path / "about.json").write_text(json.dumps(captioner.about | {"files": _checksums(path)}, indent=2) + "\n")
+    for name, params in zip(PARAMS, (captioner.params, captioner.encoder), strict=True):
+        checkpoint.save_params(path / name, params)
+    # Each is the sum of all sums of its directory.
+    files = {name: checksums.of_file(path / name).sha256 for name in (f"{d}/{checksums.SUMS}" for d in PARAMS)}
+    about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
+    checksums.write_whole(path / "vocabulary.json", captioner.vocabulary.to_json())
+    checksums.write_whole(path / "about.json", about)
     # Last: what has a config.json is whole.
-    (path / "config.json").write_text(presets.to_json(captioner.config))
+    checksums.write_whole(path / "config.json", presets.to_json(captioner.config))

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from flaxcap import config as config_lib
 from flaxcap.encoders import inception_v3
 from flaxcap.encoders.images import ImageError
 from flaxcap.errors import UserError
-from flaxcap.store import POSITIONS, Skipped, Split, StoreError
+from flaxcap.split import POSITIONS, Skipped, Split, StoreError
 
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
@@ -70,8 +70,9 @@ def extract(
     """Writes the split's unfinished shards; of several processes each takes its share of them.
 
     `load(row)` gives a picture's pixels, or raises ImageError: then its row stays empty and is listed as skipped.
-    `num_workers` threads load ahead, and the network is one batch ahead of what is written. BadImagesError as
-    soon as more than `max_bad_fraction` of the split is skipped.
+    `num_workers` threads load ahead, the network is one batch ahead, and a shard is written and its checksum taken
+    while the next one is made: two shards are held in memory. BadImagesError as soon as more than `max_bad_fraction`
+    of the split is skipped.
     """
     array = split.create_array(feature_dim, dtype)
     # By number, not by place in the list: a process may ask later, when others have finished some of theirs.
@@ -81,7 +82,8 @@ def extract(
     skipped = split.skipped()
     images = sum(len(split.shard(n)) for n in shards)
     begin = time.perf_counter()
-    with ThreadPoolExecutor(num_workers, "load") as pool:
+    written: Future | None = None
+    with ThreadPoolExecutor(num_workers, "load") as pool, ThreadPoolExecutor(1, "write") as writer:
         rows = itertools.chain.from_iterable(split.shard(n) for n in shards)
         loaded = _load_ahead(pool, load, rows, 4 * batch_size)
         bar = tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None)
@@ -100,7 +102,11 @@ def extract(
                     f"{split.path}: {len(skipped)} of {split.images} pictures cannot be read, more than"
                     f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
                 )
-            split.write(array, number, feats_NPF, bad)
+            if written is not None:
+                written.result()
+            written = writer.submit(split.write, array, number, feats_NPF, bad)
+        if written is not None:
+            written.result()
     print(f"{name}: {images} images, {images / (time.perf_counter() - begin):.1f} images/s")
 
 
@@ -180,7 +186,7 @@ def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
     try:
         with file.open("rb") as f:
             feats = np.lib.format.read_array(f, allow_pickle=False)
-    except (OSError, ValueError, MemoryError, OverflowError) as e:
+    except Exception as e:  # for damaged files NumPy raises many kinds
         raise StoreError(f"{file}: not a NumPy array ({e})") from e
     if feats.dtype.kind != "f" or feats.ndim < 2 or math.prod(feats.shape[:-1]) != POSITIONS:
         raise StoreError(f"{file}: found {feats.dtype} {list(feats.shape)}, expected floats of [{POSITIONS}, F]")

@@ -73,6 +73,19 @@ def _linear(layer: Layer, x: jax.Array) -> jax.Array:
     return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
 
 
+@jax.custom_vjp
+def _pick(x_NV: jax.Array, index_N: jax.Array) -> jax.Array:
+    """x[n, index[n]]."""
+    return jnp.take_along_axis(x_NV, index_N[:, None], 1)[:, 0]
+
+
+# A mask, which is one with the other gradients of x; a gather's own would be scattered into an array of zeros.
+_pick.defvjp(
+    lambda x_NV, index_N: (_pick(x_NV, index_N), (jnp.arange(x_NV.shape[1]), index_N)),
+    lambda kept, d_N: (jnp.where(kept[0][None] == kept[1][:, None], d_N[:, None], 0), None),
+)
+
+
 def _losses(
     weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float
 ) -> Losses:
@@ -82,9 +95,7 @@ def _losses(
     and all words share the rest.
     """
     logits_NV = logits(weights, states_NS)
-    target_NV = jnp.arange(logits_NV.shape[-1])[None] == targets_N[:, None]
-    # Picked by a mask: a gather's gradient would be scattered into an array of zeros.
-    target_N = jnp.where(target_NV, logits_NV, 0).sum(-1)
+    target_N = _pick(logits_NV, targets_N)
     max_N = jax.lax.stop_gradient(logits_NV.max(-1))
     normaliser_N = jnp.log(jnp.exp(logits_NV - max_N[:, None]).sum(-1)) + max_N
     real_N = (targets_N != PAD).astype(jnp.float32)

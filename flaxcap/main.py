@@ -1,5 +1,7 @@
 """The command line: flags in, calls out. Nothing here is about captioning."""
 
+import errno
+import io
 import os
 import sys
 import types
@@ -12,13 +14,17 @@ from ml_collections import config_flags
 import flaxcap
 from flaxcap import commands, presets
 from flaxcap import config as config_lib
-from flaxcap.errors import UserError
+from flaxcap.errors import UserError, plain
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_WRITTEN_TO = ("workdir", "data_dir", "out", "out_dir")
 FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL, "saved; run me again"
 
 
 def run() -> None:
     """The `flaxcap` program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a caption's letters
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
@@ -42,6 +48,7 @@ def main(args: Sequence[str]) -> int:
         print(f"flaxcap {flaxcap.__version__}")
         return 0
     command, rest = args[0], list(args[1:])
+    given = types.SimpleNamespace()
     try:
         if command not in commands.COMMANDS:
             hint = config_lib.nearest(command, list(commands.COMMANDS))
@@ -61,7 +68,7 @@ def main(args: Sequence[str]) -> int:
             if not getattr(given, name):
                 raise UserError(f"--{name} is missing: {values[name].help}")
         logging.set_verbosity(given.verbosity)
-        if command not in ("export", "bench"):  # bench times compilations
+        if command not in ("export", "verify", "bench"):  # bench times compilations
             from flaxcap import runtime
 
             runtime.keep_compiled(given.compilation_cache_dir)
@@ -69,22 +76,29 @@ def main(args: Sequence[str]) -> int:
                 runtime.join(given.distributed)
         return _RUN[command](given, _preset(command, given, overrides), positional)
     except (UserError, flags.Error) as e:
-        print(f"flaxcap {command}: {e}", file=sys.stderr)
+        print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
     except OSError as e:
-        if e.filename is None:
+        # The errors of a write to an open file name none.
+        places = [f"--{name}={place}" for name in _WRITTEN_TO if (place := getattr(given, name, None))]
+        if e.filename is None and e.errno not in _DISK:
             raise
-        print(f"flaxcap {command}: {e.filename}: {e.strerror}", file=sys.stderr)
+        print(plain(f"flaxcap {command}: {e.filename or ' or '.join(places)}: {e.strerror}"), file=sys.stderr)
     return FAILED
 
 
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:
     """The preset of --config, else the one saved with the run or export, with `--config.FIELD=VALUE` applied."""
+    file = given.config
     if given.config:
         config = presets.load(given.config)
+    elif command == "verify":  # of a run alone: no preset is needed
+        config = config_lib.Config()
     elif saved := getattr(given, "model", None) or getattr(given, "workdir", None):
         from flaxcap import export
 
-        config = export.read_config(saved if isinstance(saved, str) else saved[0])
+        directory = saved if isinstance(saved, str) else saved[0]
+        file = os.path.join(directory, "config.json")
+        config = export.read_config(directory)
     elif command == "bench":
         config = config_lib.Config()
     else:
@@ -114,7 +128,11 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
         except flags.Error as e:
             kind = type(known[override.lstrip("-").removeprefix("config.").partition("=")[0]][0])
             raise config_lib.ConfigError(f"--{override.lstrip('-')}: expected {_TYPES[kind]}") from e
-    return config_lib.check(holder.value)
+    try:
+        return config_lib.check(holder.value)
+    except config_lib.ConfigError as e:
+        here = any(str(e).startswith(f"--{override.lstrip('-').partition('=')[0]}") for override in overrides)
+        raise e if here or not file else config_lib.ConfigError(f"{file}: {e}") from e
 
 
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -146,10 +164,14 @@ def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]
             resume=given.resume,
             init_from=given.init_from,
             profile_dir=given.profile_dir,
+            max_bad_steps=given.max_bad_steps,
         )
     except train.Preempted as e:
         print(f"flaxcap train: {e}")
         return PREEMPTED
+    except train.LostError as e:
+        print(f"flaxcap train: {e}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # as any other end would wait for the process that has gone
     return 0
 
 
@@ -183,7 +205,7 @@ def _caption(given: types.SimpleNamespace, config: config_lib.Config, sources: l
         raise UserError("name pictures to caption (files, directories, addresses), or a --split")
     captioner = _captioner(given, config)
     if sources:
-        pictures = caption.from_sources(sources)
+        pictures = caption.from_sources(sources, private_urls=given.allow_private_urls)
     else:
         pictures = caption.from_split(captioner, given.data_dir, given.split, given.num_images)
     failed = 0
@@ -191,9 +213,10 @@ def _caption(given: types.SimpleNamespace, config: config_lib.Config, sources: l
     for found in caption.caption(captioner, pictures, plot_dir=plot_dir, seed=given.seed):
         if found.reason:
             failed += 1
-            print(f"{found.name}: {found.reason}", file=sys.stderr)
+            reason = found.reason.removeprefix(f"{found.name}: ")
+            print(f"{plain(found.name)}: {plain(reason)}", file=sys.stderr)
             continue
-        print(f"{found.name}: {found.caption}  (log-probability {found.log_prob:.2f})")
+        print(f"{plain(found.name)}: {plain(found.caption)}  (log-probability {found.log_prob:.2f})")
         if found.plot:
             print(f"  {found.plot}")
     return FAILED if failed else 0
@@ -205,6 +228,18 @@ def _export(given: types.SimpleNamespace, config: config_lib.Config, _: list[str
     export.write(_captioner(given, config), given.out)
     print(f"exported to {given.out}")
     return 0
+
+
+def _verify(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
+    from flaxcap import store, verify
+
+    if not given.workdir and not given.config:
+        raise UserError("verify what? give --workdir=RUN, or --config and --data_dir of a store, or both")
+    store_dir = store.path_for(given.data_dir, config) if given.config else None
+    report = verify.verify(workdir=given.workdir or None, store_dir=store_dir)
+    for line in report.lines():
+        print(line)
+    return FAILED if report.wrong else 0
 
 
 def _bench(given: types.SimpleNamespace, config: config_lib.Config, what: list[str]) -> int:
@@ -248,5 +283,6 @@ _RUN: dict[str, Any] = {
     "evaluate": _evaluate,
     "caption": _caption,
     "export": _export,
+    "verify": _verify,
     "bench": _bench,
 }

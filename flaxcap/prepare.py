@@ -2,26 +2,22 @@
 
 import dataclasses
 import functools
-import json
 import shutil
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from flaxcap import checkpoint, data, features
+from flaxcap import checkpoint, checksums, data, describe, features, lock, mend, processes
 from flaxcap import config as config_lib
 from flaxcap import store as store_lib
 from flaxcap.config import ConfigError
 from flaxcap.encoders import images, inception_v3, weights
 from flaxcap.store import Row, Store, StoreError
 from flaxcap.text import Vocabulary, words
-
-MEASURED_ON = 64  # pictures that a random encoder's batch norm is measured on
 
 
 def prepare(
@@ -34,39 +30,57 @@ def prepare(
     num_workers: int = 4,
     max_bad_fraction: float = 0.05,
 ) -> Store:
-    """Makes the preset's store, or goes on with it at the first unfinished shard.
+    """Makes the preset's store, or goes on with it at the first unfinished shard, and mends what is damaged in it.
 
     `npy_dir`: take the feature maps found there instead of computing them. `encoder_weights`: a file to use
-    in place of the published one. Of several processes (one data_dir, shared) each extracts its share.
+    in place of the published one. Of several processes (one data_dir, shared) each extracts its share. LockError if
+    another prepare works on this store.
     """
     _check_encoder(config, encoder_weights)
-    builder = None
-    if jax.process_index() == 0:
-        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
-        _describe(config, data_dir, builder, npy_dir, encoder_weights)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("described")
-    if builder is None:
-        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
-    store = Store(store_lib.path_for(data_dir, config))
-    npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
-    if any(store.split(role).unfinished() for role in store.roles):
-        _check_space(store, config)
-        _extract(store, config, builder, npy_dir, num_workers, max_bad_fraction)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("extracted")
-    for role in store.roles:
-        split = store.split(role)
-        skipped = split.skipped()
-        store.manifest["splits"][role] |= {
-            "shards": split.num_shards,
-            "skipped": [dataclasses.asdict(s) for s in skipped],
-        }
-        print(f"{role}: {split.images - len(skipped)} images with features, {len(skipped)} skipped")
-    if jax.process_index() == 0:
-        _write_manifest(store.path, store.manifest)
+    with lock.held(store_lib.path_for(data_dir, config)):
+        builder = None
+
+        def first() -> None:
+            nonlocal builder
+            builder = _dataset(config, data_dir, manual_dir)
+            _describe(config, data_dir, builder, npy_dir, encoder_weights)
+
+        processes.first_does(first)
+        if builder is None:
+            builder = _dataset(config, data_dir, manual_dir)
+        store = Store(store_lib.path_for(data_dir, config))
+        npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
+        if any(store.split(role).unfinished() for role in store.roles):
+            _check_space(store, config)
+            _extract(store, config, builder, npy_dir, num_workers, max_bad_fraction)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("extracted")
+        for role in store.roles:
+            split = store.split(role)
+            skipped = split.skipped()
+            store.manifest["splits"][role] |= {
+                "shards": split.num_shards,
+                "skipped": [dataclasses.asdict(s) for s in skipped],
+            }
+            print(f"{role}: {split.images - len(skipped)} images with features, {len(skipped)} skipped")
+        if jax.process_index() == 0:
+            store_lib.write_manifest(store.path, store.manifest)
     print(f"prepared: {store.path}")
     return store
+
+
+def _dataset(
+    config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
+) -> tfds.core.DatasetBuilder:
+    """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
+    root = epath.Path(config_lib.cache_dir() if checksums.is_remote(data_dir) else data_dir).expanduser()
+    directory = root / config.dataset
+    if config.dataset not in data.NAMES:
+        return data.of_preset(config, data_dir, manual_dir=manual_dir)
+    with lock.flock(root / f".{config.dataset}.lock", str(directory), wait=True):
+        for left in (*directory.glob("incomplete.*"), *directory.glob("*/incomplete.*")):  # TFDS's, of one killed
+            left.rmtree() if left.is_dir() else left.unlink()
+        return data.of_preset(config, data_dir, manual_dir=manual_dir)
 
 
 def _check_encoder(config: config_lib.Config, encoder_weights: str | None) -> None:
@@ -90,23 +104,20 @@ def _describe(
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> None:
-    """Writes everything but the features. Of a store that is there only the vocabulary is made anew."""
+    """Writes everything but the features.
+
+    Of a store that is there the vocabulary is made anew, and what is damaged. StoreError if it is made of something
+    else.
+    """
     path = store_lib.path_for(data_dir, config)
-    if (path / "manifest.json").exists():
-        manifest = Store(path).manifest
+    mend.restore_manifest(path)
+    if (path / store_lib.MANIFEST).exists():
+        found = Store(path)
+        manifest = found.manifest
         _check_same(path, manifest, builder, config, npy_dir, encoder_weights)
+        sums = mend.mend(found, config, builder, encoder_weights)
     else:
-        if any((path / role / "shards").exists() for role in store_lib.ROLES):
-            raise StoreError(f"{path}: its manifest.json, which tells what made the features, is gone; delete the rest")
-        splits = _write_captions(config, path, builder)
-        feature_dim, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights)
-        manifest = {
-            "source": builder.info.full_name,
-            "splits": splits,
-            "encoder": encoder,
-            "feature_dim": feature_dim,
-            "shard_rows": config.encoder.shard_images,
-        }
+        manifest, sums = describe.make(path, config, builder, npy_dir, encoder_weights)
     rows = {
         role: store_lib.Split(path / role, split["images"], manifest["shard_rows"]).rows
         for role, split in manifest["splits"].items()
@@ -115,13 +126,15 @@ def _describe(
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
     for role in rows:
         _warn_of_unknown_words(role, rows[role], vocabulary)
-    store_lib.write_whole(path / "vocabulary.json", vocabulary.to_json())
+    text = vocabulary.to_json()
+    checksums.write_whole(path / store_lib.VOCABULARY, text)
     manifest["vocabulary"] = {
         "size": config.data.vocab_size,
         "words": len(vocabulary),
         "sha256": vocabulary.hash,
     }
-    _write_manifest(path, manifest)
+    manifest["files"] = checksums.to_json(sums | {store_lib.VOCABULARY: checksums.of_bytes(text.encode())})
+    store_lib.write_manifest(path, manifest)
 
 
 def _warn_of_unknown_words(role: str, rows: list[Row], vocabulary: Vocabulary) -> None:
@@ -158,73 +171,6 @@ def _check_same(
             raise StoreError(f"{path}: its features were made by {by}, not by {spec} ({found}); {anew}")
 
 
-def _write_captions(config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder) -> dict:
-    """The captions of every split; the manifest's words on them."""
-    splits = {}
-    for role, split in data.roles(config).items():
-        try:
-            examples = data.read(builder, split)
-        except data.DataError as e:
-            if role != "test":
-                raise
-            logging.warning("no test split: %s", e)
-            continue
-        rows = _rows(examples, config.data, f"captions of {role}")
-        store_lib.write_rows(path / role, rows)
-        splits[role] = {"split": split, "images": len(rows)}
-    return splits
-
-
-def _rows(examples: data.Split, limits: config_lib.Data, name: str) -> list[Row]:
-    """The images of a split, up to the preset's limits."""
-    rows, captions = [], 0
-    numbers = range(min(len(examples), limits.max_images or len(examples)))
-    for number in tqdm.tqdm(numbers, name, unit=" images", disable=None):
-        left = limits.max_captions - captions if limits.max_captions else None
-        if left == 0:
-            break
-        example = examples[number]
-        rows.append(Row(example.image_id, example.filename, example.captions[:left]))
-        captions += len(rows[-1].captions)
-    return rows
-
-
-def _write_encoder(
-    config: config_lib.Config,
-    path: epath.Path,
-    builder: tfds.core.DatasetBuilder,
-    npy_dir: epath.PathLike | None,
-    encoder_weights: str | None,
-) -> tuple[int, dict]:
-    """Keeps the encoder beside the features, so that new pictures meet the same one; F, and the manifest's words."""
-    encoder = config.encoder
-    described = {"preset": dataclasses.asdict(encoder), "preprocessing": images.PREPROCESSING}
-    examples = data.read(builder, config.data.train_split)
-    if npy_dir is not None:
-        feats = features.read_npy(epath.Path(npy_dir), examples[0].filename)
-        return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
-    spec = encoder_weights or encoder.weights
-    sample = _sample(examples, encoder.image_size) if spec == "random" else None
-    params, digest = weights.load(spec, block=encoder.block, seed=encoder.seed, measure_on=sample)
-    checkpoint.save_params(path / "encoder", params)
-    return inception_v3.FEATURES[encoder.block], described | {"weights_sha256": digest}
-
-
-def _sample(examples: data.Split, image_size: int) -> np.ndarray:
-    """The first readable pictures, uint8 [at most MEASURED_ON, size, size, 3]."""
-    found = []
-    for example in examples:
-        try:
-            found.append(images.decode(example.image, image_size))
-        except images.ImageError:
-            continue
-        if len(found) == MEASURED_ON:
-            break
-    if not found:
-        raise StoreError(f"{examples.name}: none of its pictures can be read")
-    return np.stack(found)
-
-
 def _extract(
     store: Store,
     config: config_lib.Config,
@@ -236,7 +182,7 @@ def _extract(
     """The features of every split that are not there yet."""
     encoder = config.encoder
     if npy_dir is None:
-        encode = features.make_encode(checkpoint.load_params(store.path / "encoder"), encoder)
+        encode = features.make_encode(checkpoint.load_params(store.path / describe.ENCODER), encoder)
     for role in store.roles:
         split = store.split(role)
         if npy_dir is None:
@@ -266,13 +212,9 @@ def _check_space(store: Store, config: config_lib.Config) -> None:
     images = sum(len(store.split(r).shard(n)) for r in store.roles for n in store.split(r).unfinished())
     needed = images * store_lib.bytes_an_image(store.feature_dim, config.encoder.store_dtype)
     text = f"features of {images} images: {needed / 1e9:.2f} GB in {store.path}"
-    if "://" not in str(store.path):
+    if not checksums.is_remote(store.path):
         free = shutil.disk_usage(store.path).free
         if needed > free:
             raise StoreError(f"{text}, but only {free / 1e9:.2f} GB are free there")
         text += f" ({free / 1e9:.1f} GB free)"
     print(text)
-
-
-def _write_manifest(path: epath.Path, manifest: dict) -> None:
-    store_lib.write_whole(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")

@@ -10,7 +10,9 @@ import typing
 
 from etils import epath
 
+from flaxcap import limits
 from flaxcap.config import Config, ConfigError, leaves, nearest
+from flaxcap.errors import quoted
 
 
 def load(path: str) -> Config:
@@ -23,8 +25,10 @@ def load(path: str) -> Config:
         raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
     if path.endswith(".json"):
         try:
-            tree = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError) as e:
+            tree = json.loads(limits.read(file, limits.PRESET))
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: not JSON ({e})") from e
         return from_dict(tree, path)
     spec = importlib.util.spec_from_file_location(file.stem, path)
@@ -64,7 +68,7 @@ def from_dict(tree: object, where: str, cls: type = Config):
     values = {}
     for name, value in tree.items():
         if name not in hints:
-            raise ConfigError(f"{where}: unknown field {name!r}{nearest(name, list(hints))}")
+            raise ConfigError(f"{where}: unknown field {quoted(name)}{nearest(name, list(hints))}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
@@ -72,7 +76,7 @@ def from_dict(tree: object, where: str, cls: type = Config):
         if hint is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if type(value) is not hint:
-            raise ConfigError(f"{where}: {name} is {value!r}, expected {hint.__name__}")
+            raise ConfigError(f"{where}: {name} is {quoted(value)}, expected {hint.__name__}")
         values[name] = value
     return cls(**values)
 

@@ -7,18 +7,21 @@ import jax
 from flaxcap import config as config_lib
 from flaxcap.errors import UserError
 
+# A process that is silent for so long is taken for dead, and the others end.
+HEARTBEAT_S = 60
+
 
 def join(distributed: str) -> None:
     """Makes this process one of several, on JAX's own runtime: "auto", or "COORDINATOR:PORT,PROCESSES,ID"."""
     if distributed == "auto":
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
         return
     try:
         coordinator, *numbers = distributed.split(",")
         processes, number = map(int, numbers)
     except ValueError:
         raise UserError(f"--distributed={distributed}: expected auto, or COORDINATOR:PORT,PROCESSES,ID") from None
-    jax.distributed.initialize(coordinator, processes, number)
+    jax.distributed.initialize(coordinator, processes, number, heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
 def keep_compiled(directory: str | None) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from etils import epath
 
-from flaxcap import metrics
-from flaxcap.errors import UserError
+from flaxcap import limits, metrics
+from flaxcap.errors import UserError, quoted
 from flaxcap.metrics import health, java
 from flaxcap.store import Row
 
@@ -54,7 +54,7 @@ def read(path: epath.PathLike, rows: Sequence[Row]) -> list[str]:
     PredictionsError, naming the file and the record, unless it has one caption, a string, for each image of `rows`.
     """
     try:
-        records = json.loads(epath.Path(path).read_text())
+        records = json.loads(limits.read(epath.Path(path), limits.CAPTIONS))
     except OSError as e:
         raise PredictionsError(f"--predictions={path}: cannot be read ({e.strerror or e})") from e
     except (ValueError, RecursionError) as e:
@@ -66,10 +66,11 @@ def read(path: epath.PathLike, rows: Sequence[Row]) -> list[str]:
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
         if not isinstance(record, dict) or not {"image_id", "caption"} <= set(record):
-            raise PredictionsError(f"{where}: found {str(record)[:80]}, expected an object with image_id and caption")
+            raise PredictionsError(f"{where}: found {quoted(record)}, expected an object with image_id and caption")
         image_id, caption = record["image_id"], record["caption"]
         if type(image_id) is not int or not isinstance(caption, str):
-            raise PredictionsError(f"{where}: found {image_id!r} and {caption!r}, expected a number and a string"[:300])
+            found = f"{quoted(image_id)} and {quoted(caption)}"
+            raise PredictionsError(f"{where}: found {found}, expected a number and a string")
         if image_id not in wanted:
             raise PredictionsError(f"{where}: image_id {image_id} is not in the split")
         if image_id in captions:

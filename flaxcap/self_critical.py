@@ -50,29 +50,35 @@ class SelfCritical:
         self._references = References([[[*tokenize(text), _END] for text in texts] for texts in captions])
         self._cider = Cider(self._references)
 
-    def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> Inputs:
-        """The batches of `inputs` with drawn captions in the place of the true ones, and their weights."""
+    def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> tuple[Inputs, np.ndarray]:
+        """The batches of `inputs` with drawn captions in the place of the true ones, and their weights.
+
+        And of each batch the mean CIDEr-D of the captions drawn by this process, float32 [len(batches)].
+        """
         with jax.transfer_guard("allow"):
             drawn, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
             tokens_KICT = np.pad(self._feed.local(drawn), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
             rows_KI = self._feed.local_rows(batches)
             tokens_KICT[: len(batches)][rows_KI < 0] = PAD
             weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
+            cider_K = np.zeros(len(batches), np.float32)
             for k, rows_I in enumerate(rows_KI):
-                weight_KIC[k] = self._advantages(tokens_KICT[k], rows_I)
+                weight_KIC[k], cider_K[k] = self._advantages(tokens_KICT[k], rows_I)
             # Of all processes: they must run the same program.
             length = min(n for n in self._lengths if n > int(longest))
-            return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC)
+            return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC), cider_K
 
-    def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> np.ndarray:
-        """[I, C]: each caption's CIDEr-D above the mean of its image's others; 0 in empty places."""
+    def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> tuple[np.ndarray, float]:
+        """[I, C]: each caption's CIDEr-D above the mean of its image's others, 0 in empty places; and their mean."""
         images, captions = tokens_ICT.shape[:2]
         texts = [self._vocabulary.decode(t) for t in tokens_ICT.reshape(images * captions, -1)]
         words = [[*tokenize(text), _END] for text in texts]
         image_B = np.repeat(np.maximum(rows_I, 0), captions)
         rewards = self._cider.cider_d(self._references.match(words, image_B)).reshape(images, captions)
         others = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)
-        return np.where(rows_I[:, None] < 0, 0, rewards - others)
+        present_I = rows_I >= 0
+        mean = float(rewards[present_I].mean()) if present_I.any() else 0.0
+        return np.where(present_I[:, None], rewards - others, 0), mean
 
 
 def make_train_step(

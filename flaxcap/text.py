@@ -7,16 +7,18 @@ made of the training captions alone.
 import collections
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from flaxcap.errors import UserError
+from flaxcap.errors import UserError, quoted
 
 PAD, UNK, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
+_NO_WORD = re.compile("^$|[\\0- \\x7f-\\x9f]")  # would break the hash's lines, or be obeyed by a terminal
 
 
 class VocabularyError(UserError):
@@ -92,12 +94,15 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Vocabulary":
-        """VocabularyError, naming `where`, unless the words are those that were saved."""
+        """VocabularyError, naming `where`, unless it holds words, and those that were saved."""
         try:
             saved = json.loads(text)
             found = cls(saved["tokens"])
             if found.hash != saved["hash"]:
                 raise VocabularyError("the words do not match their hash")
+            wrong = [word for word in found.tokens if _NO_WORD.search(word)]
+            if wrong:
+                raise VocabularyError(f"found {quoted(wrong[0])}, expected a word")
         except KeyError as e:
             raise VocabularyError(f"{where}: not a vocabulary: found no {e}") from e
         except (ValueError, TypeError, RecursionError) as e:

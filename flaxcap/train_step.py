@@ -82,9 +82,9 @@ def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
     return schedule
 
 
-def make_optimizer(config: config_lib.Train, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients, with decoupled weight decay of all matrices
-    (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    (Loshchilov & Hutter 2019, arXiv:1711.05101). A step takes the learning rate times what this gives.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
@@ -92,7 +92,7 @@ def make_optimizer(config: config_lib.Train, schedule: optax.Schedule) -> optax.
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     decay = optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(), decay, optax.scale_by_learning_rate(schedule))
+    return optax.chain(clip, optax.scale_by_adam(), decay)
 
 
 def init_state(
@@ -169,8 +169,10 @@ def make_train_step(
 ) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted: a step for each batch; the state is donated.
 
-    `metrics`: {name: float32 [K]}, those of steps that were not meant are 0. `last`: the step at which what grows
-    during training is full-grown. `encode`: of finetune.py, where the bank holds pictures.
+    A step whose loss or gradient is not finite changes nothing but the step's number. `metrics`: {name: float32 [K]};
+    those of steps that were not meant are 0, and of a skipped one all but "loss", "learning_rate" and "skipped".
+    `last`: the step at which what grows during training is full-grown. `encode`: of finetune.py, where the bank
+    holds pictures.
     """
 
     def compute(everywhere: tuple[Params, Moment, Any], part: Part) -> tuple:
@@ -193,26 +195,34 @@ def make_train_step(
         moment = Moment(key, jnp.minimum(state.step / max(last, 1), 1.0), state.baseline)
         grads, (sums, captions) = gradients((state.params, moment, frozen), *batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda x: x * state.rate, updates)
-        if ENCODER in updates:
-            slower = config.finetune.learning_rate / config.learning_rate
-            updates[ENCODER] = jax.tree.map(lambda x: x * slower, updates[ENCODER])
-        params: Any = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average is not None:
-            # Early on, the average of few steps: the first parameters are forgotten.
-            decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
-            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+        rate = jnp.asarray(schedule(state.step), jnp.float32) * state.rate
         log_prob = -sums.nats / jnp.maximum(captions, 1)
-        baseline = jnp.where(state.step == 0, log_prob, 0.9 * state.baseline + 0.1 * log_prob)
-        metrics = sums._asdict() | {
+
+        def update(state: TrainState) -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates: Any = jax.tree.map(lambda x: -rate * x, updates)
+            if ENCODER in updates:
+                slower = config.finetune.learning_rate / config.learning_rate
+                updates[ENCODER] = jax.tree.map(lambda x: x * slower, updates[ENCODER])
+            params: Any = optax.apply_updates(state.params, updates)
+            average = state.average
+            if average is not None:
+                # Early on, the average of few steps: the first parameters are forgotten.
+                decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
+                average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+            baseline = jnp.where(state.step == 0, log_prob, 0.9 * state.baseline + 0.1 * log_prob)
+            return state._replace(params=params, opt_state=opt_state, average=average, baseline=baseline)
+
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(sums.nats) & jnp.isfinite(norm)
+        state = jax.lax.cond(finite, update, lambda state: state, state)
+        counted = sums._asdict() | {"captions": captions, "grad_norm": norm}
+        metrics = {name: jnp.where(finite, value, 0) for name, value in counted.items()} | {
             "loss": sums.nats / jnp.maximum(sums.tokens, 1),
-            "captions": captions,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32) * state.rate,
+            "learning_rate": rate,
+            "skipped": 1.0 - finite,
         }
-        return TrainState(state.step + 1, params, opt_state, state.key, average, state.rate, baseline), metrics
+        return state._replace(step=state.step + 1), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -221,7 +231,7 @@ def make_train_step(
             state, found = step(state, inputs.frozen, *_batch(inputs, k))
             return state, {name: metrics[name].at[k].set(value) for name, value in found.items()}
 
-        names = (*Sums._fields, "loss", "captions", "grad_norm", "learning_rate")
+        names = (*Sums._fields, "captions", "grad_norm", "loss", "learning_rate", "skipped")
         empty = {name: jnp.zeros(len(inputs.index_KI)) for name in names}
         return jax.lax.fori_loop(0, inputs.count, body, (state, empty))
 

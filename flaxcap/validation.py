@@ -78,7 +78,7 @@ def captions_of(
     folded = jax.device_put(jax.tree.map(_here, folded), step_lib.replicated(mesh))
     starts = range(0, len(rows), size)
     mine = [n for n in range(len(starts)) if n % jax.process_count() == jax.process_index()]
-    found = []
+    found, running = [], None
     with jax.transfer_guard("allow"):
         for n in tqdm.tqdm(mine, "caption", unit=" batches", disable=None, leave=False):
             some = list(rows[starts[n] : starts[n] + size])
@@ -86,7 +86,11 @@ def captions_of(
             placed = jax.device_put(feats_IPF, step_lib.over_images(mesh))
             key = jax.random.fold_in(jax.random.key(seed), starts[n])
             out = run(folded, placed, key)
-            found.append(jax.device_get((out.tokens_IT, out.log_prob_I)))
+            if running is not None:  # the batch before; this one keeps the device busy meanwhile
+                found.append(jax.device_get(running))
+            running = out.tokens_IT, out.log_prob_I
+        if running is not None:
+            found.append(jax.device_get(running))
     if jax.process_count() > 1:
         found = _exchange(found, len(starts), size, run.length)
     tokens = [tokens_T for tokens_IT, _ in found for tokens_T in tokens_IT][: len(rows)]

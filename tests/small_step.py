@@ -68,7 +68,7 @@ def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
     """The step, and a new state."""
     bind, init = model.create(config, F, V)
     schedule = step_lib.learning_rate(config.train, 10)
-    optimizer = step_lib.make_optimizer(config.train, schedule)
+    optimizer = step_lib.make_optimizer(config.train)
     state = step_lib.init_state(init, optimizer, 0, mesh, config.train.ema)
     return step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10), state
 

@@ -18,7 +18,7 @@ def state_on(devices: int, width: int = 3, ema: float = 0.0) -> step_lib.TrainSt
     def init(key):
         return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}
 
-    state = step_lib.init_state(init, step_lib.make_optimizer(Train(), lambda _: 0.1), 3, mesh, ema)
+    state = step_lib.init_state(init, step_lib.make_optimizer(Train()), 3, mesh, ema)
     average = None if state.average is None else jax.tree.map(lambda x: 2 * x + 1, state.average)
     place = state.rate.sharding
     rate, baseline = (jax.device_put(np.float32(x), place) for x in (0.25, -31.5))

@@ -24,11 +24,14 @@ from flaxcap.main import main
 FLAGS = {
     "prepare": "config data_dir verbosity compilation_cache_dir distributed manual_dir npy_dir encoder_weights"
     " num_workers max_bad_fraction",
-    "train": "config data_dir verbosity compilation_cache_dir distributed workdir [no]resume init_from profile_dir",
+    "train": "config data_dir verbosity compilation_cache_dir distributed workdir [no]resume init_from profile_dir"
+    " max_bad_steps",
     "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed manual_dir predictions"
     " split out_dir",
-    "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir",
+    "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir"
+    " [no]allow_private_urls",
     "export": "config data_dir verbosity workdir out",
+    "verify": "config data_dir verbosity workdir",
     "bench": "config verbosity images steps warmup repeats workers against out",
 }
 

@@ -127,7 +127,7 @@ def fast(config: Config, case: Case, params: Any) -> tuple[tuple[jax.Array, jax.
 @hypothesis.example(case=PADDED)
 @hypothesis.example(case=DEEP)
 @hypothesis.example(case=TIED)
-@hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
 def test_loss_and_every_gradient_are_the_plain_models(case):
     """Against float64, to 1e-5 of the loss and of the largest gradient of each layer.
 

@@ -201,7 +201,7 @@ def test_bytes_that_are_not_utf8_are_named(folder, name):
         (7, r"line 2: found 7, expected an object"),
         ({"caption": "x"}, r"line 2, field 'image': found none, only 'caption', expected a string"),
         ({"image": 1, "caption": "x"}, r"line 2, field 'image': found 1, expected a string"),
-        ({"image": "a.jpg"}, r"line 2: found the keys 'image', expected image, caption or captions"),
+        ({"image": "a.jpg"}, r"line 2, field 'caption': found the keys 'image', expected image, caption or captions"),
         (
             {"image": "a.jpg", "caption": "x", "captions": ["y"]},
             r"line 2: found the keys 'image', 'caption', 'cap",

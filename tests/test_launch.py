@@ -68,7 +68,7 @@ def test_commands_run_the_suite_and_end_with_pytest(launch: Launch):
         "python -m ruff check .",
         "python -m ruff format --check .",
         "python -m pyright --pythonpath .venv/bin/python",
-        "python -m pytest -n 2 --dist=loadfile -k two words",
+        "python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -k two words",
     ]
     assert launch("test").stdout == ""  # nothing of ours stands after pytest's closing line
     write_program(launch.bin / "getconf", "#!/bin/sh\necho 1\n")

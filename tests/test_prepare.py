@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 
 from flaxcap import checkpoint, data, features, presets, store
-from flaxcap import prepare as prepare_lib
 from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.encoders import images, weights
 from flaxcap.prepare import prepare
 from flaxcap.store import Store, StoreError
 
 ENCODER = {"block": "mixed0", "image_size": 160, "batch_size": 8}
+
+
+DESCRIBED = {"manifest.json", "manifest.copy.json", "vocabulary.json"}
 
 
 def rendered() -> Config:
@@ -95,7 +97,7 @@ def test_a_second_time_nothing_is_done_and_nothing_changes(data_dir, monkeypatch
     store_again = prepare(rendered(), data_dir, num_workers=2)
     assert snapshot(data_dir) == before
     changed = {name for name, mtime in times(data_dir).items() if mtimes[name] != mtime}
-    assert {pathlib.Path(name).name for name in changed} <= {"manifest.json", "vocabulary.json"}
+    assert {pathlib.Path(name).name for name in changed} <= {*DESCRIBED, ".lock", ".shapes.lock"}
     assert capsys.readouterr().out.splitlines() == [
         "train: 48 images with features, 0 skipped",
         "val: 4 images with features, 0 skipped",
@@ -115,7 +117,7 @@ def test_another_vocabulary_size_remakes_the_vocabulary_alone(data_dir, monkeypa
     assert len(Store.finished(data_dir, config).vocabulary()) == 4 + 3
     after = snapshot(data_dir)
     changed = {name for name in after if after[name] != before.get(name)}
-    assert {pathlib.Path(name).name for name in changed} == {"manifest.json", "vocabulary.json"}
+    assert {pathlib.Path(name).name for name in changed} == DESCRIBED
     config.data.max_length = 10  # is train's matter
     assert Store.finished(data_dir, config).path == store.path_for(data_dir, rendered())
 
@@ -123,7 +125,7 @@ def test_another_vocabulary_size_remakes_the_vocabulary_alone(data_dir, monkeypa
 def test_a_vocabulary_that_was_left_half_made_is_made_anew(data_dir, monkeypatch):
     config = rendered()
     config.data.vocab_size = 3
-    monkeypatch.setattr(prepare_lib, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(config, data_dir)
     with pytest.raises(StoreError, match="not the vocabulary that the manifest names"):
@@ -135,7 +137,8 @@ def test_a_vocabulary_that_was_left_half_made_is_made_anew(data_dir, monkeypatch
 
 def test_features_without_a_manifest_are_not_trusted(data_dir):
     path = store.path_for(data_dir, rendered())
-    (path / "manifest.json").unlink()
+    for name in ("manifest.json", "manifest.copy.json"):
+        (path / name).unlink()
     with pytest.raises(StoreError, match=rf"{path}: its manifest\.json.* is gone; delete the rest"):
         prepare(rendered(), data_dir)
     (path / "manifest.json").write_text("{")

@@ -37,7 +37,7 @@ class Run:
         self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
         bind, init = model.create(config, prepared.feature_dim, len(self.vocabulary))
         schedule = step_lib.learning_rate(config.train, 10)
-        optimizer = step_lib.make_optimizer(config.train, schedule)
+        optimizer = step_lib.make_optimizer(config.train)
         self.state = step_lib.init_state(init, optimizer, 0, self.mesh)
         self.draw = self_critical.SelfCritical(bind, config, self.mesh, self.feed, self.vocabulary, self.captions)
         self.step = self_critical.make_train_step(bind, optimizer, schedule, self.mesh, config.train)
@@ -49,7 +49,7 @@ class Run:
     def drawn(self) -> tuple[Any, step_lib.Inputs, step_lib.Inputs]:
         """An epoch's only dispatch: its batches, what was fed, and what the model made of it."""
         batches, inputs = next(iter(self.dispatches(0, self.plan.steps_per_epoch)))
-        return batches, inputs, self.draw(self.state, inputs, batches)
+        return batches, inputs, self.draw(self.state, inputs, batches)[0]
 
     def texts(self, tokens_ICT: Any) -> list[str]:
         return [self.vocabulary.decode(t[1:]) for t in np.asarray(tokens_ICT).reshape(-1, np.shape(tokens_ICT)[-1])]
@@ -74,7 +74,7 @@ def test_a_captions_weight_is_its_reward_above_the_mean_of_its_images_others(two
     rows_I = np.array([3, 7])
     texts = [[two.captions[row][0], "a", f"{two.captions[row][0]} mat mat", "under under big"] for row in rows_I]
     tokens_ICT = np.stack([encoded(two, some) for some in texts])
-    weight_IC = two.draw._advantages(tokens_ICT, rows_I)
+    weight_IC, mean = two.draw._advantages(tokens_ICT, rows_I)
     np.testing.assert_allclose(weight_IC.sum(1), 0, atol=1e-6)
     assert (weight_IC.argmax(1) == 0).all()
     assert (weight_IC[:, 0] > 0.5).all()
@@ -86,6 +86,7 @@ def test_a_captions_weight_is_its_reward_above_the_mean_of_its_images_others(two
     rewards_IC = scorer.cider(flat, np.repeat(rows_I, 4)).reshape(2, 4)
     expected_IC = [[r - (sum(some) - r) / 3 for r in some] for some in rewards_IC]
     np.testing.assert_allclose(weight_IC, expected_IC, atol=1e-5)
+    np.testing.assert_allclose(mean, rewards_IC.mean(), rtol=1e-5)
 
 
 def test_a_caption_that_breaks_off_is_worth_less_than_one_that_ends(two):
@@ -94,12 +95,12 @@ def test_a_caption_that_breaks_off_is_worth_less_than_one_that_ends(two):
     whole = two.captions[row][0].split()
     assert len(whole) > 3
     tokens_1CT = encoded(two, [" ".join(whole), " ".join(whole[:-1])])[None]
-    assert np.diff(two.draw._advantages(tokens_1CT, np.array([row])))[0, 0] < -0.5
+    assert np.diff(two.draw._advantages(tokens_1CT, np.array([row]))[0])[0, 0] < -0.5
 
 
 def test_captions_that_are_alike_and_empty_places_have_no_weight(two):
     tokens_ICT = np.stack([encoded(two, ["a dog runs"] * 4), encoded(two, ["a dog", "a", "a cat", "mat"])])
-    np.testing.assert_array_equal(two.draw._advantages(tokens_ICT, np.array([2, -1])), 0)
+    np.testing.assert_array_equal(two.draw._advantages(tokens_ICT, np.array([2, -1]))[0], 0)
 
 
 def test_drawn_captions_take_the_place_of_the_true_ones(two):
@@ -145,19 +146,20 @@ def test_any_number_of_devices_draws_the_same_captions(data_dir, two, devices):
 
 def test_each_step_and_each_batch_draws_anew(two):
     batches, inputs, found = two.drawn()
-    again = two.draw(two.state, inputs, batches)
+    again, _ = two.draw(two.state, inputs, batches)
     np.testing.assert_array_equal(again.tokens_KICT, found.tokens_KICT)
-    later = two.draw(two.state._replace(step=two.state.step + 1), inputs, batches)
+    later, _ = two.draw(two.state._replace(step=two.state.step + 1), inputs, batches)
     assert later.tokens_KICT.shape != found.tokens_KICT.shape or (later.tokens_KICT != found.tokens_KICT).any()
     same = inputs._replace(index_KI=jax.device_put(np.zeros_like(inputs.index_KI), inputs.index_KI.sharding))
-    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2).tokens_KICT)
+    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2)[0].tokens_KICT)
     assert (first != second).any()  # of the same images
 
 
 def test_a_batch_that_is_not_meant_has_no_weight(two):
     batches, inputs, _ = two.drawn()
-    found = two.draw(two.state, inputs, batches[:1])
+    found, cider_K = two.draw(two.state, inputs, batches[:1])
     assert np.abs(found.weight_KIC[0]).max() > 0
+    assert len(cider_K) == 1
     assert (np.asarray(found.weight_KIC[1]) == 0).all()
 
 
@@ -209,14 +211,17 @@ def test_what_stands_in_empty_places_is_not_counted(data_dir):
 
 def test_a_model_learns_to_draw_captions_of_greater_reward(data_dir):
     """From nothing, by its own captions alone: the mean CIDEr-D of those that it draws doubles."""
-    run = Run(data_dir)
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, learning_rate=5e-3))
+    run = Run(data_dir, config)
     scorer = metrics.Scorer(run.captions)
-    state, rewards = run.state, []
+    state, rewards, told = run.state, [], []
     for batches, inputs in run.dispatches(0, 600):
-        found = run.draw(state, inputs, batches)
+        found, cider_K = run.draw(state, inputs, batches)
         for k, batch in enumerate(batches):
             present = batch.rows_I >= 0
             texts = run.texts(np.asarray(found.tokens_KICT)[k, present])
             rewards.append(scorer.cider(texts, np.repeat(batch.rows_I[present], 4)).mean())
+            told.append(cider_K[k])
         state, _ = run.step(state, found)
     assert np.mean(rewards[-40:]) > 2 * np.mean(rewards[:4]) > 0.2
+    assert np.mean(told[-40:]) > 2 * np.mean(told[:4]) > 0

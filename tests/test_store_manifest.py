@@ -150,7 +150,7 @@ def test_captions_that_are_gone_are_named(path):
 def test_a_damaged_note_of_a_shard_is_named(path, text):
     file = path / "train" / "shards" / "00001.json"
     file.write_text(text)
-    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; delete it to have this shard made anew"):
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; `flaxcap prepare` makes this shard anew"):
         Store(path).split("train").skipped()
 
 

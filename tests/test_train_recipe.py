@@ -111,16 +111,16 @@ def test_the_baseline_is_a_moving_average_of_a_captions_log_probability(noisy):
 
 
 def test_weight_decay_shrinks_matrices_alone_and_beside_the_gradient():
-    """Loshchilov & Hutter: -learning rate x decay x weight, whatever Adam makes of the gradient."""
+    """Loshchilov & Hutter: decay x weight, before the learning rate, whatever Adam makes of the gradient."""
     params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 4.0]]), "bias": jnp.array([5.0, -6.0])}
     grads = jax.tree.map(lambda x: 0.1 * x + 1, params)
     updates = []
     for decay in (0.0, 0.3):
-        transform = step_lib.make_optimizer(Train(weight_decay=decay), lambda _: 0.01)
+        transform = step_lib.make_optimizer(Train(weight_decay=decay))
         updates.append(transform.update(grads, transform.init(params), params)[0])
     without, decayed = updates
     np.testing.assert_array_equal(decayed["bias"], without["bias"])
-    np.testing.assert_allclose(decayed["kernel"] - without["kernel"], -0.01 * 0.3 * params["kernel"], rtol=1e-4)
+    np.testing.assert_allclose(decayed["kernel"] - without["kernel"], 0.3 * params["kernel"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])

@@ -177,7 +177,7 @@ def test_a_large_gradient_is_clipped():
     unclipped, clipped = Train(clip_norm=0), Train(clip_norm=0.5)
     grads = {"w": jnp.array([30.0, 40.0])}
     for config, norm in ((unclipped, 50), (clipped, 0.5)):
-        transform = step_lib.make_optimizer(config, lambda _: 1.0)
+        transform = step_lib.make_optimizer(config)
         _, state = transform.update(grads, transform.init(grads))
         (moments,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
         np.testing.assert_allclose(optax.tree.norm(moments.mu), norm * (1 - 0.9), rtol=1e-5)

@@ -1,14 +1,14 @@
 """A finished store of made-up features and captions, for tests that begin behind it."""
 
-import json
 import pathlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from flaxcap import store
+from flaxcap import checksums, store
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
+from flaxcap.split import ARRAY, CAPTIONS
 from flaxcap.text import Vocabulary
 
 WORDS = ["a", "dog", "cat", "runs", "sleeps", "on", "under", "the", "mat", "table", "red", "blue", "big", "small"]
@@ -54,15 +54,17 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
     captions = [c for row in store.Split(path / "train", images, 16).rows for c in row.captions]
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
     store.write_whole(path / "vocabulary.json", vocabulary.to_json())
+    files = ["vocabulary.json", *(f"{role}/{name}" for role in splits for name in (CAPTIONS, ARRAY))]
     manifest = {
         "source": "made up",
         "splits": splits,
         "feature_dim": FEATURES,
         "shard_rows": 16,
-        "encoder": {"weights_sha256": None},
+        "encoder": {"weights_sha256": None, "imported_from": "nowhere"},
         "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
+        "files": checksums.to_json({name: checksums.of_file(path / name) for name in files}),
     }
-    store.write_whole(path / "manifest.json", json.dumps(manifest))
+    store.write_manifest(path, manifest)
     return store.Store(path)
 
 

@@ -54,7 +54,8 @@ def work(config: Config, given: Given) -> Iterator[Work]:
                 now = time.perf_counter()
                 step_ms += [1e3 * (now - last) / len(batches)] * len(batches)
                 last = now
-                sent = (inputs.index_KI, inputs.tokens_KICT, *(() if feed.resident else (inputs.bank_NPF,)))
+                bank = () if feed.resident else (inputs.bank_NPF,)
+                sent = (inputs.index_KI, inputs.tokens_KICT, inputs.weight_KIC, *bank)
                 size += sum(array.nbytes for array in sent)
             seconds = last - begin
             some = {name: counted[name] for name in ("images", "captions", "tokens")}

@@ -28,7 +28,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     bind, init = model.create(config, given.feature_dim, vocabulary)
     last = config.train.epochs * plan.steps_per_epoch
     schedule = step_lib.learning_rate(config.train, last)
-    optimizer = step_lib.make_optimizer(config.train, schedule)
+    optimizer = step_lib.make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, last)
     state = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema)
 

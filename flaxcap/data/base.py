@@ -1,7 +1,6 @@
 """What every data set shares: the example, the TFDS builder base class, and the messages for bad data."""
 
 import contextlib
-import json
 import operator
 import os
 import pathlib
@@ -16,7 +15,8 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from flaxcap.errors import UserError
+from flaxcap import limits
+from flaxcap.errors import UserError, listed, quoted, shown
 
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
@@ -214,27 +214,41 @@ _KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list
 
 
 def field(record: object, key: str, kind: type[T], file: object, where: str) -> T:
-    """`record[key]` of a parsed JSON record; DataError where there is none or it is no `kind`."""
+    """`record[key]` of a parsed JSON record; DataError where there is none, it is no `kind` or cannot be stored."""
     if not isinstance(record, dict):
         raise bad(file, where, "", shown(record), "an object")
     if key not in record:
-        raise bad(file, where, key, "none, only " + (", ".join(map(repr, record)) or "{}"), _KINDS[kind])
+        raise bad(file, where, key, "none, only " + (listed(record) or "{}"), _KINDS[kind])
     value = record[key]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise bad(file, where, key, shown(value), _KINDS[kind])
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise bad(file, where, key, shown(value), "a whole number of 64 bits")
+    if isinstance(value, str):
+        check_text(value, file, where, key)
     return value
 
 
-def shown(value: object) -> str:
-    """A value as JSON, cut to a length that a message can bear."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:77] + "..."
+def check_text(text: str, file: object, where: str, key: str) -> None:
+    """DataError for half a character, which JSON can hold as `"\\ud83d"`, and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise bad(file, where, key, f"half a character, {quoted(text[error.start])}", "text") from error
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """A file; DataError where it cannot be read."""
+    """A file; DataError where it cannot be read or is larger than `limits.CAPTIONS`."""
     try:
-        return path.read_bytes()
+        return limits.read(path, limits.CAPTIONS)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_picture(path: pathlib.Path) -> bytes:
+    """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+    try:
+        return limits.start(path, limits.PICTURE)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -253,7 +267,7 @@ def image_path(folder: pathlib.Path, name: str, file: object, record: str, key: 
     """`folder/name`, an existing file; DataError where it is missing or `name` leads out of the folder."""
     parts = pathlib.PurePath(name).parts
     if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts:
-        raise bad(file, record, key, repr(name), f"a path inside {folder}")
-    if not (folder / name).is_file():
-        raise bad(file, record, key, f"{name!r}, which is not in {folder}", "an image file")
+        raise bad(file, record, key, quoted(name), f"a path inside {folder}")
+    if not os.path.isfile(folder / name):  # unlike pathlib's it says no to any name, however long
+        raise bad(file, record, key, f"{quoted(name)}, which is not in {folder}", "an image file")
     return folder / name

@@ -6,7 +6,6 @@ import os
 import pathlib
 import posixpath
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +13,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums as tfds_checksums
 from tensorflow_datasets.core.download import download_manager, downloader
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, field, read_bytes, shown
+from flaxcap import limits
+from flaxcap.data.base import CaptionBuilder, DataError, bad, field, read_bytes
+from flaxcap.errors import listed, plain, quoted, shown
 
 BASE_URL = "http://images.cocodataset.org"
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -92,8 +93,8 @@ class CocoCaptions(CaptionBuilder):
             members = _members(files[f"{year}.zip"])
             where, tree = _load(files[ANNOTATIONS], f"annotations/captions_{year}.json")
             for filename, annotated in read_annotations(tree, where).items():
-                if f"{year}/{filename}" not in members:
-                    zipped = f"{filename!r}, which is not in {files[f'{year}.zip']}"
+                if f"{year}/{filename}" not in members or posixpath.basename(filename) != filename:
+                    zipped = f"{quoted(filename)}, which is not in {files[f'{year}.zip']}"
                     raise bad(where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/")
                 # By their ids, as Karpathy's file and TFDS's builder have them.
                 captions = sorted((number, text) for number, text in annotated.captions if text.strip())
@@ -109,7 +110,7 @@ class CocoCaptions(CaptionBuilder):
                     yield (
                         image.image_id,
                         {
-                            "image": _member(archives[image.year], f"{image.year}/{image.filename}"),
+                            "image": _picture(archives[image.year], image),
                             "image/filename": image.filename,
                             "image/id": image.image_id,
                             "captions": [{"id": number, "text": text} for number, text in image.captions],
@@ -154,7 +155,7 @@ def read_annotations(tree: object, file: object) -> dict[str, Annotated]:
         if image.image_id in by_id:
             raise bad(file, where, "id", f"{image.image_id} a second time", "an id of its own")
         if name in by_name:
-            raise bad(file, where, "file_name", f"{name!r} a second time", "a file name of its own")
+            raise bad(file, where, "file_name", f"{quoted(name)} a second time", "a file name of its own")
         by_id[image.image_id] = by_name[name] = image
     seen: set[int] = set()
     for index, record in enumerate(field(tree, "annotations", list, file, "")):
@@ -185,7 +186,7 @@ def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str
         if filename not in images:
             raise bad(file, where, "filename", shown(filename), "an image of the COCO annotations")
         if filename in seen:
-            raise bad(file, where, "filename", f"{filename!r} a second time", "each image once")
+            raise bad(file, where, "filename", f"{quoted(filename)} a second time", "each image once")
         seen.add(filename)
         splits[split].append(images[filename])
     return splits
@@ -197,7 +198,9 @@ def _load(path: pathlib.Path, member: str, hook: Callable[[dict], Any] | None = 
         name, data = str(path), read_bytes(path)
     else:
         with _open(path) as archive:
-            name, data = f"{path}/{member}", _member(archive, member)
+            name, data = f"{path}/{member}", _member(archive, member, limits.CAPTIONS)
+            if len(data) > limits.CAPTIONS:
+                raise DataError(f"{name}: has more than the {limits.CAPTIONS} bytes allowed")
     try:
         return name, json.loads(data, object_hook=hook)
     except (ValueError, RecursionError) as error:
@@ -207,7 +210,7 @@ def _load(path: pathlib.Path, member: str, hook: Callable[[dict], Any] | None = 
 def _open(path: pathlib.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # for damaged files zipfile raises many kinds
         raise DataError(f"{path}: is not a whole zip file ({error}); delete it and fetch it anew") from error
 
 
@@ -216,15 +219,26 @@ def _members(path: pathlib.Path) -> set[str]:
         return set(archive.namelist())
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A file of the archive by its exact name, checked against its CRC; nothing is unpacked to disk."""
+def _picture(archive: zipfile.ZipFile, image: _Image) -> bytes:
+    """Of a picture larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+    return _member(archive, f"{image.year}/{image.filename}", limits.PICTURE)
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """A file of the archive by its exact name, or the first `most` + 1 bytes of a larger one.
+
+    What is read to its end is checked against its CRC. Nothing is unpacked to disk.
+    """
     try:
-        return archive.read(name)
+        info = archive.getinfo(name)
     except KeyError:
-        listed = ", ".join(other for other in archive.namelist()[:5] if posixpath.basename(other))
-        raise bad(archive.filename, "", "", f"no {name} in it (but {listed}, ...)", "it") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{archive.filename}/{name}: is damaged ({error}); fetch the zip anew") from error
+        there = [other for other in archive.namelist()[:5] if posixpath.basename(other)]
+        raise bad(archive.filename, "", "", f"no {plain(name)} in it (but {listed(there)}, ...)", "it") from None
+    try:
+        with archive.open(info) as file:
+            return file.read(min(info.file_size, most) + 1)
+    except Exception as error:  # for damaged files zipfile raises many kinds
+        raise DataError(f"{archive.filename}/{plain(name)}: is damaged ({error}); fetch the zip anew") from error
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, image_path, read_bytes, read_text, shown
+from flaxcap.data.base import CaptionBuilder, DataError, bad, image_path, read_picture, read_text
+from flaxcap.errors import quoted, shown
 
 TOKENS = "Flickr8k.token.txt"
 SPLITS = {
@@ -60,9 +61,9 @@ class Flickr8k(CaptionBuilder):
             for where, line in _lines(file):
                 name = line.strip()
                 if name in taken:
-                    raise bad(file, where, "", f"{name!r}, which is in {taken[name]} already", "each image once")
+                    raise bad(file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once")
                 if name not in captions:
-                    raise bad(file, where, "", f"{name!r}, of which {tokens} has no caption", "a captioned image")
+                    raise bad(file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image")
                 taken[name] = f"{filename}, {where}"
                 images.append(_Image(image_path(there[0], name, file, where, ""), ids[name], captions[name]))
             splits[split] = self._generate_examples(images)
@@ -74,7 +75,7 @@ class Flickr8k(CaptionBuilder):
                 yield (
                     image.image_id,
                     {
-                        "image": read_bytes(image.path),
+                        "image": read_picture(image.path),
                         "image/filename": image.path.name,
                         "image/id": image.image_id,
                         "captions": [{"id": number, "text": text} for number, text in image.captions],

@@ -11,12 +11,23 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, field, image_path, read_bytes, read_text, shown
+from flaxcap.data.base import (
+    CaptionBuilder,
+    DataError,
+    bad,
+    check_text,
+    field,
+    image_path,
+    read_bytes,
+    read_picture,
+    read_text,
+)
 from flaxcap.data.coco_captions import read_annotations
+from flaxcap.errors import listed, quoted, shown
 
 COLUMNS = ("image", "caption", "split")
 LINE_KEYS = ("image", "caption", "captions", "split")
-_SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 class Caption(NamedTuple):
@@ -82,7 +93,7 @@ class Folder(CaptionBuilder):
             yield (
                 image.image_id,
                 {
-                    "image": read_bytes(self.manual_dir / image.filename),
+                    "image": read_picture(self.manual_dir / image.filename),
                     "image/filename": image.filename,
                     "image/id": image.image_id,
                     "captions": [{"id": number, "text": text} for number, text in image.captions],
@@ -138,7 +149,7 @@ def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Pa
                 caption.where,
                 "split",
                 shown(caption.split),
-                f"{image.split!r}, as before for this image",
+                f"{quoted(image.split)}, as before for this image",
             )
         image.captions.append((number, caption.text.strip()))
     return images
@@ -175,8 +186,8 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
         assert isinstance(record, dict)
         unknown = sorted(set(record) - set(LINE_KEYS))
         if unknown or ("caption" in record) == ("captions" in record):
-            found = ", ".join(map(repr, record))
-            raise bad(file, where, "", f"the keys {found}", "image, caption or captions, and perhaps split")
+            lacking = "" if unknown or "caption" in record else "caption"
+            raise bad(file, where, lacking, f"the keys {listed(record)}", "image, caption or captions, perhaps split")
         split = field(record, "split", str, file, where) if "split" in record else None
         if "caption" in record:
             texts = [field(record, "caption", str, file, where)]
@@ -184,6 +195,8 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
             texts = field(record, "captions", list, file, where)
             if not texts or not all(isinstance(each, str) for each in texts):
                 raise bad(file, where, "captions", shown(texts), "a list of strings, not empty")
+            for each in texts:
+                check_text(each, file, where, "captions")
         captions += [Caption(image, each, split, where) for each in texts]
     return captions, None
 

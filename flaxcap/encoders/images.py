@@ -1,13 +1,18 @@
 """From an image file's bytes, whoever sent them, to the square of pixels that an encoder takes."""
 
+import contextlib
 import io
 import re
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from flaxcap import limits
+from flaxcap.encoders import headers
+from flaxcap.encoders.headers import ImageError
 
 # Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -29,12 +34,33 @@ _UPRIGHT = {
 }
 _FILTERS = threading.Lock()
 
-
-class ImageError(ValueError):
-    """Bytes that are not a usable image; the message is the reason."""
-
-
 MAX_PIXELS = 64_000_000
+BYTES_A_PIXEL = 17  # that decoding may take: WebP; others take 14
+MAX_MEMORY = MAX_PIXELS * BYTES_A_PIXEL  # of all pictures that are decoded at once
+
+
+class _Memory:
+    """Lets pictures be decoded side by side as long as they take so many bytes together; the others wait."""
+
+    def __init__(self, most: int):
+        self._most = self._free = most
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        wanted = min(wanted, self._most)  # what takes more than all goes alone
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= wanted)
+            self._free -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += wanted
+                self._changed.notify_all()
+
+
+_MEMORY = _Memory(MAX_MEMORY)
 
 
 def decode(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -43,9 +69,10 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
     large as needed is decoded at a half, a quarter or an eighth of its size, still twice as large as needed:
     four times faster for a camera's picture, and within half a grey level of a full decoding on average.
-    ImageError if the bytes are empty, cut off, damaged, not an image of `FORMATS`, or an image of over
-    `max_pixels`, which is seen before its pixels are unpacked. Memory: up to 17 bytes a pixel of the file
-    (WebP; others 14), so about 1 GB for one of `max_pixels`.
+    ImageError if the bytes are empty, more than `limits.PICTURE`, cut off, damaged, not an image of `FORMATS`, one
+    of over `max_pixels`, or with a header that `headers.check` refuses; all but damage is seen before pixels are
+    unpacked. Memory: up to BYTES_A_PIXEL, and MAX_MEMORY (1.1 GB) for all threads together, beside at most 3 bytes
+    for each byte of the files in their hands.
     """
     return _decode(data, max_pixels, lambda width, height: (size, size))
 
@@ -67,6 +94,9 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
     """`size`: the width and height wanted of a file of this width and height, before it is turned upright."""
     if not data:
         raise ImageError("the file is empty")
+    if len(data) > limits.PICTURE:
+        raise ImageError(f"the file has more than the {limits.PICTURE} bytes allowed")
+    scans = headers.check(data)
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -74,7 +104,13 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
                 raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
-            return _resized(image, *size(*image.size))
+            width, height = size(*image.size)
+            whole = image.width * image.height
+            drafted = image.draft(None, (2 * width, 2 * height))
+            # libjpeg keeps all coefficients until the last scan; of a single scan it keeps a few rows.
+            kept = whole if scans > 1 or "progressive" in image.info else image.width * image.height
+            with _MEMORY.take(kept * BYTES_A_PIXEL):
+                return _resized(image, width, height, drafted[1] if drafted else None)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -85,9 +121,10 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
         raise ImageError(f"damaged: {str(error) or type(error).__name__}") from error
 
 
-def _resized(image: ImageFile.ImageFile, width: int, height: int) -> np.ndarray:
-    drafted = image.draft(None, (2 * width, 2 * height))
-    box = drafted[1] if drafted else None  # without the last row and column, where these are only partly covered
+def _resized(
+    image: ImageFile.ImageFile, width: int, height: int, box: tuple[float, float, float, float] | None
+) -> np.ndarray:
+    """`box`: of a reduced JPEG what its pixels cover wholly, without a last row or column that they cover partly."""
     image.load()
     orientation = _orientation(image)
     # It is turned upright and laid over white after it was resized, when its pixels are few.

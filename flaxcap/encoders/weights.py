@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import hashlib
 import http.client
+import itertools
+import math
 import os
 import pathlib
 import re
 import urllib.error
 import urllib.request
+import zlib
 from typing import Any, BinaryIO
 
 import h5py
@@ -16,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from flaxcap import config
+from flaxcap import config, limits
 from flaxcap.encoders import inception_v3
 from flaxcap.errors import UserError
 
@@ -27,6 +30,7 @@ OFFICIAL_URL = (
 OFFICIAL_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"  # as keras.applications checks it
 TIMEOUT_S = 30
 _BLOCK_BYTES = 1 << 20
+_CHUNK_BYTES = 64 << 20  # of a data set; its largest kernel has 7 MB
 _BATCH_NORM = {"beta": "beta", "moving_mean": "mean", "moving_variance": "var"}  # Keras's name -> ours
 
 
@@ -79,12 +83,14 @@ def read(path: str | os.PathLike[str], block: str = "mixed10") -> inception_v3.P
 
     Layers are taken in the order of their numbers, wherever these start (`conv2d`, `conv2d_1`, `conv2d_94`),
     since Keras counts on from the models it made before. WeightsError names the layer that is missing, has
-    another shape, is not float or not finite, and a file that is not HDF5. The file is read as data only, and
-    links that lead out of it are refused.
+    another shape, is not float or not finite, and a file that is not HDF5. The file is read as data only: links
+    that lead out of it are refused, and data that would unpack to more than their shape, or by other means than gzip.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}: expected 'imagenet', 'random' or an HDF5 file's path")
+    if (size := path.stat().st_size) > limits.WEIGHTS:
+        raise WeightsError(f"{path}: found {size} bytes, expected at most {limits.WEIGHTS}")
     try:
         with h5py.File(path, "r") as file:
             return _read(file, inception_v3.kernel_shapes(block))
@@ -131,11 +137,30 @@ def _array(file: h5py.File, layer: str, weight: str, shape: tuple[int, ...]) -> 
         raise WeightsError(f"{where}: found {found.dtype} {list(found.shape or ())}, expected floats of {list(shape)}")
     if found.external or found.is_virtual:
         raise WeightsError(f"{where}: found data kept in another file, expected it in this one")
+    if found.chunks is not None:
+        _check_packed(found, found.chunks, where)
     with np.errstate(all="ignore"):  # a float64 too large becomes inf, and is named below
         array = np.asarray(found[()], np.float32)
     if not np.isfinite(array).all():
         raise WeightsError(f"{where}: found values that are not finite numbers")
     return array
+
+
+def _check_packed(found: h5py.Dataset, chunk: tuple[int, ...], where: str) -> None:
+    """WeightsError unless each chunk unpacks, by gzip alone, to no more than its size; HDF5 itself sets no bound."""
+    how = found.id.get_create_plist()
+    filters = [how.get_filter(n)[0] for n in range(how.get_nfilters())]
+    if not set(filters) <= {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE} or len(set(filters)) < len(filters):
+        raise WeightsError(f"{where}: found data packed by HDF5's filters {filters}, expected gzip or none")
+    size = math.prod(chunk) * found.dtype.itemsize
+    if size > _CHUNK_BYTES:
+        raise WeightsError(f"{where}: found chunks of {size} bytes, expected at most {_CHUNK_BYTES}")
+    for corner in itertools.product(*map(range, itertools.repeat(0), found.shape, chunk)):
+        if found.id.get_chunk_info_by_coord(corner).size > size + _CHUNK_BYTES // 1000:
+            raise WeightsError(f"{where}: found a chunk that is larger packed than unpacked")
+        _, packed = found.id.read_direct_chunk(corner)
+        if filters[-1:] == [h5py.h5z.FILTER_DEFLATE] and len(zlib.decompressobj().decompress(packed, size + 1)) > size:
+            raise WeightsError(f"{where}: found a chunk that unpacks to more than its {size} bytes")
 
 
 def _find(file: h5py.File, layer: str, weight: str) -> h5py.Dataset | None:
@@ -193,12 +218,18 @@ def _download(url: str, md5: str, part: pathlib.Path, file: BinaryIO) -> None:
         file.truncate(0)  # the part is as long as the file, or longer, and was not accepted
         response = urllib.request.urlopen(url, timeout=TIMEOUT_S)
     with response:
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        size = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0
+        if not size:
             file.truncate(0)
-        missing = int(response.headers.get("Content-Length", 0))
+        told = response.headers.get("Content-Length", "")
+        missing = int(told) if told.isdecimal() else 0
         while data := response.read(_BLOCK_BYTES):
             file.write(data)
             missing -= len(data)
+            size += len(data)
+            if size > limits.WEIGHTS:
+                file.truncate(0)
+                raise OSError(f"more than the {limits.WEIGHTS} bytes allowed")
     file.flush()
     os.fsync(file.fileno())
     if missing > 0:

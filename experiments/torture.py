@@ -1,0 +1,65 @@
+"""Breaks flaxcap as life breaks it, with real processes and real rubbish, and counts what survives.
+
+    python experiments/torture.py                         all cases, about two hours on two cores
+    python experiments/torture.py --scale=0.05            a twentieth of each
+    python experiments/torture.py --only=kill,sigterm     the cases whose names hold one of these
+
+One line a case, and experiments/results/torture.json. docs/reliability.md tells which promise each case checks.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import tempfile
+import time
+import traceback
+
+import torture_disk
+import torture_inputs
+import torture_runs
+
+CASES = (*torture_runs.CASES, *torture_disk.CASES, *torture_inputs.CASES)
+RESULTS = pathlib.Path(__file__).parent / "results" / "torture.json"
+
+
+def run(case, scale: float) -> dict:
+    """What a case found; one that breaks down has lost."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
+        try:
+            found = case(pathlib.Path(scratch), scale)
+        except Exception as e:
+            traceback.print_exc()
+            found = {"case": case.__name__, "tried": 1, "survived": 0, "lost": [f"{type(e).__name__}: {e}"]}
+    return found | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of each case's tries; at least one is made")
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    a = parser.parse_args()
+    wanted = [c for c in CASES if not a.only or any(part in c.__name__ for part in a.only.split(","))]
+    if not wanted:
+        parser.error(f"--only={a.only}: expected parts of {', '.join(c.__name__ for c in CASES)}")
+    found = []
+    for case in wanted:
+        found.append(run(case, a.scale))
+        f = found[-1]
+        counts = f"tried {f['tried']:6}, survived {f['survived']:6}, lost {len(f['lost']):4}"
+        print(f"{case.__name__:30} {counts}", flush=True)
+        for line in f["lost"][:5]:
+            print(f"    {line}", flush=True)
+        machine = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
+        when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        a.out.write_text(json.dumps({"when": when, "scale": a.scale, **machine, "cases": found}, indent=1) + "\n")
+    return int(any(f["lost"] for f in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Programs run as users run them, with their peak memory; and a small trained model, made by them."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, NamedTuple
+
+from flaxcap import presets
+from flaxcap.config import Config, Data, Decode, Encoder, Model, Shapes, Train
+
+ENCODER = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=256)
+
+
+class Ended(NamedTuple):
+    """A program that has ended."""
+
+    status: int  # as Popen has it: negative for a signal
+    out: str
+    err: str
+    memory: float  # its largest, in MB
+    seconds: float
+
+
+def run(*command: object, within_s: float = 3600, **environment: str) -> Ended:
+    """Runs a command in a process of its own; killed, and so with status -9, if it takes longer."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1"} | environment
+    begin = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=out, stderr=err)
+        memory = 0.0
+        while process.poll() is None:
+            # Not what wait4 tells: that counts the memory of the process it was forked from, too.
+            memory = max(memory, peak_mb(process.pid))
+            if time.monotonic() - begin > within_s:
+                process.kill()
+            time.sleep(0.02)
+        said, complained = (_all_of(file) for file in (out, err))
+    return Ended(process.returncode, said, complained, memory, time.monotonic() - begin)
+
+
+def peak_mb(pid: int | str = "self") -> float:
+    """The most memory that a process has had, as Linux tells; 0 of one that has ended."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    except OSError:
+        return 0.0
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def _all_of(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="surrogateescape")
+
+
+def flaxcap(*args: object, within_s: float = 3600, **environment: str) -> Ended:
+    """The program itself."""
+    return run(sys.executable, "-c", "from flaxcap.main import run; run()", *args, within_s=within_s, **environment)
+
+
+def succeed(*args: object) -> Ended:
+    """The program, which must end well."""
+    ended = flaxcap(*args)
+    if ended.status:
+        raise RuntimeError(f"flaxcap {' '.join(map(str, args))}: status {ended.status}\n{ended.err[-2000:]}")
+    return ended
+
+
+def write_preset(file: pathlib.Path, config: Config) -> pathlib.Path:
+    file.write_text(presets.to_json(config))
+    return file
+
+
+def model(scratch: pathlib.Path) -> pathlib.Path:
+    """An export of a decoder that learned for a few seconds what a caption sounds like."""
+    config = Config(
+        dataset="shapes",
+        data=Data(shapes=Shapes(num_train=32, num_val=8, num_test=0), test_split=""),
+        encoder=ENCODER,
+        model=Model(image_dim=16, embedding_dim=16, attention_dim=16, hidden_dim=32, head_dim=32),
+        train=Train(batch_images=8, captions_per_image=1, epochs=2, learning_rate=2e-2, warmup_steps=5, num_buckets=1),
+        decode=Decode(max_length=16, batch_size=8),
+    )
+    preset = f"--config={write_preset(scratch / 'model.json', config)}"
+    data, run_dir, out = (scratch / name for name in ("model-data", "model-run", "model"))
+    succeed("prepare", preset, f"--data_dir={data}")
+    succeed("train", preset, f"--data_dir={data}", f"--workdir={run_dir}")
+    succeed("export", f"--data_dir={data}", f"--workdir={run_dir}", f"--out={out}")
+    return out

@@ -1,0 +1,348 @@
+"""Training under torture: killed, preempted, moved to other devices, fed with what is not finite."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flaxcap import logs, presets
+from flaxcap.config import Config, Data, Decode, Dropout, Encoder, Model, Shapes, Train
+from flaxcap.store import Store, path_for
+
+PREEMPTED = 75
+PREEMPTED_WITHIN_S = 30
+DIES_WITHIN_S = 120
+
+
+def small_config() -> Config:
+    """A run of a few seconds that has all that a run may have: an average, noise, a schedule that follows the score."""
+    return Config(
+        dataset="shapes",
+        data=Data(shapes=Shapes(num_train=96, num_val=16, num_test=8)),
+        encoder=Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=32),
+        model=Model(image_dim=32, embedding_dim=32, attention_dim=32, hidden_dim=64, head_dim=32),
+        train=Train(
+            batch_images=8,
+            captions_per_image=2,
+            epochs=6,
+            cider_epochs=2,
+            learning_rate=5e-3,
+            warmup_steps=5,
+            schedule="plateau",
+            plateau_epochs=1,
+            num_buckets=2,
+            log_every=5,
+            checkpoint_every=7,
+            ema=0.9,
+            dropout=Dropout(output=0.2, recurrent=0.1),
+            scheduled_sampling=0.3,
+        ),
+        decode=Decode(max_length=16, batch_size=8),
+    )
+
+
+class Bench:
+    """A prepared store, and runs on it; each command is a process of its own."""
+
+    def __init__(self, scratch: pathlib.Path, config: Config | None = None):
+        self.config = config or small_config()
+        self.data_dir, self._preset = scratch / "data", scratch / "preset.json"
+        self._preset.write_text(presets.to_json(self.config))
+        self._cache = scratch / "compiled"
+        done = self.start("prepare")
+        out, _ = done.communicate()
+        if done.returncode:
+            raise RuntimeError(out)
+
+    def start(self, *args: str, devices: int = 1) -> subprocess.Popen:
+        command, *rest = args
+        given = [f"--config={self._preset}", f"--data_dir={self.data_dir}", f"--compilation_cache_dir={self._cache}"]
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONUNBUFFERED": "1",
+        }
+        line = [sys.executable, "-c", "from flaxcap.main import run; run()", command, *given, *rest]
+        return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def train(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> subprocess.Popen:
+        return self.start("train", f"--workdir={workdir}", *more, devices=devices)
+
+    def pair(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ids = [f"--distributed=127.0.0.1:{port},2,{n}" for n in range(2)]
+        return [self.train(workdir, *more, number, devices=devices) for number in ids]
+
+    def finish(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> float:
+        """Runs to the end; seconds."""
+        begin = time.perf_counter()
+        process = self.train(workdir, *more, devices=devices)
+        out, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(out)
+        return time.perf_counter() - begin
+
+
+def result(name: str, tried: int, lost: list[str], **figures: float) -> dict:
+    return {"case": name, "tried": tried, "survived": tried - len(lost), "lost": lost, **figures}
+
+
+def times(scale: float, count: int) -> int:
+    return max(1, round(scale * count))
+
+
+def newest(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint."""
+    step = max((int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=None)
+    if step is None:
+        raise RuntimeError(f"{workdir}: no checkpoint")
+    found, here = {}, jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for item in ("params", "rest"):
+        path = workdir / "checkpoints" / str(step) / item
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+            like = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=here), tree)
+            for name, x in jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, like)):
+                found[f"{step}/{item}{jax.tree_util.keystr(name)}"] = np.asarray(x)
+    return found
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """The log without its times."""
+    return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in logs.read(workdir)]
+
+
+def differences(workdir: pathlib.Path, whole: pathlib.Path, label: str) -> list[str]:
+    """What is not bit-equal between a run and one that was left alone."""
+    ours, theirs = newest(workdir), newest(whole)
+    if ours.keys() != theirs.keys():
+        return [f"{label}: other arrays: {sorted(ours.keys() ^ theirs.keys())[:3]}"]
+    wrong = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
+    found = [f"{label}: {len(wrong)} arrays differ, {wrong[0]} first"] if wrong else []
+    if lines(workdir) != lines(whole):
+        found.append(f"{label}: another metrics.jsonl")
+    return found
+
+
+def in_a_save(workdir: pathlib.Path) -> bool:
+    return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+
+Disturb = Callable[[subprocess.Popen, pathlib.Path, int], bool]  # process, workdir, which time -> whether it did
+MOST = 10  # disturbances of one run
+
+
+def _tortured(bench: Bench, scratch: pathlib.Path, count: int, disturb: Disturb, lost: list[str]) -> tuple[int, int]:
+    """Runs that are disturbed `count` times in all, or a few more, and then bit-equal to one that was not.
+
+    How often they were disturbed, and how many runs they were.
+    """
+    done = number = 0
+    while done < count:
+        workdir = scratch / f"run{number}"
+        for n in range(MOST + 1):
+            process = bench.train(workdir)
+            disturbed = n < MOST and disturb(process, workdir, n)
+            out, _ = process.communicate()
+            if process.returncode == 0:
+                break
+            if not disturbed:
+                raise RuntimeError(out)
+            done += 1
+        lost += differences(workdir, scratch / "whole", f"run {number}")
+        number += 1
+    return done, number
+
+
+def train_killed(scratch: pathlib.Path, scale: float) -> dict:
+    """SIGKILL at random times, many of them inside a save; at the end bit-equal to a run that was left alone."""
+    bench, rng, lost = Bench(scratch), random.Random(0), []
+    bench.finish(scratch / "warm")
+    seconds = bench.finish(scratch / "whole")
+    saves = 0
+
+    def kill(process: subprocess.Popen, workdir: pathlib.Path, n: int) -> bool:
+        nonlocal saves
+        end = time.monotonic() + rng.uniform(0.3, 1.0) * seconds
+        while time.monotonic() < end and process.poll() is None:
+            if n % 2 and in_a_save(workdir) and rng.random() < 0.3:
+                saves += 1
+                break
+            time.sleep(0.002)
+        process.kill()
+        return True
+
+    kills, runs = _tortured(bench, scratch, times(scale, 50), kill, lost)
+    return result("train_killed", kills, lost, runs_compared=runs, inside_a_save=saves)
+
+
+def train_preempted(scratch: pathlib.Path, scale: float) -> dict:
+    """SIGTERM at random times of a run: saved, ended with status 75 within 30 s, and at the end bit-equal."""
+    bench, rng, lost = Bench(scratch), random.Random(1), []
+    bench.finish(scratch / "warm")
+    seconds = bench.finish(scratch / "whole")
+    worst = 0.0
+
+    def stop(process: subprocess.Popen, workdir: pathlib.Path, _: int) -> bool:
+        nonlocal worst
+        time.sleep(rng.uniform(0.5, 1.0) * seconds)
+        if process.poll() is not None:
+            return False
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(PREEMPTED_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            lost.append(f"{workdir.name}: still there {PREEMPTED_WITHIN_S} s after SIGTERM")
+            process.kill()
+        worst = max(worst, time.monotonic() - begin)
+        # Before the first step there is nothing to save, and the signal ends it.
+        if process.returncode not in (0, PREEMPTED, -signal.SIGTERM):
+            lost.append(f"{workdir.name}: ended with status {process.returncode}")
+        return True
+
+    stops, runs = _tortured(bench, scratch, times(scale, 30), stop, lost)
+    return result("train_preempted", stops, lost, runs_compared=runs, longest_s=round(worst, 1))
+
+
+def train_on_other_devices(scratch: pathlib.Path, scale: float) -> dict:
+    """8, 4, 2, 1 devices, then two processes, an epoch on each: the numbers of a run on one, to rounding."""
+    config = dataclasses.replace(small_config())
+    # Nothing in it may depend on how many epochs it has.
+    config.train = dataclasses.replace(config.train, schedule="constant", scheduled_sampling=0.0, cider_epochs=0)
+    bench, lost = Bench(scratch, config), []
+    bench.finish(scratch / "whole", "--config.train.epochs=5")
+    for epochs, devices in enumerate((8, 4, 2, 1), 1):
+        bench.finish(scratch / "run", f"--config.train.epochs={epochs}", devices=devices)
+    for process in bench.pair(scratch / "run", "--config.train.epochs=5"):
+        out, _ = process.communicate()
+        if process.returncode:
+            raise RuntimeError(out)
+    ours, theirs = ([line["val/loss"] for line in lines(scratch / w) if "val/loss" in line] for w in ("run", "whole"))
+    if len(ours) != len(theirs):
+        return result("train_on_other_devices", 5, [f"{len(ours)} epochs of {len(theirs)}"])
+    off = [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+    lost += [f"epoch {n}: validation loss off by {x:.1e}" for n, x in enumerate(off, 1) if x > 1e-4]
+    return result("train_on_other_devices", 5, lost, largest_difference=max(off))
+
+
+def pairs_preempted(scratch: pathlib.Path, scale: float) -> dict:
+    """SIGTERM to one of two processes: both save the same step and end with status 75."""
+    bench, rng, lost = Bench(scratch), random.Random(2), []
+    tries, worst = times(scale, 10), 0.0
+    for n in range(tries):
+        pair = bench.pair(scratch / "run", "--config.train.epochs=100000", "--config.train.cider_epochs=0")
+        until(pair[0], "epoch ")
+        time.sleep(rng.uniform(0, 2))
+        begin = time.monotonic()
+        pair[rng.randrange(2)].send_signal(signal.SIGTERM)
+        said = [ended(process, PREEMPTED_WITHIN_S) for process in pair]
+        worst = max(worst, time.monotonic() - begin)
+        steps = {out.rpartition("saved at step ")[2].split(" ")[0] for out in said}
+        if [p.returncode for p in pair] != [PREEMPTED] * 2 or len(steps) != 1:
+            lost.append(f"try {n}: statuses {[p.returncode for p in pair]}, steps {steps}")
+    return result("pairs_preempted", tries, lost, longest_s=round(worst, 1))
+
+
+def host_dies(scratch: pathlib.Path, scale: float) -> dict:
+    """SIGKILL to one of two processes: the other ends, not well, in bounded time; both go on when started again."""
+    bench, rng, lost = Bench(scratch), random.Random(3), []
+    tries, worst = times(scale, 10), 0.0
+    for n in range(tries):
+        pair = bench.pair(scratch / "run", "--config.train.epochs=100000", "--config.train.cider_epochs=0")
+        until(pair[0], "epoch ")
+        time.sleep(rng.uniform(0, 2))
+        begin, victim = time.monotonic(), n % 2
+        pair[victim].kill()
+        out = ended(pair[1 - victim], DIES_WITHIN_S)
+        pair[victim].communicate()
+        worst = max(worst, time.monotonic() - begin)
+        told = "same command" in out or "another task died" in out  # JAX's own words, where its coordinator has gone
+        if pair[1 - victim].returncode in (0, PREEMPTED, -signal.SIGKILL) or not told:
+            lost.append(f"try {n}: status {pair[1 - victim].returncode}: {out[-2000:]}")
+    return result("host_dies", tries, lost, longest_s=round(worst, 1))
+
+
+def until(process: subprocess.Popen, text: str) -> None:
+    """Reads what it says until a line holds the text."""
+    seen = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    raise RuntimeError("".join(seen))
+
+
+def ended(process: subprocess.Popen, within_s: float) -> str:
+    """What it says to its end; it is killed after so long."""
+    try:
+        return process.communicate(timeout=within_s)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
+
+
+def same_seed(scratch: pathlib.Path, scale: float) -> dict:
+    """The same command, several times: bit-equal."""
+    bench, lost = Bench(scratch), []
+    runs = times(scale, 5)
+    bench.finish(scratch / "whole")
+    for n in range(runs):
+        bench.finish(scratch / f"run{n}")
+        lost += differences(scratch / f"run{n}", scratch / "whole", f"run {n}")
+    return result("same_seed", runs, lost)
+
+
+def not_finite(scratch: pathlib.Path, scale: float) -> dict:
+    """Features that are not finite: their steps are skipped, or end the run; no parameter is ever touched by them."""
+    bench, rng, lost = Bench(scratch), np.random.default_rng(4), []
+    tries = times(scale, 10)
+    split = Store(path_for(bench.data_dir, bench.config)).split("train")
+    array = split.create_array(split.shape[-1], bench.config.encoder.store_dtype)
+    sound = np.array(array.read().result())
+    skipped = ended_runs = 0
+    for n in range(tries):
+        bad = sound.copy()
+        rows = rng.choice(len(bad), int(rng.choice([1, 3, len(bad)])), replace=False)
+        bad[rows, rng.integers(1, 64)] = rng.choice([np.inf, -np.inf, 3e38])
+        array.write(bad).result()
+        workdir = scratch / f"run{n}"
+        process = bench.train(workdir, "--max_bad_steps=5")
+        out, _ = process.communicate()
+        skipped += out.count("is not finite")
+        ended_runs += process.returncode == 1
+        if process.returncode == 1 and not list(workdir.glob("bad_step_*.npz")):
+            lost.append(f"try {n}: ended without the batch: {out[-200:]}")
+        elif process.returncode not in (0, 1):
+            lost.append(f"try {n}: status {process.returncode}: {out[-200:]}")
+        elif list(workdir.glob("checkpoints/[0-9]*")) and not all_finite(newest(workdir)):
+            lost.append(f"try {n}: a checkpoint that is not finite")
+    return result("not_finite", tries, lost, steps_skipped=skipped, runs_ended=ended_runs)
+
+
+def all_finite(arrays: dict[str, np.ndarray]) -> bool:
+    return all(np.isfinite(x).all() for x in arrays.values() if x.dtype.kind == "f")
+
+
+CASES = (
+    train_killed,
+    train_preempted,
+    train_on_other_devices,
+    pairs_preempted,
+    host_dies,
+    same_seed,
+    not_finite,
+)
