@@ -4,7 +4,8 @@
     python experiments/torture.py --scale=0.05            a twentieth of each
     python experiments/torture.py --only=kill,sigterm     the cases whose names hold one of these
 
-One line a case, and experiments/results/torture.json. docs/reliability.md tells which promise each case checks.
+One line a case; experiments/results/torture.json keeps what each case found last, and at which scale.
+docs/reliability.md tells which promise each case checks.
 """
 
 import argparse
@@ -34,7 +35,12 @@ def run(case, scale: float) -> dict:
         except Exception as e:
             traceback.print_exc()
             found = {"case": case.__name__, "tried": 1, "survived": 0, "lost": [f"{type(e).__name__}: {e}"]}
-    return found | {"seconds": round(time.perf_counter() - begin, 1)}
+    return found | {
+        "seconds": round(time.perf_counter() - begin, 1),
+        "scale": scale,
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+    }
 
 
 def main() -> int:
@@ -46,19 +52,24 @@ def main() -> int:
     wanted = [c for c in CASES if not a.only or any(part in c.__name__ for part in a.only.split(","))]
     if not wanted:
         parser.error(f"--only={a.only}: expected parts of {', '.join(c.__name__ for c in CASES)}")
-    found = []
+    lost = 0
     for case in wanted:
-        found.append(run(case, a.scale))
-        f = found[-1]
-        counts = f"tried {f['tried']:6}, survived {f['survived']:6}, lost {len(f['lost']):4}"
+        found = run(case, a.scale)
+        lost += len(found["lost"])
+        counts = f"tried {found['tried']:6}, survived {found['survived']:6}, lost {len(found['lost']):4}"
         print(f"{case.__name__:30} {counts}", flush=True)
-        for line in f["lost"][:5]:
+        for line in found["lost"][:5]:
             print(f"    {line}", flush=True)
-        machine = {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-        when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps({"when": when, "scale": a.scale, **machine, "cases": found}, indent=1) + "\n")
-    return int(any(f["lost"] for f in found))
+        keep(a.out, found)
+    return int(lost > 0)
+
+
+def keep(file: pathlib.Path, found: dict) -> None:
+    """Puts what a case found in the place of what it found before."""
+    results = json.loads(file.read_text()) if file.exists() else {}
+    results[found["case"]] = found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

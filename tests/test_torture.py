@@ -23,6 +23,6 @@ def test_the_script_runs_a_case_and_writes_what_it_found(tmp_path):
     done = subprocess.run([sys.executable, EXPERIMENTS / "torture.py", *args], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not_finite                     tried      1, survived      1, lost    0" in done.stdout
-    (case,) = json.loads(out.read_text())["cases"]
-    assert (case["case"], case["tried"], case["lost"]) == ("not_finite", 1, [])
+    (case,) = json.loads(out.read_text()).values()
+    assert (case["case"], case["tried"], case["lost"], case["scale"]) == ("not_finite", 1, [], 0.1)
     assert case["steps_skipped"] > 0
