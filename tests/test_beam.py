@@ -120,11 +120,10 @@ MODELS = [{}, {"cell": "lstm", "initial_state": "mean", "attention_gate": True, 
 
 
 @pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}])
-@pytest.mark.parametrize("penalty", [0.0, 1.5])
-def test_a_beam_of_one_is_greedy(options, penalty):
+def test_a_beam_of_one_is_greedy(options):
     of = small(**options)
     greedy = of.run(method="greedy")
-    found = of.run(beam_width=1, length_penalty=penalty)
+    found = of.run(beam_width=1, length_penalty=1.5)
     assert len({len(caption(t)) for t in greedy.tokens_IT}) > 2  # or the test would show little
     assert (found.tokens_IT == greedy.tokens_IT).all()
     np.testing.assert_allclose(found.log_prob_I, greedy.log_prob_I, rtol=1e-5)
@@ -132,7 +131,7 @@ def test_a_beam_of_one_is_greedy(options, penalty):
 
 
 @pytest.mark.parametrize("options", MODELS)
-@pytest.mark.parametrize(("width", "penalty", "n"), [(2, 0.0, 0), (3, 1.0, 0), (5, 0.6, 2), (40, 1.5, 1)])
+@pytest.mark.parametrize(("width", "penalty", "n"), [(2, 0.0, 0), (5, 0.6, 2)])
 def test_it_finds_what_a_plain_beam_search_finds(options, width, penalty, n):
     of = small(**options)
     found = of.run(beam_width=width, length_penalty=penalty, no_repeat_ngram=n)
@@ -165,7 +164,7 @@ def test_a_deep_and_tied_model_finds_what_a_plain_beam_search_finds():
     assert len({caption(t) for t in found.tokens_IT}) > 3
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.7, 2.0])
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
 def test_a_beam_as_wide_as_all_captions_finds_the_best_of_all(penalty):
     length, words = 4, range(END + 1, 7)
     of = Small(7, seed=22, end=0.0)
@@ -245,7 +244,7 @@ def test_a_run_longer_than_any_caption_blocks_nothing():
         assert (small().run(no_repeat_ngram=n).tokens_IT == small().run().tokens_IT).all()
 
 
-@pytest.mark.parametrize("width", [1, 4, 50])
+@pytest.mark.parametrize("width", [1, 50])
 @pytest.mark.parametrize("bias", [{}, {"PAD": 1e4, "UNK": 1e4, "START": 1e4}, {"END": -1e4}])
 @pytest.mark.parametrize("length", [1, T])
 def test_captions_hold_words_then_one_end_then_padding(width, bias, length):
