@@ -26,7 +26,7 @@ PLAIN = ["train.cider_epochs=0"]
 VARIANTS = {
     "full": [],
     "plain": PLAIN,
-    "mixed8": [*PLAIN, "encoder.block=mixed8"],
+    "mixed10": [*PLAIN, "encoder.block=mixed10"],
     "no_dropout": [*PLAIN, *(f"train.dropout.{kind}=0" for kind in ("image", "embedding", "output", "recurrent"))],
     "no_label_smoothing": [*PLAIN, "train.label_smoothing=0"],
     "no_ema": [*PLAIN, "train.ema=0"],

@@ -1,5 +1,6 @@
 """Small files, or files of the size allowed, that are made to take all memory or hours of a reader."""
 
+import functools
 import struct
 import zlib
 from collections.abc import Callable
@@ -132,6 +133,12 @@ def _all_pixels(format: str, mode: str, **options) -> Callable[[], bytes]:
     return lambda: encoded(Image.new(mode, (8000, 8000)), format, **options)
 
 
+@functools.cache
+def _all_but_the_end() -> bytes:
+    """A PNG of as many pixels as are allowed, the last of which are cut off."""
+    return _all_pixels("PNG", "RGBA", compress_level=1)()[:-1000]
+
+
 # Name -> the file, and whether it may be read: of those that may, memory and time are what counts.
 BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "60000x60000.png": (lambda: _png(60_000, 60_000, _zeros(1 << 24)), False),
@@ -162,4 +169,6 @@ BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "print.jpg": (_all_pixels("JPEG", "CMYK", progressive=True, subsampling=0), True),
     "packed.tif": (_all_pixels("TIFF", "RGBA", compression="tiff_deflate"), True),
     "deep.tif": (_all_pixels("TIFF", "I", compression="tiff_deflate"), True),
+    # One after the other: what is known of one must not keep its pixels.
+    **{f"cut{number}.png": (_all_but_the_end, True) for number in range(12)},
 }

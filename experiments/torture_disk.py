@@ -1,5 +1,6 @@
 """What is on disk, under torture: prepare killed, bytes changed, two at once; no space, no permission, no answer."""
 
+import contextlib
 import pathlib
 import random
 import shutil
@@ -18,7 +19,7 @@ from flaxcap.split import Split
 from flaxcap.store import COPY, Store, StoreError
 from flaxcap.verify import verify
 
-IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*", "incomplete.*")
+IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.*/**/*")
 MOST = 8  # kills of one prepare
 
 
@@ -47,20 +48,27 @@ def half_written(data_dir: pathlib.Path, whole: pathlib.Path, bench: Bench, labe
     return lost + [f"{label}: {line}" for line in report.wrong if "are not finished" not in line]
 
 
+def count(data_dir: pathlib.Path, patterns: tuple[str, ...] = ("*",)) -> int:
+    with contextlib.suppress(FileNotFoundError):  # what is looked at comes and goes
+        return sum(path.is_file() for pattern in patterns for path in data_dir.rglob(pattern))
+    return 0
+
+
 def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
     """SIGKILL at random times, every second one inside a write; nothing half-written is read; at the end bit-equal."""
     bench, rng, lost = Bench(scratch), random.Random(10), []
-    begin = time.monotonic()
-    run(bench.start("prepare", f"--data_dir={scratch / 'warm'}"))
-    seconds = time.monotonic() - begin
+    files = count(bench.data_dir)
     kills = writes = number = 0
     while kills < times(scale, 25):
         data_dir = scratch / f"data{number}"
         for n in range(MOST + 1):
+            until = rng.randint(have := count(data_dir), max(have, files))  # so many are there when it is killed
             process = bench.start("prepare", f"--data_dir={data_dir}")
-            end = time.monotonic() + rng.uniform(0.3, 1.0) * seconds
-            while n < MOST and process.poll() is None and time.monotonic() < end:
-                if n % 2 and rng.random() < 0.3 and any(any(data_dir.rglob(pattern)) for pattern in IN_A_WRITE):
+            while n < MOST and process.poll() is None:
+                if n % 2 == 0 and count(data_dir) >= until:
+                    time.sleep(rng.uniform(0, 0.3))
+                    break
+                if n % 2 and rng.random() < 0.1 and count(data_dir, IN_A_WRITE):
                     writes += 1
                     break
                 time.sleep(0.002)

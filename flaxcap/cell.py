@@ -4,7 +4,7 @@ One cell, two drivers: training runs `unroll` over the tokens of the captions, d
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -107,12 +107,27 @@ class Cell(nnx.Module):
         `word_ICG`: the token's part of the gates. `noise`: of this token. `probe_ICR` is added to the recurrent
         product, whose gradient it thereby takes.
         """
+        return self.gated(memory, carry, self.split(word_ICG), noise, probe_ICR)
+
+    def split(self, gates_ICG: jax.Array) -> list[jax.Array]:
+        """`[..., H]` of each gate."""
+        return jnp.split(gates_ICG, self.gates // self.config.hidden_dim, -1)
+
+    def gated(
+        self,
+        memory: Memory,
+        carry: Carry,
+        words_GICH: Sequence[jax.Array],
+        noise: Noise = NO_NOISE,
+        probe_ICR: jax.Array | None = None,
+    ) -> tuple[Carry, jax.Array, jax.Array]:
+        """The same, of a word that is split."""
         c = self.config
         hidden_ICH = carry.hidden_ICH
         mixed_ICR = self.recurrent(hidden_ICH if noise.hidden_ICH is None else hidden_ICH * noise.hidden_ICH)
         if probe_ICR is not None:
             mixed_ICR = mixed_ICR + probe_ICR
-        query_ICA, recurrent_ICG = mixed_ICR[..., : c.attention_dim], mixed_ICR[..., c.attention_dim :]
+        query_ICA, recurrent_ICG = jnp.split(mixed_ICR, [c.attention_dim], -1)
         score_A = self.score.kernel[:, 0].astype(query_ICA.dtype)
         alpha_ICP = attention.attend(memory.keys_IPA, score_A, query_ICA)
         seen_ICP = alpha_ICP
@@ -124,12 +139,12 @@ class Cell(nnx.Module):
         context_ICE = jnp.einsum("icp,ipe->ice", seen_ICP.astype(memory.values_IPE.dtype), memory.values_IPE)
         if c.attention_gate:
             context_ICE = context_ICE * jax.nn.sigmoid(self.gate(hidden_ICH))
-        input_ICG = word_ICG + self.context(context_ICE)
+        inputs = [w + x for w, x in zip(words_GICH, self.split(self.context(context_ICE)), strict=True)]
+        recurrent = self.split(recurrent_ICG)
         if carry.cell_ICH is not None:
-            hidden, cell = _lstm(*jnp.split(input_ICG + recurrent_ICG, 4, -1), carry.cell_ICH)
-            return Carry(hidden, cell), alpha_ICP, context_ICE
-        z_x, r_x, n_x = jnp.split(input_ICG, 3, -1)
-        z_h, r_h, n_h = jnp.split(recurrent_ICG, 3, -1)
+            sums = [x + h for x, h in zip(inputs, recurrent, strict=True)]
+            return Carry(*_lstm(*sums, carry.cell_ICH)), alpha_ICP, context_ICE
+        (z_x, r_x, n_x), (z_h, r_h, n_h) = inputs, recurrent
         return Carry(_gru(z_x + z_h, r_x + r_h, n_x, n_h, hidden_ICH), None), alpha_ICP, context_ICE
 
 
@@ -170,14 +185,17 @@ def _scan(
     noise: Noise,
     probes_TICR: jax.Array | None = None,
 ) -> Seen:
+    def bound() -> Cell:
+        return nnx.merge(graph, nnx.State(weights))
+
     def body(carry: Carry, token: tuple) -> tuple[Carry, Seen]:
-        word_ICG, drawn, probe_ICR = token
-        cell = nnx.merge(graph, nnx.State(weights))
-        carry, alpha_ICP, context_ICE = cell(memory, carry, word_ICG, noise.at(drawn), probe_ICR)
+        words_GICH, drawn, probe_ICR = token
+        carry, alpha_ICP, context_ICE = bound().gated(memory, carry, words_GICH, noise.at(drawn), probe_ICR)
         return carry, Seen(carry.hidden_ICH, alpha_ICP, context_ICE)
 
     drawn = noise.alpha_TICP, noise.gumbel_TICP
-    return jax.lax.scan(body, carry, (words_TICG, drawn, probes_TICR))[1]
+    # Split here, not at every token: XLA makes slow code, on a CPU, of a slice of what the loop has sliced.
+    return jax.lax.scan(body, carry, (bound().split(words_TICG), drawn, probes_TICR))[1]
 
 
 def _unroll(graph, weights, memory, carry, words_TICG, noise):

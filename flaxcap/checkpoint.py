@@ -94,6 +94,11 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._sums = self._pool.submit(self._write_sums, step)
 
+    def delete(self, step: int) -> None:
+        """Makes room for another of the same step."""
+        self.wait()
+        self._manager.delete(step)
+
     def _write_sums(self, step: int) -> None:
         self._manager.wait_until_finished()
         checksums.write_sums(self.path / str(step))

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -27,6 +28,19 @@ class Source(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray: ...  # [len(rows), P, F]
+
+
+class _Bits:
+    """A source of bfloat16, read as the uint16 that `train_step.rows` takes for it."""
+
+    dtype = np.dtype(np.uint16)
+
+    def __init__(self, source: Source):
+        self.shape = source.shape
+        self._source = source
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._source.read(rows).view(self.dtype)
 
 
 class Stage(NamedTuple):
@@ -51,7 +65,8 @@ class Feed:
         images = plan.table_SI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
-        self._source, self._plan, self._mesh = source, plan, mesh
+        self._source = _Bits(source) if source.dtype == jnp.bfloat16 else source
+        self._plan, self._mesh = plan, mesh
         self._frozen = jax.device_put(frozen, replicated(mesh))
         self._width = images // mesh.size  # columns a device
         self._devices = list(mesh.devices.flat)

@@ -67,12 +67,16 @@ class Profile:
 class Metrics:
     """`metrics.jsonl` and TensorBoard's event files in a directory; on processes but the first, nothing.
 
-    A run that goes on after step k loses the lines behind k: it will write them again.
+    A run that goes on after step k loses the lines behind k: it will write them again. `scored`: the validation
+    after step k too is behind it.
     """
 
-    def __init__(self, workdir: epath.PathLike, step: int):
+    def __init__(self, workdir: epath.PathLike, step: int, scored: bool = True):
+        def kept(line: dict) -> bool:
+            return line["step"] < step or (line["step"] == step and (scored or "epoch" not in line))
+
         self._file = epath.Path(workdir) / "metrics.jsonl"
-        self._lines: list[dict] = [line for line in read(workdir) if line["step"] <= step]
+        self._lines: list[dict] = [line for line in read(workdir) if kept(line)]
         self._board: Any = None
         if jax.process_index() == 0:
             self._rewrite()

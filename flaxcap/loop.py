@@ -165,6 +165,10 @@ class Preemption:
         # With several processes JAX takes the signal, and tells the others.
         self._alone = jax.process_count() == 1
 
+    def noted(self) -> bool:
+        """Whether to end what is under way; never with several processes, which would have to do it as one."""
+        return self._alone and self._received
+
     def reached(self) -> bool:
         """Whether to save and end now; every process asks after each dispatch."""
         if self._alone:

@@ -122,7 +122,7 @@ def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
         def batch(k_index: tuple[jax.Array, jax.Array]) -> jax.Array:
             k, index_I = k_index
             keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
-            return decode.draw(bind, params, bank_NPF[index_I], options, keys_I, captions)
+            return decode.draw(bind, params, step_lib.rows(bank_NPF, index_I), options, keys_I, captions)
 
         tokens_KICT = jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
         return tokens_KICT, jax.lax.pmax((tokens_KICT != PAD).sum(-1).max(), "data")

@@ -4,45 +4,30 @@ import contextlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 from etils import epath
 
 from flaxcap import (
     checkpoint,
-    checksums,
-    data,
     decode,
-    embeddings,
-    export,
-    finetune,
     lock,
     logs,
     loop,
     memory,
     model,
     plots,
-    presets,
     processes,
     self_critical,
+    start,
     store,
     validation,
 )
 from flaxcap import train_step as step_lib
 from flaxcap.batches import Plan
-from flaxcap.checkpoint import Checkpoints, check_shapes
-from flaxcap.config import Config, ConfigError
+from flaxcap.checkpoint import Checkpoints
+from flaxcap.config import Config
 from flaxcap.errors import UserError
-from flaxcap.feed import FEATURES, Stage
-from flaxcap.model import ENCODER
-from flaxcap.text import Vocabulary
-
-# What a run cannot change on its way: the meaning of its parameters, and of its steps.
-FIXED = (
-    *("dataset", "seed", "data", "encoder", "model"),
-    *("train.batch_images", "train.captions_per_image", "train.num_buckets", "train.steps_per_dispatch", "train.ema"),
-)
 
 
 class Preempted(Exception):
@@ -92,10 +77,10 @@ def _train(
     max_bad_steps: int,
 ) -> float:
     vocabulary = prepared.vocabulary()
-    _claim(workdir, config, vocabulary, resume)
+    start.claim(workdir, config, vocabulary, resume)
 
     mesh = step_lib.make_mesh()
-    stage = _stage(config, prepared, data_dir, init_from)
+    stage = start.stage(config, prepared, data_dir, init_from)
     plan, feed = validation.make_feed(
         config,
         prepared.split("train"),
@@ -135,25 +120,50 @@ def _train(
         draw = self_critical.SelfCritical(bind, config, mesh, feed, vocabulary, captions)
         critical_step = self_critical.make_train_step(bind, optimizer, schedule, mesh, config.train)
         critical = loop.Compiled(critical_step, fresh, feed)
-    state, progress = _start(fresh, checkpoints, init_from, config, vocabulary, data_dir)
+    state, progress = start.state(fresh, checkpoints, init_from, config, vocabulary, data_dir)
     step = int(state.step)
     if step < last:
         need = compiled.check(config.train.batch_images, int(plan.buckets[-1]))
         capacity = memory.capacity(jax.local_devices())
         print(f"a step takes up to {memory.megabytes(need)} of a device's {memory.megabytes(capacity)}")
     standing = loop.Standing(config.train, progress)
-    metrics = logs.Metrics(workdir, step)
+    unscored = progress.get("unscored", False)  # the state of an epoch's end, whose validation was interrupted
+    metrics = logs.Metrics(workdir, step, not unscored)
     clock = logs.Clock(progress)
     window = loop.Window(metrics, clock, step, max_bad_steps, progress.get("window", {}))
 
     cuts = config.train.log_every, config.train.checkpoint_every
-    dispatches = feed.ahead(plan.dispatches(step, step if standing.stop else last, cuts))
     bar = tqdm.tqdm(desc="train", total=last, initial=step, unit=" steps", disable=None)
     profile = logs.Profile(profile_dir)
     preemption = loop.Preemption()
+
+    def close_epoch(state: step_lib.TrainState) -> tuple[step_lib.TrainState, float]:
+        """Validates, writes it down, and draws the consequences; the score."""
+        found = validate(state.best_params, preemption.noted)
+        state = standing.after(found["cider"], state)
+        epoch = step // per_epoch
+        metrics.write(step, {"epoch": epoch, **{f"val/{name}": value for name, value in found.items()}})
+        bar.write(
+            f"epoch {epoch}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%},"
+            f" CIDEr {found['cider']:.4f}, best {standing.best:.4f}"
+        )
+        _plot(workdir)
+        return state, found["cider"]
+
+    def save(state: step_lib.TrainState, window: dict, score: float | None = None, **more: bool) -> None:
+        progress = {**standing.progress, "seconds": clock.seconds, "window": window, **more}
+        checkpoints.save(step, state, progress, score)
+
     try:
         with _closing(checkpoints, metrics), preemption, jax.transfer_guard("disallow"), bar, profile:
-            for batches, inputs in dispatches:
+            if unscored:
+                try:
+                    state, score = close_epoch(state)
+                except validation.Interrupted:
+                    raise _preempted(step, last) from None
+                checkpoints.delete(step)
+                save(state, window.progress(), score)
+            for batches, inputs in feed.ahead(plan.dispatches(step, step if standing.stop else last, cuts)):
                 count, of_length, of_host = len(batches), compiled, {}
                 if step >= first_stage:
                     inputs, of_host["cider_d"] = draw(state, inputs, batches)
@@ -170,32 +180,24 @@ def _train(
                 bar.update(count)
                 window.write()  # the line of the steps before these, which keep the device busy meanwhile
                 window.add(count, step_metrics | of_host)
-                epoch, within = divmod(step, per_epoch)
-                end = preemption.reached()
-                save = not within or _every(config.train.checkpoint_every, step)
-                if save or _every(config.train.log_every, step):
+                end, of_epoch = preemption.reached(), step % per_epoch == 0
+                due = of_epoch or _every(config.train.checkpoint_every, step)
+                if due or _every(config.train.log_every, step):
                     window.close(step)
-                if not save and not end:
+                if not due and not end:
                     continue
                 bar.set_postfix(window.write())
-                open_window = window.progress()
+                open_window, score = window.progress(), None
                 clock.pause()
-                score = None
-                if not within:
-                    found = validate(state.best_params)
-                    score = found["cider"]
-                    state = standing.after(score, state)
-                    metrics.write(step, {"epoch": epoch, **{f"val/{name}": value for name, value in found.items()}})
-                    bar.write(
-                        f"epoch {epoch}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%},"
-                        f" CIDEr {score:.4f}, best {standing.best:.4f}"
-                    )
-                    _plot(workdir)
-                progress = {**standing.progress, "seconds": clock.seconds, "window": open_window}
-                checkpoints.save(step, state, progress, score)
+                if of_epoch and not end:
+                    try:
+                        state, score = close_epoch(state)
+                    except validation.Interrupted:
+                        end = True
+                save(state, open_window, score, unscored=of_epoch and score is None)
                 if end:
                     checkpoints.wait()
-                    raise Preempted(f"saved at step {step} of {last}; the same command goes on there")
+                    raise _preempted(step, last)
                 if standing.stop:
                     bar.write(f"no better validation score for {standing.since} epochs: the run ends")
                     break
@@ -208,6 +210,10 @@ def _train(
         ) from None
     print(f"trained {step} steps in {clock.seconds:.0f} s, best validation CIDEr {standing.best:.4f}: {workdir}")
     return standing.best
+
+
+def _preempted(step: int, last: int) -> Preempted:
+    return Preempted(f"saved at step {step} of {last}; the same command goes on there")
 
 
 @contextlib.contextmanager
@@ -248,79 +254,6 @@ def _keep_batch(workdir: epath.Path, split: store.Split, plan: Plan, step: int) 
 
 def _every(interval: int, step: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: bool) -> None:
-    """Makes the workdir this run's. ConfigError if it is another's, or is not to be gone on with."""
-    file, words = workdir / "config.json", workdir / "vocabulary.json"
-    if file.exists():
-        if not resume:
-            raise ConfigError(f"--noresume, but --workdir={workdir} holds a run; take another, or delete it")
-        # Where self-critical training begins is fixed too.
-        fixed = (*FIXED, "train.epochs") if config.train.cider_epochs else FIXED
-        changed = presets.difference(presets.load(str(file)), config, fixed)
-        if changed:
-            raise ConfigError(
-                f"--workdir={workdir} holds a run of another preset: {'; '.join(changed)}; take another --workdir"
-            )
-        if Vocabulary.from_json(words.read_text(), str(words)).hash != vocabulary.hash:
-            raise ConfigError(f"--workdir={workdir} holds a run with another vocabulary; take another --workdir")
-    if jax.process_index() == 0:
-        (workdir / checksums.SUMS).unlink(missing_ok=True)
-        store.write_whole(words, vocabulary.to_json())
-        store.write_whole(file, presets.to_json(config))
-        checksums.write_sums(workdir, (file.name, words.name))
-
-
-def _stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_from: epath.PathLike | None) -> Stage:
-    """Pictures and the encoder of the store, or of `init_from`, where it is fine-tuned; else nothing."""
-    options = config.train.finetune
-    if not options.block:
-        return FEATURES
-    encoder = export.load_any(init_from, data_dir).encoder if init_from else export.encoder_of(prepared, config)
-    frozen, trained = finetune.split(encoder, options.block, config.encoder.block)
-    builder = data.of_preset(config, data_dir)
-    sources = {}
-    for role in ("train", "val"):
-        examples = data.read(builder, prepared.manifest["splits"][role]["split"])
-        images = prepared.split(role).images
-        sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, config.encoder.image_size)
-    encode = finetune.make_encode(config.encoder, options)
-    return Stage(sources, frozen, {ENCODER: trained}, encode)
-
-
-def _start(
-    fresh: step_lib.TrainState,
-    checkpoints: Checkpoints,
-    init_from: epath.PathLike | None,
-    config: Config,
-    vocabulary: Vocabulary,
-    data_dir: epath.PathLike,
-) -> tuple[step_lib.TrainState, dict]:
-    """The state to start from, and the saved progress: DESIGN's restore order."""
-    if checkpoints.latest_step is not None:
-        state, progress = checkpoints.restore(fresh)
-        print(f"going on at step {int(state.step)}")
-        return state, progress
-    if init_from is not None:
-        params = export.load_any(init_from, data_dir).params
-        if ENCODER in fresh.params:  # already that of --init_from, see `_stage`
-            params = params | {ENCODER: fresh.params[ENCODER]}
-        check_shapes(f"--init_from={init_from}", params, fresh.params)
-    elif config.model.embeddings:
-        params = jax.device_get(fresh.params)
-        vectors = embeddings.read(config.model.embeddings, vocabulary, config.model.embedding_dim)
-        table_VE = np.array(params["embedding"]["embedding"])
-        table_VE[list(vectors)] = list(vectors.values())
-        params["embedding"]["embedding"] = table_VE
-        print(f"{len(vectors)} of {len(vocabulary)} words start with vectors of {config.model.embeddings}")
-    else:
-        return fresh, {}
-
-    put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
-    # A copy: the step is given both, and takes their memory.
-    average = None if fresh.average is None else jax.tree.map(jnp.copy, put)
-    return fresh._replace(params=put, average=average), {}
 
 
 def _plot(workdir: epath.Path) -> None:

@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     """K batches on the devices, sharded over their images.
 
     `bank_NPF` holds features, a part on each device; those of image i of batch k are at `index_KI[k, i]` of its own
-    device's part. Only the first `count` batches are meant.
+    device's part, see `rows`. Only the first `count` batches are meant.
     """
 
     bank_NPF: jax.Array
@@ -46,6 +46,15 @@ class Inputs(NamedTuple):
     weight_KIC: jax.Array  # float32: of each caption in the objective
     count: jax.Array  # int32 []
     frozen: Any = None  # parameters that the bank's rows are encoded with, where these are pictures
+
+
+def rows(bank_NPF: jax.Array, index_I: jax.Array) -> jax.Array:
+    """`feats_IPF` [I, P, F] of a device's part of the bank. uint16 are the bits of bfloat16.
+
+    A gather of bfloat16 itself is one of float32 to XLA on a CPU, which makes all of the bank float32 for it first.
+    """
+    found_IPF = bank_NPF[index_I]
+    return jax.lax.bitcast_convert_type(found_IPF, jnp.bfloat16) if bank_NPF.dtype == jnp.uint16 else found_IPF
 
 
 def make_mesh(devices: list | None = None) -> Mesh:
@@ -140,7 +149,7 @@ def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zer
     def local(everywhere: Any, bank_NPF: jax.Array, index_I: jax.Array, *captions: jax.Array) -> Any:
         def add(total: Any, some: tuple) -> tuple[Any, None]:
             index_I, tokens_ICT, weight_IC, place_I = some
-            part = Part(bank_NPF[index_I], tokens_ICT, weight_IC, place_I)
+            part = Part(rows(bank_NPF, index_I), tokens_ICT, weight_IC, place_I)
             return jax.tree.map(jnp.add, total, compute(everywhere, part)), None
 
         own = len(index_I)

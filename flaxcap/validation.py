@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flaxcap import metrics, store
 from flaxcap import train_step as step_lib
-from flaxcap.batches import Plan
+from flaxcap.batches import Batch, Plan
 from flaxcap.config import Config
 from flaxcap.decode import Decode, Folded
 from flaxcap.feed import Feed, Source, Stage
@@ -20,6 +20,10 @@ from flaxcap.model import Params
 from flaxcap.text import Tokens, Vocabulary
 
 Read = Callable[[Sequence[int]], np.ndarray]  # rows -> features [len(rows), P, F]
+
+
+class Interrupted(Exception):
+    """A validation ends before it has a result."""
 
 
 class Captions(NamedTuple):
@@ -55,9 +59,19 @@ def make_feed(
     return plan, Feed(source or split, plan, mesh, config.train.features, frozen)
 
 
-def cross_entropy(eval_step: Callable, params: Params, plan: Plan, feed: Feed) -> tuple[float, float]:
-    """Nats a token, and teacher-forced accuracy, over every caption of a plan, each counted once."""
-    batches = ([plan.in_order(n)] for n in range(plan.steps_per_epoch))
+def cross_entropy(
+    eval_step: Callable, params: Params, plan: Plan, feed: Feed, check: Callable[[], None] = lambda: None
+) -> tuple[float, float]:
+    """Nats a token, and teacher-forced accuracy, over every caption of a plan, each counted once.
+
+    `check` is called before each batch, and may raise.
+    """
+
+    def batch(n: int) -> list[Batch]:
+        check()
+        return [plan.in_order(n)]
+
+    batches = map(batch, range(plan.steps_per_epoch))
     sums = jax.device_get([eval_step(params, inputs) for _, inputs in feed.ahead(batches)])
     nats, tokens, right = (math.fsum(column) for column in zip(*sums, strict=True))
     return nats / tokens, right / tokens
@@ -134,11 +148,23 @@ class Validation:
         self._plan, self._feed = make_feed(config, split, vocabulary, mesh, source=source, frozen=frozen)
         self._scorer = metrics.Scorer([split.rows[row].captions for row in self._rows])
 
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Loss and accuracy on the true captions, and the CIDEr of the model's own."""
-        loss, accuracy = cross_entropy(self._eval_step, params, self._plan, self._feed)
+    def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Loss and accuracy on the true captions, and the CIDEr of the model's own.
+
+        Interrupted soon after `stop()` has become true.
+        """
+
+        def check() -> None:
+            if stop():
+                raise Interrupted
+
+        def read(rows: Sequence[int]) -> np.ndarray:
+            check()
+            return features(rows)
+
+        loss, accuracy = cross_entropy(self._eval_step, params, self._plan, self._feed, check)
         batch_size = self._config.decode.batch_size
-        read, folded = self._read(params), self._run.fold(params)
+        features, folded = self._read(params), self._run.fold(params)
         found = captions_of(self._run, folded, self._vocabulary, self._rows, read, batch_size)
         return {"loss": loss, "accuracy": accuracy, "cider": float(self._scorer.cider(found.texts).mean())}
 

@@ -71,7 +71,8 @@ def test_coco_layout(tmp_path):
     out = flaxcap("prepare", *preset, f"--manual_dir={tmp_path / 'zips'}")
     assert "train: 18 images with features" in out  # train+restval
     run = tmp_path / "run"
-    options = ["--config.train.epochs=2", "--config.train.batch_images=4", f"--workdir={run}"]
+    epochs = ["--config.train.epochs=1", "--config.train.cider_epochs=1"]
+    options = [*epochs, "--config.train.batch_images=4", f"--workdir={run}"]
     flaxcap("train", *preset, *options, devices=2)
     assert [line["epoch"] for line in logs.read(run) if "epoch" in line] == [1, 2]
     model = [f"--workdir={run}", f"--data_dir={tmp_path / 'data'}"]

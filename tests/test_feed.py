@@ -4,10 +4,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import small_step
 from etils import epath
 
 from flaxcap import train_step as step_lib
 from flaxcap.batches import Plan
+from flaxcap.bench import corpus
 from flaxcap.config import ConfigError
 from flaxcap.feed import Feed
 from flaxcap.store import Row, Split, write_rows
@@ -38,9 +40,9 @@ def plan(images: int = 8, run: int = 1) -> Plan:
 def features(inputs: step_lib.Inputs, batch: int) -> np.ndarray:
     """`feats_IPF` of one of the batches, each device looking at its own part of the bank."""
     index_I = np.asarray(inputs.index_KI)[batch]
-    parts = [np.asarray(shard.data, np.float32) for shard in inputs.bank_NPF.addressable_shards]
+    parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
     found = zip(parts, np.split(index_I, len(parts)), strict=True)
-    return np.concatenate([part[index] for part, index in found])
+    return np.concatenate([np.asarray(step_lib.rows(part, index), np.float32) for part, index in found])
 
 
 @pytest.mark.parametrize("run", [1, 3])
@@ -117,3 +119,12 @@ def test_what_the_reading_thread_meets_reaches_the_loop(split):
     bad = plan().batch(0)._replace(rows_I=np.full(8, N + 5, np.int32))
     with pytest.raises(ValueError, match="cannot be read"):
         list(feed.ahead([[plan().batch(0)], [bad]]))
+
+
+def test_a_step_makes_no_copy_of_the_features_in_another_type():
+    images, mesh = 1024, step_lib.make_mesh(jax.devices()[:1])
+    source = corpus.MadeUp(images, small_step.F, np.dtype(ml_dtypes.bfloat16))
+    feed = Feed(source, corpus.plan(images, small_step.changed(batch_images=8)), mesh, "device")
+    train_step, state = small_step.made(mesh)
+    compiled = train_step.lower(state, feed.spec(8)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < images * 64 * small_step.F * source.dtype.itemsize / 2

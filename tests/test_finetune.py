@@ -1,5 +1,7 @@
 """The encoder's last blocks, trained with the decoder: the same features at first, then better ones; the rest stays."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,11 +71,11 @@ def test_pictures_are_cropped_and_mirrored_by_their_keys():
 
 
 def test_a_second_stage_trains_the_encoder_and_is_exported_with_it(trained: Trained, tmp_path):
-    config = config_lib.check(trained.config)
+    config = copy.deepcopy(trained.config)
     config.train.epochs, config.train.warmup_steps = 1, 0
     config.train.finetune = Finetune("mixed0", learning_rate=1e-3)
     config.train.dropout.output = 0.1
-    best = train.train(config, tmp_path / "run", trained.data_dir, init_from=trained.workdir)
+    best = train.train(config_lib.check(config), tmp_path / "run", trained.data_dir, init_from=trained.workdir)
     assert np.isfinite(best)
     before = export.load(workdir=trained.workdir, data_dir=trained.data_dir)
     after = export.load(workdir=tmp_path / "run", data_dir=trained.data_dir)

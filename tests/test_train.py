@@ -147,6 +147,28 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run
     assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
 
 
+@pytest.mark.parametrize("nth", [0, -1])
+def test_a_validation_does_not_make_a_sigterm_wait(data_dir, tmp_path, whole, nth, monkeypatch):
+    """The epoch's state is saved without a score, which the same command then finds first."""
+    epochs = [line["step"] for line in logs.read(whole) if "epoch" in line]
+
+    def interrupt(self, params, stop, call=validation.Validation.__call__):
+        if len([line for line in logs.read(tmp_path) if "epoch" in line]) == nth % len(epochs):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, params, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(validation.Validation, "__call__", interrupt)
+        for _ in range(2):  # the second time before anything else
+            with pytest.raises(train.Preempted, match=f"saved at step {epochs[nth]} of"):
+                train.train(tiny_config(), tmp_path, data_dir)
+            assert len([line for line in logs.read(tmp_path) if "epoch" in line]) == nth % len(epochs)
+    best = train.train(tiny_config(), tmp_path, data_dir)
+    assert best == max(line["val/cider"] for line in logs.read(whole) if "epoch" in line)
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, epochs[-1]), final_state(whole, epochs[-1]))
+    assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_another(data_dir, whole, tmp_path):
     train.train(tiny_config(), tmp_path / "same", data_dir)
     assert without_times(logs.read(tmp_path / "same")) == without_times(logs.read(whole))

@@ -1,6 +1,7 @@
 """From an image file's bytes, whoever sent them, to the square of pixels that an encoder takes."""
 
 import contextlib
+import ctypes
 import io
 import re
 import threading
@@ -37,6 +38,8 @@ _FILTERS = threading.Lock()
 MAX_PIXELS = 64_000_000
 BYTES_A_PIXEL = 17  # that decoding may take: WebP; others take 14
 MAX_MEMORY = MAX_PIXELS * BYTES_A_PIXEL  # of all pictures that are decoded at once
+_LARGE = MAX_MEMORY // 16  # a picture's memory that is given back at once
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
 
 
 class _Memory:
@@ -55,6 +58,8 @@ class _Memory:
         try:
             yield
         finally:
+            if wanted >= _LARGE and _TRIM is not None:
+                _TRIM(0)  # glibc keeps what a thread has freed for that thread: the next one's would come on top
             with self._changed:
                 self._free += wanted
                 self._changed.notify_all()
