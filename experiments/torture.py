@@ -18,9 +18,9 @@ import tempfile
 import time
 import traceback
 
-import torture_disk
-import torture_inputs
-import torture_runs
+from torture_cases import disk as torture_disk
+from torture_cases import inputs as torture_inputs
+from torture_cases import runs as torture_runs
 
 CASES = (*torture_runs.CASES, *torture_disk.CASES, *torture_inputs.CASES)
 RESULTS = pathlib.Path(__file__).parent / "results" / "torture.json"

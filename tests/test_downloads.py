@@ -11,7 +11,7 @@ import sys
 import threading
 
 import pytest
-import torture_files
+from torture_cases import files as torture_files
 from trained import tiny_config
 
 from flaxcap import limits, presets

@@ -1,6 +1,7 @@
 """Features held on the devices and features streamed from the store give the same batches."""
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def features(inputs: step_lib.Inputs, batch: int) -> np.ndarray:
     index_I = np.asarray(inputs.index_KI)[batch]
     parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
     found = zip(parts, np.split(index_I, len(parts)), strict=True)
-    return np.concatenate([np.asarray(step_lib.rows(part, index), np.float32) for part, index in found])
+    return np.concatenate([np.asarray(step_lib.rows(part, jnp.asarray(index)), np.float32) for part, index in found])
 
 
 @pytest.mark.parametrize("run", [1, 3])

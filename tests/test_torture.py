@@ -10,9 +10,9 @@ EXPERIMENTS = pathlib.Path(__file__).parent.parent / "experiments"
 
 def test_a_run_killed_twice_is_bit_equal_to_one_left_alone(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    import torture_runs
+    from torture_cases import runs
 
-    found = torture_runs.train_killed(tmp_path, 0.04)
+    found = runs.train_killed(tmp_path, 0.04)
     assert found["tried"] >= 2
     assert found["lost"] == []
 

@@ -5,7 +5,7 @@ import pathlib
 import zipfile
 
 import pytest
-import torture_files
+from torture_cases import files as torture_files
 
 from flaxcap import data, limits
 from flaxcap.data.coco_captions import CocoCaptions

@@ -8,9 +8,9 @@ import threading
 
 import numpy as np
 import pytest
-import torture_bombs
-import torture_images
-import torture_programs
+from torture_cases import bombs as torture_bombs
+from torture_cases import images as torture_images
+from torture_cases import programs as torture_programs
 from trained import Trained
 from web_server import Server
 

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 import tensorstore as ts
-import torture_files
+from torture_cases import files as torture_files
 from trained import Trained
 
 from flaxcap import export, limits

@@ -6,9 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torture_records
 from etils import epath
 from hypothesis import given
+from torture_cases import records as torture_records
 
 from flaxcap import data, embeddings, features, limits, presets
 from flaxcap.config import Config, ConfigError, check

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from torture_runs import Bench, differences, result, times
+from torture_cases.bench import Bench, differences, result, times
 
 from flaxcap import checkpoint, export
 from flaxcap.store import path_for
@@ -138,7 +138,7 @@ def _full(name: str, scratch: pathlib.Path, tries: int, need: int, start: Start,
 
 def full_under_prepare(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of prepare: a line says so, and with space the same command ends bit-equal."""
-    bench, tries = Bench(scratch), times(scale, 20)
+    bench, tries = Bench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_prepare")
@@ -157,7 +157,7 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of a run: a line says so, the last good checkpoint is sound and captions, and with space
     the same command ends bit-equal.
     """
-    bench, tries = Bench(scratch), times(scale, 20)
+    bench, tries = Bench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_train")
@@ -181,7 +181,7 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
 
 def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of an export: a line says so, nothing half-made is loaded, and the same command goes on."""
-    bench, tries = Bench(scratch), times(scale, 10)
+    bench, tries = Bench(scratch), times(scale, 3)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_export")
@@ -228,7 +228,7 @@ def read_only(scratch: pathlib.Path, scale: float) -> dict:
 
 def stands_still(scratch: pathlib.Path, scale: float) -> dict:
     """A disk that takes seconds to answer, again and again, under prepare and train: both end as if it had not."""
-    bench, lost, tries = Bench(scratch), [], times(scale, 4)
+    bench, lost, tries = Bench(scratch), [], times(scale, 2)
     bench.finish(scratch / "whole")
     with real_disk(scratch) as disk:
         if disk is None or not (command("fsfreeze", "-f", disk) and command("fsfreeze", "-u", disk)):

@@ -5,9 +5,9 @@ import struct
 import zlib
 from collections.abc import Callable
 
-import torture_images
 from PIL import Image
-from torture_images import encoded, picture, png_chunk, with_size
+from torture_cases import images as torture_images
+from torture_cases.images import encoded, picture, png_chunk, with_size
 
 from flaxcap import limits
 

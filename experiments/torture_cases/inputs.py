@@ -1,4 +1,4 @@
-"""Inputs from strangers under torture: pictures here; files and the web in torture_files.py and torture_web.py.
+"""Inputs from strangers under torture: pictures here; files and the web in files.py and web.py.
 
 $FLAXCAP_PHOTOS may name a directory of JPEGs, some of which are broken too.
 """
@@ -8,11 +8,11 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-import torture_bombs
-import torture_files
-import torture_images
-import torture_programs
-import torture_web
+from torture_cases import bombs as torture_bombs
+from torture_cases import files as torture_files
+from torture_cases import images as torture_images
+from torture_cases import programs as torture_programs
+from torture_cases import web as torture_web
 
 from flaxcap import limits
 from flaxcap.config import Config, Data
@@ -115,7 +115,7 @@ def _told(text: str, folder: pathlib.Path) -> dict[str, str]:
 DECODE = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[3])
-from torture_programs import peak_mb
+from torture_cases.programs import peak_mb
 from flaxcap.encoders import images
 images.decode(pathlib.Path(sys.argv[1]).read_bytes())  # a sound one: all that is imported late is there
 before, begin = peak_mb(), time.perf_counter()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import torture_images
+from torture_cases import images as torture_images
 
 from flaxcap import fetch
 from flaxcap.errors import plain

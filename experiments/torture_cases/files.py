@@ -13,11 +13,11 @@ from typing import Any
 import h5py
 import hypothesis
 import numpy as np
-import torture_images
-import torture_programs
-import torture_records
 from hypothesis import HealthCheck, Phase
 from hypothesis.strategies import SearchStrategy
+from torture_cases import images as torture_images
+from torture_cases import programs as torture_programs
+from torture_cases import records as torture_records
 
 from flaxcap.encoders import inception_v3
 

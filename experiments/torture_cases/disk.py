@@ -8,9 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable
 
-import torture_space
-from torture_runs import Bench, differences, result, times
-from torture_space import other_store, run, store_of
+from torture_cases import space as torture_space
+from torture_cases.bench import Bench, differences, result, times
+from torture_cases.space import other_store, run, store_of
 
 from flaxcap import checkpoint, export
 from flaxcap.checkpoint import Checkpoints
@@ -134,7 +134,7 @@ def bytes_of_a_store(scratch: pathlib.Path, scale: float) -> dict:
             found += unseen(lambda: read_store(path), file)
         return found
 
-    tried, lost = flipped(path, rng, times(scale, 10), look)
+    tried, lost = flipped(path, rng, times(scale, 3), look)
     read_store(path)
     return result("bytes_of_a_store", tried, lost, files=len(list(path.rglob("*"))))
 
@@ -168,8 +168,8 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
             found += unseen(lambda: export.load(workdir=workdir, data_dir=bench.data_dir), file)
         return found
 
-    tried, lost = flipped(folder, rng, times(scale, 10), look)
-    for n in range(times(scale, 5)):
+    tried, lost = flipped(folder, rng, times(scale, 2), look)
+    for n in range(times(scale, 2)):
         file = rng.choice(sorted(f for f in newest.rglob("*") if f.is_file() and f.stat().st_size))
         data = bytearray(file.read_bytes())
         data[rng.randrange(len(data))] ^= 1
@@ -186,7 +186,7 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
 def prepare_mends(scratch: pathlib.Path, scale: float) -> dict:
     """Random files of a store damaged or deleted: verify, then prepare, and it is bit-equal again."""
     bench, rng, lost = Bench(scratch), random.Random(13), []
-    tries, data_dir = times(scale, 20), scratch / "mended"
+    tries, data_dir = times(scale, 5), scratch / "mended"
     shutil.copytree(bench.data_dir, data_dir)
     path = store_of(bench, data_dir)
     for n in range(tries):
@@ -214,7 +214,7 @@ def two_at_once(scratch: pathlib.Path, scale: float) -> dict:
     """A second run in a workdir and a second prepare of a store are refused, and say who is there; a dead one holds
     nothing; two stores of one data set are prepared side by side.
     """
-    bench, lost, tries = Bench(scratch), [], times(scale, 5)
+    bench, lost, tries = Bench(scratch), [], times(scale, 2)
     bench.finish(scratch / "whole")
     longest = 0.0
     for n in range(tries):
