@@ -4,6 +4,7 @@ Everything is drawn image by image, from a key of its own that depends on the st
 so it does not matter how many devices share the batch, or how a device cuts its part.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -28,7 +29,10 @@ def dropped(model: Captioner, keys_I: jax.Array, captions: int, time: int, posit
         least = round(256 * share)
 
         def of_image(key: jax.Array) -> jax.Array:
-            return jax.random.bits(jax.random.fold_in(key, number), shape, jnp.uint8) >= least
+            # Four numbers a word: uint8 that JAX draws would cost a word each, and the words are what takes time.
+            size = math.prod(shape)
+            bits = jax.random.bits(jax.random.fold_in(key, number), (-(-size // 4),))
+            return jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(-1)[:size].reshape(shape) >= least
 
         kept: Any = jax.vmap(of_image, out_axes=axis)(keys_I)
         return kept.astype(model.dtype) * (256 / (256 - least))
