@@ -75,7 +75,7 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     state = jax.tree.map(lambda x: x.update(sharding=everywhere), state)
     count = (), jnp.int32, everywhere
     arrays: Any = (jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches, count))
-    inputs = step_lib.Inputs._make(arrays)
+    inputs = step_lib.Inputs(*arrays)
     options = {"xla_gpu_enable_triton_gemm": False} if a.topology.startswith("h100") else {}
     return step.lower(state, inputs).compile(compiler_options=options)
 
@@ -132,7 +132,9 @@ def kernels(computations: dict, name: str, branch: int, loop: str = "outside", t
             inside = f"{loop}, {name} x {count}".removeprefix("outside, ") if known or limits else loop
             yield from kernels(computations, op.calls("body")[0], branch, inside, times * count)
         elif op.code == "conditional":
-            yield from kernels(computations, op.calls("branch_computations")[branch], branch, loop, times)
+            # Of the loss's sizes, or to skip an update or make it.
+            branches = op.calls("branch_computations") or op.calls("true_computation")
+            yield from kernels(computations, branches[min(branch, len(branches) - 1)], branch, loop, times)
         elif not FREE.match(op.code):
             cycles = re.search(r'estimated_cycles":"(\d+)"', op.rest)
             yield loop, times, name, op, traffic(op, here, computations), int(cycles[1]) if cycles else 0

@@ -65,7 +65,8 @@ class Feed:
         images = plan.table_SI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
-        self._source = _Bits(source) if source.dtype == jnp.bfloat16 else source
+        bits = source.dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu"  # see `train_step.rows`
+        self._source = _Bits(source) if bits else source
         self._plan, self._mesh = plan, mesh
         self._frozen = jax.device_put(frozen, replicated(mesh))
         self._width = images // mesh.size  # columns a device

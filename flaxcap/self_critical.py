@@ -87,7 +87,6 @@ def make_train_step(
     """The train step without what a recipe adds to the captions' cross-entropy, or hides."""
     plain = dataclasses.replace(
         config,
-        dropout=config_lib.Dropout(),
         label_smoothing=0.0,
         doubly_stochastic=0.0,
         scheduled_sampling=0.0,

@@ -49,9 +49,10 @@ class Inputs(NamedTuple):
 
 
 def rows(bank_NPF: jax.Array, index_I: jax.Array) -> jax.Array:
-    """`feats_IPF` [I, P, F] of a device's part of the bank. uint16 are the bits of bfloat16.
+    """`feats_IPF` [I, P, F] of a device's part of the bank. On a CPU, uint16 are the bits of bfloat16.
 
-    A gather of bfloat16 itself is one of float32 to XLA on a CPU, which makes all of the bank float32 for it first.
+    A gather of bfloat16 itself is one of float32 to XLA there, which makes all of the bank float32 for it first; for a
+    TPU it would copy a bank of uint16.
     """
     found_IPF = bank_NPF[index_I]
     return jax.lax.bitcast_convert_type(found_IPF, jnp.bfloat16) if bank_NPF.dtype == jnp.uint16 else found_IPF
