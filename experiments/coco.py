@@ -21,6 +21,7 @@ def get_config() -> Config:
             ema=0.999,
             dropout=Dropout(image=0.1, embedding=0.1, output=0.5),
             cider_epochs=10,
+            cider_temperature=0.7,  # at 1, words that only smoothing makes probable are drawn
         ),
         decode=Decode(method="beam", max_length=22, beam_width=3, length_penalty=0.7, batch_size=128),
     )

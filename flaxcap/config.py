@@ -122,6 +122,7 @@ class Train:
                                        " where it grows to linearly")  # fmt: skip
     cider_epochs: int = _field(0, "epochs of self-critical training on CIDEr, after the others")
     cider_learning_rate: float = _field(5e-5, "learning rate of self-critical training")
+    cider_temperature: float = _field(1.0, "temperature at which it draws captions; less than 1 after label smoothing")
     finetune: Finetune = _group(Finetune, "a second stage, which starts with --init_from")
     hard_reward: float = _field(0.1, "attention=hard: weight of the reward for the places drawn")
     hard_entropy: float = _field(0.01, "attention=hard: weight of the entropy of the attention weights")
@@ -197,7 +198,7 @@ _POSITIVE = {
     "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
     "train": (
         "batch_images", "captions_per_image", "learning_rate", "num_buckets", "steps_per_dispatch",
-        "log_every", "keep_latest", "plateau_epochs", "plateau_factor", "cider_learning_rate",
+        "log_every", "keep_latest", "plateau_epochs", "plateau_factor", "cider_learning_rate", "cider_temperature",
     ),
     "train.finetune": ("learning_rate", "crop"),
     "decode": ("max_length", "temperature", "top_p", "beam_width", "batch_size"),

@@ -65,6 +65,7 @@ class Captioner(nnx.Module):
             self.first = nnx.Linear(c.image_dim, c.hidden_dim * (2 if c.cell == "lstm" else 1), **linear)
         self.head = nnx.Linear(self.states, c.head_dim, **linear)
         self.vocabulary = _Bias(vocab_size) if c.tied else nnx.Linear(c.head_dim, vocab_size, **linear)
+        self.temperature = 1.0  # what logits are divided by
 
     @property
     def states(self) -> int:
@@ -99,6 +100,7 @@ class Captioner(nnx.Module):
         head, vocabulary = (nnx.to_pure_dict(nnx.state(layer)) for layer in (self.head, self.vocabulary))
         if self.config.tied:
             vocabulary["kernel"] = self.embedding.embedding[...].T
+        vocabulary = {name: x / self.temperature for name, x in vocabulary.items()}
         return loss.Weights(head, vocabulary, tanh=self.config.output == "deep")
 
     def logits(self, states: jax.Array) -> jax.Array:

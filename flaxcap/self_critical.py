@@ -24,7 +24,7 @@ from flaxcap.feed import Feed
 from flaxcap.metrics.cider import Cider
 from flaxcap.metrics.ngrams import References
 from flaxcap.metrics.ptb import tokenize
-from flaxcap.model import Bind, Params
+from flaxcap.model import Bind, Captioner, Params
 from flaxcap.text import END, PAD, START, Vocabulary
 from flaxcap.train_step import Inputs, TrainState
 
@@ -87,22 +87,30 @@ def make_train_step(
     """The train step without what a recipe adds to the captions' cross-entropy, or hides."""
     plain = dataclasses.replace(
         config,
+        dropout=config_lib.Dropout(),
         label_smoothing=0.0,
         doubly_stochastic=0.0,
         scheduled_sampling=0.0,
         hard_reward=0.0,
         hard_entropy=0.0,
     )
-    return step_lib.make_train_step(lambda params: bind(_words_only(params)), optimizer, schedule, mesh, plain, 1)
+    return step_lib.make_train_step(_drawing(bind, config), optimizer, schedule, mesh, plain, 1)
 
 
-def _words_only(params: Params) -> Params:
-    """Parameters under which what is never drawn (<pad>, <unk>, <start>) has no probability.
+def _drawing(bind: Bind, config: config_lib.Train) -> Bind:
+    """The model that captions are drawn from, and that their gradient is taken of: at the preset's temperature.
 
-    What lowers the probability of captions that were drawn would otherwise raise theirs, without end.
+    What is never drawn (<pad>, <unk>, <start>) has no probability: what lowers the probability of captions that were
+    drawn would otherwise raise theirs, without end.
     """
-    bias_V = params["vocabulary"]["bias"].at[:END].set(-1e9)
-    return params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}}
+
+    def bound(params: Params) -> Captioner:
+        bias_V = params["vocabulary"]["bias"].at[:END].set(-1e9)
+        model = bind(params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}})
+        model.temperature = config.cider_temperature
+        return model
+
+    return bound
 
 
 def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
@@ -111,7 +119,7 @@ def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
     `longest`, int32 []: the tokens of the longest caption of all.
     """
     options = config_lib.Decode(method="sample", max_length=config.decode.max_length)
-    captions = config.train.captions_per_image
+    captions, bind = config.train.captions_per_image, _drawing(bind, config.train)
 
     def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 1)

@@ -179,6 +179,7 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("train.plateau_factor", 0.0, "more than 0"),
         ("train.plateau_factor", 1.5, "0 to 1"),
         ("train.cider_learning_rate", 0.0, "more than 0"),
+        ("train.cider_temperature", 0.0, "more than 0"),
         ("train.scheduled_sampling", 1.1, "0 to 1"),
         ("train.scheduled_sampling", -0.1, "0 to 1"),
         ("train.label_smoothing", 1.0, "0 or more, and less than 1"),

@@ -171,15 +171,37 @@ NOISY: dict[str, Any] = {
 }
 
 
+def words_only(params: Any, temperature: float = 1.0) -> Any:
+    """What is never drawn has no probability; logits are divided by the temperature."""
+    kernel, bias_V = (params["vocabulary"][name] for name in ("kernel", "bias"))
+    return params | {"vocabulary": {"kernel": kernel / temperature, "bias": bias_V.at[:END].set(-1e9) / temperature}}
+
+
+def test_captions_are_drawn_and_learned_at_the_temperature(data_dir, two):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, cider_temperature=0.5))
+    cool, plain = Run(data_dir, config), Run(data_dir)
+    cooled = plain.state._replace(params=words_only(plain.state.params, 0.5))
+    batches, inputs = next(iter(plain.dispatches(0, plain.plan.steps_per_epoch)))
+    ours, expected = cool.draw(cool.state, inputs, batches)[0], plain.draw(cooled, inputs, batches)[0]
+    assert (np.asarray(ours.tokens_KICT) == expected.tokens_KICT).all()
+    assert (
+        ours.tokens_KICT.shape != two.drawn()[2].tokens_KICT.shape
+        or (np.asarray(ours.tokens_KICT) != two.drawn()[2].tokens_KICT).any()
+    )
+    _, found = cool.step(cool.state, ours)
+    _, of_plain = plain.plain_step(cooled, ours)
+    np.testing.assert_allclose(found["loss"][0], of_plain["loss"][0], rtol=1e-5)
+    assert abs(float(found["loss"][0])) > 1e-3
+
+
 def test_the_step_has_nothing_of_a_recipe_but_the_weighted_cross_entropy(data_dir, two):
     """Neither masks nor terms: the gradient is the reward's."""
     _, _, found = two.drawn()
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **NOISY))
     noisy = Run(data_dir, config)
     ours, metrics_of_ours = noisy.step(noisy.state, found)
-    # What is never drawn has no probability here, and so none of the gradient.
+    # What is never drawn has none of the gradient.
     state = Run(data_dir).state
-    words_only = self_critical._words_only
     expected, expected_metrics = noisy.plain_step(state._replace(params=words_only(state.params)), found)
     jax.tree.map(np.testing.assert_array_equal, words_only(ours.params), expected.params)
     jax.tree.map(np.testing.assert_array_equal, metrics_of_ours, expected_metrics)
