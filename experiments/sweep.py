@@ -20,11 +20,12 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "flickr8k"
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
 
-# Each differs from the preset in these fields alone. `plain` is the preset without its second stage: what follows it is
-# compared with it.
-PLAIN = ["train.cider_epochs=0"]
+# Each differs from the preset in these fields alone. `plain` is the preset with a shorter first stage and without the
+# second: what follows it is compared with it.
+PLAIN = ["train.epochs=6", "train.cider_epochs=0"]
 VARIANTS = {
     "full": [],
+    "first_stage": ["train.cider_epochs=0"],
     "plain": PLAIN,
     "mixed10": [*PLAIN, "encoder.block=mixed10"],
     "no_dropout": [*PLAIN, *(f"train.dropout.{kind}=0" for kind in ("image", "embedding", "output", "recurrent"))],
@@ -43,7 +44,7 @@ VARIANTS = {
     "tied": [*PLAIN, "model.tied=true", "model.head_dim=256"],
     "constant_rate": [*PLAIN, "train.schedule=constant"],
     "plateau": [*PLAIN, "train.schedule=plateau"],
-    "long": [*PLAIN, "train.epochs=20"],
+    "long": ["train.epochs=20", "train.cider_epochs=0"],
     "half_rate": [*PLAIN, "train.learning_rate=5e-4"],
     "large_vocabulary": [*PLAIN, "data.vocab_size=5000"],
 }

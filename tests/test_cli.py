@@ -12,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from command import flaxcap
 from PIL import Image
 from trained import Trained, tiny_config
 
@@ -43,13 +44,6 @@ def fields(config: object, prefix: str = "") -> list[str]:
         group = dataclasses.is_dataclass(value)
         names += fields(value, f"{prefix}{field.name}.") if group else [prefix + field.name]
     return names
-
-
-def program(*args, cwd=None) -> subprocess.CompletedProcess[str]:
-    """The installed program in a process of its own, on one device."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", "from flaxcap.main import run; run()", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -231,14 +225,14 @@ def test_a_place_that_cannot_be_written_is_named(trained: Trained, refused, tmp_
 
 def test_prepare_and_train_in_processes_of_their_own(trained: Trained, tmp_path):
     data = tmp_path / "data"
-    found = program("prepare", f"--config={trained.preset}", f"--data_dir={data}", "--num_workers=1")
+    found = flaxcap("prepare", f"--config={trained.preset}", f"--data_dir={data}", "--num_workers=1")
     assert (found.returncode, found.stderr) == (0, "")
     (store,) = (data / "features").iterdir()
     assert found.stdout.splitlines()[-1] == f"prepared: {store}"
     assert re.search(r"^train: 32 images with features, 0 skipped$", found.stdout, re.MULTILINE)
 
     workdir = tmp_path / "run"
-    found = program(
+    found = flaxcap(
         "train", f"--config={trained.preset}", f"--data_dir={data}", f"--workdir={workdir}", "--config.train.epochs=1"
     )
     assert (found.returncode, found.stderr) == (0, "")
@@ -250,7 +244,7 @@ def test_prepare_and_train_in_processes_of_their_own(trained: Trained, tmp_path)
 
 def test_a_run_is_evaluated_captioned_and_exported_by_processes(trained: Trained, picture, tmp_path):
     run = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
-    found = program("evaluate", *run, "--split=test", f"--out_dir={tmp_path}/scores")
+    found = flaxcap("evaluate", *run, "--split=test", f"--out_dir={tmp_path}/scores")
     assert (found.returncode, found.stderr) == (0, "")
     report = json.loads((tmp_path / "scores" / "scores.json").read_text())
     said = dict(line.split(None, 1) for line in found.stdout.splitlines()[:-1])
@@ -260,11 +254,11 @@ def test_a_run_is_evaluated_captioned_and_exported_by_processes(trained: Trained
     assert len(predictions) == 8
     assert all(type(p["image_id"]) is int and p["caption"] for p in predictions)
 
-    found = program("export", *run, f"--out={tmp_path}/exported")
+    found = flaxcap("export", *run, f"--out={tmp_path}/exported")
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout == f"exported to {tmp_path}/exported\n"
 
-    found = program("caption", picture, f"--model={tmp_path}/exported", "--plot", cwd=tmp_path)
+    found = flaxcap("caption", picture, f"--model={tmp_path}/exported", "--plot", cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     line, plot = found.stdout.splitlines()
     assert re.fullmatch(rf"{re.escape(str(picture))}: a [a-z ]+  \(log-probability -\d+\.\d\d\)", line)
@@ -277,7 +271,7 @@ def test_a_run_is_evaluated_captioned_and_exported_by_processes(trained: Trained
     ["caption nothere.jpg --model=nowhere", "train --config=nowhere.py --workdir=w", "evaluate --helpp", "prepared"],
 )
 def test_a_process_ends_with_one_line_and_status_1(args, tmp_path):
-    found = program(*args.split(), cwd=tmp_path)
+    found = flaxcap(*args.split(), cwd=tmp_path)
     assert found.returncode == 1
     assert found.stdout == ""
     assert re.fullmatch(r"flaxcap.*: .+\n", found.stderr)

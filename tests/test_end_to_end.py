@@ -1,38 +1,22 @@
 """Every command in a process of its own, as a user runs it: on `shapes`, COCO-like zips, photographs."""
 
 import json
-import os
-import pathlib
 import shutil
-import subprocess
-import sys
 
 from coco_sample import write_coco_zips
+from command import succeed
 from PIL import Image
 
 from flaxcap import logs
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def flaxcap(*args: object, devices: int = 1) -> str:
-    """Runs a command, which must succeed without a word of complaint, and returns what it printed."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-W", "error", "-c", "from flaxcap.main import run; run()", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Warning" not in done.stderr
-    return done.stdout
 
 
 def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
     """The preset as `./launch.sh` runs it: at least 80% of the held-out captions are true of their picture."""
     data, run = tmp_path / "data", tmp_path / "run"
     preset = ["--config=experiments/shapes.py", f"--data_dir={data}"]
-    assert "prepared: " in flaxcap("prepare", *preset)
-    assert "best validation CIDEr" in flaxcap("train", *preset, f"--workdir={run}")
-    flaxcap("evaluate", f"--workdir={run}", f"--data_dir={data}", "--split=test")
+    assert "prepared: " in succeed("prepare", *preset)
+    assert "best validation CIDEr" in succeed("train", *preset, f"--workdir={run}")
+    succeed("evaluate", f"--workdir={run}", f"--data_dir={data}", "--split=test")
 
     scores = json.loads((run / "test" / "scores.json").read_text())["scores"]
     predictions = json.loads((run / "test" / "predictions.json").read_text())
@@ -42,7 +26,7 @@ def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
     assert scores["true_swapped"] < 0.1
     assert scores["CIDEr"] > 2 * scores["CIDEr_swapped"]
 
-    out = flaxcap(
+    out = succeed(
         "caption", f"--workdir={run}", f"--data_dir={data}", "--split=test", "--num_images=2", "--plot",
         f"--out_dir={tmp_path / 'captions'}",
     )  # fmt: skip
@@ -54,12 +38,12 @@ def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):
         with Image.open(plot) as image:
             assert image.width > 300
 
-    flaxcap("export", f"--workdir={run}", f"--data_dir={data}", f"--out={tmp_path / 'exported'}")
+    succeed("export", f"--workdir={run}", f"--data_dir={data}", f"--out={tmp_path / 'exported'}")
     shutil.rmtree(data)
     shutil.rmtree(run)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (200, 100), "gray").save(picture)
-    assert f"{picture}: " in flaxcap("caption", picture, f"--model={tmp_path / 'exported'}")
+    assert f"{picture}: " in succeed("caption", picture, f"--model={tmp_path / 'exported'}")
 
 
 def test_coco_layout(tmp_path):
@@ -68,22 +52,22 @@ def test_coco_layout(tmp_path):
     write_coco_zips(tmp_path / "zips", n_train=12, n_restval=6, n_val=5, n_test=5)
     smaller = ["--config.encoder.weights=random", "--config.encoder.block=mixed0", "--config.encoder.image_size=96"]
     preset = ["--config=experiments/coco.py", *smaller, f"--data_dir={tmp_path / 'data'}"]
-    out = flaxcap("prepare", *preset, f"--manual_dir={tmp_path / 'zips'}")
+    out = succeed("prepare", *preset, f"--manual_dir={tmp_path / 'zips'}")
     assert "train: 18 images with features" in out  # train+restval
     run = tmp_path / "run"
     epochs = ["--config.train.epochs=1", "--config.train.cider_epochs=1"]
     options = [*epochs, "--config.train.batch_images=4", f"--workdir={run}"]
-    flaxcap("train", *preset, *options, devices=2)
+    succeed("train", *preset, *options, devices=2)
     assert [line["epoch"] for line in logs.read(run) if "epoch" in line] == [1, 2]
     model = [f"--workdir={run}", f"--data_dir={tmp_path / 'data'}"]
-    flaxcap("evaluate", *model, "--split=test")
+    succeed("evaluate", *model, "--split=test")
     predictions = json.loads((run / "test" / "predictions.json").read_text())
     assert len(predictions) == 5
     assert all(isinstance(p["image_id"], int) and isinstance(p["caption"], str) for p in predictions)
     exported = tmp_path / "exported"
-    flaxcap("export", *model, f"--out={exported}")
-    one = flaxcap("caption", *model, "--split=test", "--num_images=2").splitlines()
-    two = flaxcap("caption", f"--model={exported}", f"--data_dir={tmp_path / 'data'}", "--split=test", "--num_images=2")
+    succeed("export", *model, f"--out={exported}")
+    one = succeed("caption", *model, "--split=test", "--num_images=2").splitlines()
+    two = succeed("caption", f"--model={exported}", f"--data_dir={tmp_path / 'data'}", "--split=test", "--num_images=2")
     assert one == two.splitlines()
 
 
@@ -91,11 +75,11 @@ def test_photographs(tmp_path, flickr_dir, inception_h5):
     """Flickr8k's preset with real weights at an early block, on a few photographs: the loss falls, words come."""
     preset = ["--config=experiments/flickr8k.py", f"--data_dir={tmp_path / 'data'}", "--config.data.max_images=40"]
     preset += ["--config.encoder.block=mixed2", "--config.train.batch_images=8", "--config.train.warmup_steps=5"]
-    flaxcap("prepare", *preset, f"--manual_dir={flickr_dir}", f"--encoder_weights={inception_h5}")
+    succeed("prepare", *preset, f"--manual_dir={flickr_dir}", f"--encoder_weights={inception_h5}")
     run = tmp_path / "run"
-    flaxcap("train", *preset, "--config.train.epochs=3", f"--workdir={run}")
+    succeed("train", *preset, "--config.train.epochs=3", f"--workdir={run}")
     losses = [line["val/loss"] for line in logs.read(run) if "val/loss" in line]
     assert losses[-1] < losses[0]
     photograph = sorted((flickr_dir / "Images").iterdir())[0]
-    out = flaxcap("caption", photograph, f"--workdir={run}", f"--data_dir={tmp_path / 'data'}")
+    out = succeed("caption", photograph, f"--workdir={run}", f"--data_dir={tmp_path / 'data'}")
     assert out.startswith(f"{photograph}: a ")

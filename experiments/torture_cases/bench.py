@@ -5,7 +5,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -76,14 +75,12 @@ class Bench:
         ids = [f"--distributed=127.0.0.1:{port},2,{n}" for n in range(2)]
         return [self.train(workdir, *more, number, devices=devices) for number in ids]
 
-    def finish(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> float:
-        """Runs to the end; seconds."""
-        begin = time.perf_counter()
+    def finish(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> None:
+        """Runs to the end."""
         process = self.train(workdir, *more, devices=devices)
         out, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(out)
-        return time.perf_counter() - begin
 
 
 def result(name: str, tried: int, lost: list[str], **figures: float) -> dict:

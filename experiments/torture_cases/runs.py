@@ -22,6 +22,29 @@ def in_a_save(workdir: pathlib.Path) -> bool:
     return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
 
+def written(workdir: pathlib.Path) -> int:
+    """Lines of a run's log."""
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def await_any_moment(
+    process: subprocess.Popen,
+    workdir: pathlib.Path,
+    whole: pathlib.Path,
+    rng: random.Random,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Waits for a random place in what is left of a run, by its log, or for `stop`; whether it was stopped."""
+    until = rng.randint(written(workdir), written(whole))
+    while process.poll() is None and written(workdir) < until:
+        if stop():
+            return True
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.3))
+    return False
+
+
 Disturb = Callable[[subprocess.Popen, pathlib.Path, int], bool]  # process, workdir, which time -> whether it did
 MOST = 10  # disturbances of one run
 
@@ -52,17 +75,19 @@ def train_killed(scratch: pathlib.Path, scale: float) -> dict:
     """SIGKILL at random times, many of them inside a save; at the end bit-equal to a run that was left alone."""
     bench, rng, lost = Bench(scratch), random.Random(0), []
     bench.finish(scratch / "warm")
-    seconds = bench.finish(scratch / "whole")
+    bench.finish(scratch / "whole")
     saves = 0
 
     def kill(process: subprocess.Popen, workdir: pathlib.Path, n: int) -> bool:
         nonlocal saves
-        end = time.monotonic() + rng.uniform(0.3, 1.0) * seconds
-        while time.monotonic() < end and process.poll() is None:
-            if n % 2 and in_a_save(workdir) and rng.random() < 0.3:
-                saves += 1
-                break
-            time.sleep(0.002)
+
+        def saving() -> bool:
+            return n % 2 == 1 and in_a_save(workdir) and rng.random() < 0.05
+
+        if rng.random() < 0.2:  # while it starts
+            time.sleep(rng.uniform(0, 6))
+        else:
+            saves += await_any_moment(process, workdir, scratch / "whole", rng, saving)
         process.kill()
         return True
 
@@ -74,12 +99,12 @@ def train_preempted(scratch: pathlib.Path, scale: float) -> dict:
     """SIGTERM at random times of a run: saved, ended with status 75 within 30 s, and at the end bit-equal."""
     bench, rng, lost = Bench(scratch), random.Random(1), []
     bench.finish(scratch / "warm")
-    seconds = bench.finish(scratch / "whole")
+    bench.finish(scratch / "whole")
     worst = 0.0
 
     def stop(process: subprocess.Popen, workdir: pathlib.Path, _: int) -> bool:
         nonlocal worst
-        time.sleep(rng.uniform(0.5, 1.0) * seconds)
+        await_any_moment(process, workdir, scratch / "whole", rng)
         if process.poll() is not None:
             return False
         begin = time.monotonic()

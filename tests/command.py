@@ -1,0 +1,25 @@
+"""flaxcap in a process of its own, as users run it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+RUN = "from flaxcap.main import run; run()"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def flaxcap(*args: object, cwd: pathlib.Path = ROOT, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a command on so many devices, its programs compiled as for users (see conftest); warnings are errors."""
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-W", "error", "-c", RUN, *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
+
+
+def succeed(*args: object, devices: int = 1) -> str:
+    """Runs a command, which must succeed without a word of complaint, and returns what it printed."""
+    done = flaxcap(*args, devices=devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
