@@ -45,7 +45,7 @@ def caption(
     batch_size = features.batch_size(config.encoder)
     while group := list(itertools.islice(pictures, batch_size)):
         loaded = [_load(get, config.encoder.image_size, plot_dir is not None) for _, get in group]
-        good = [picture.pixels for picture in loaded if isinstance(picture, _Picture)]
+        good = [picture.pixels for picture in loaded if not isinstance(picture, str)]
         found = None
         if good:
             # One shape for a full batch and one for a single picture: two compilations at most.
@@ -55,7 +55,7 @@ def caption(
         place = 0
         for (name, _), picture in zip(group, loaded, strict=True):
             number = next(numbers)
-            if not isinstance(picture, _Picture) or found is None:
+            if isinstance(picture, str) or found is None:
                 yield Captioned(name, reason=str(picture))
                 continue
             text = captioner.vocabulary.decode(found.tokens_IT[place])
@@ -92,13 +92,13 @@ class _Picture(NamedTuple):
     shown: np.ndarray | None  # in its own aspect, for the drawing
 
 
-def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | Exception:
+def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | str:
     """A picture, or why it cannot be had."""
     try:
         found = get()
         return _Picture(images.decode(found, size), images.upright(found) if show else None)
     except (images.ImageError, fetch.FetchError) as e:
-        return e
+        return str(e)  # the exception itself would hold on to half-decoded pixels
 
 
 def _stem(name: str) -> str:

@@ -112,14 +112,14 @@ def extract(
 
 def _load_ahead(
     pool: ThreadPoolExecutor, load: Callable[[int], np.ndarray], rows: Iterator[int], ahead: int
-) -> Iterator[tuple[int, np.ndarray | ImageError]]:
+) -> Iterator[tuple[int, np.ndarray | str]]:
     """(row, what was loaded or why not), in order, `ahead` of them under way."""
 
-    def attempt(row: int) -> tuple[int, np.ndarray | ImageError]:
+    def attempt(row: int) -> tuple[int, np.ndarray | str]:
         try:
             return row, load(row)
         except ImageError as e:
-            return row, e
+            return row, str(e)  # the exception itself would hold on to half-decoded pixels
 
     under_way = collections.deque(pool.submit(attempt, row) for row in itertools.islice(rows, ahead))
     try:
@@ -133,13 +133,13 @@ def _load_ahead(
 
 
 def _without_bad(
-    items: Iterator[tuple[int, np.ndarray | ImageError]], split: Split, bad: list[Skipped]
+    items: Iterator[tuple[int, np.ndarray | str]], split: Split, bad: list[Skipped]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The pictures that were loaded; the others are put into `bad`."""
     for row, found in items:
-        if isinstance(found, ImageError):
+        if isinstance(found, str):
             logging.warning("%s: skipped: %s", split.rows[row].filename, found)
-            bad.append(Skipped(row, split.rows[row].filename, str(found)))
+            bad.append(Skipped(row, split.rows[row].filename, found))
         else:
             yield row, found
 

@@ -1,13 +1,16 @@
 """Pictures from strangers: broken ones and bombs, through the decoder, and through `prepare` and `caption`."""
 
+import io
 import json
 import os
+import pathlib
 import re
 import struct
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 from torture_cases import bombs as torture_bombs
 from torture_cases import images as torture_images
 from torture_cases import programs as torture_programs
@@ -157,6 +160,22 @@ def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
     assert images.decode(data, 4).shape == (4, 4, 3)
     with pytest.raises(ImageError, match=f"more than the {len(data)} bytes allowed"):
         images.decode(data + b"x", 4)
+
+
+def test_the_error_of_a_damaged_picture_does_not_keep_its_pixels():
+    out = io.BytesIO()
+    Image.new("RGBA", (3000, 3000), "gray").save(out, "PNG")  # 36 MB unpacked
+    errors, before = [], resident_mb()
+    for _ in range(8):
+        with pytest.raises(ImageError, match="damaged") as found:
+            images.decode(out.getvalue()[:-1000])
+        errors.append(found.value)
+    assert resident_mb() - before < 100
+
+
+def resident_mb() -> float:
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):

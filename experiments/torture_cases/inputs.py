@@ -138,7 +138,7 @@ def bombs(scratch: pathlib.Path, scale: float) -> dict:
         file = scratch / name
         file.write_bytes(make())
         size = file.stat().st_size
-        command = (sys.executable, "-c", DECODE, scratch / "sound.jpg", file, pathlib.Path(__file__).parent)
+        command = (sys.executable, "-c", DECODE, scratch / "sound.jpg", file, pathlib.Path(__file__).parent.parent)
         ended = torture_programs.run(*command, within_s=300)
         file.unlink()
         if ended.status:

@@ -114,7 +114,8 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
             drafted = image.draft(None, (2 * width, 2 * height))
             # libjpeg keeps all coefficients until the last scan; of a single scan it keeps a few rows.
             kept = whole if scans > 1 or "progressive" in image.info else image.width * image.height
-            with _MEMORY.take(kept * BYTES_A_PIXEL):
+            # Closed, it gives its pixels back first: else they would count as free while somebody holds its error.
+            with _MEMORY.take(kept * BYTES_A_PIXEL), contextlib.closing(image):
                 return _resized(image, width, height, drafted[1] if drafted else None)
     except ImageError:
         raise
