@@ -135,7 +135,7 @@ def read_manifest(file: epath.Path) -> dict[str, Any]:
 
 def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
     """To a store, twice: what the features were made of is told nowhere else."""
-    for name in (MANIFEST, COPY):
+    for name in (COPY, MANIFEST):  # where there is a manifest, there is its copy
         write_whole(path / name, checksums.seal(manifest, indent=2))
 
 
