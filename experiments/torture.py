@@ -1,6 +1,6 @@
 """Breaks flaxcap as life breaks it, with real processes and real rubbish, and counts what survives.
 
-    python experiments/torture.py                         all cases, about two hours on two cores
+    python experiments/torture.py                         all cases, about fifty minutes on two cores
     python experiments/torture.py --scale=0.05            a twentieth of each
     python experiments/torture.py --only=kill,sigterm     the cases whose names hold one of these
 
@@ -39,7 +39,7 @@ def run(case, scale: float) -> dict:
         "seconds": round(time.perf_counter() - begin, 1),
         "scale": scale,
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": f"{platform.platform()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores",
     }
 
 
