@@ -29,6 +29,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "torture.json"
 def run(case, scale: float) -> dict:
     """What a case found; one that breaks down has lost."""
     begin = time.perf_counter()
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
         try:
             found = case(pathlib.Path(scratch), scale)
@@ -39,7 +40,7 @@ def run(case, scale: float) -> dict:
         "seconds": round(time.perf_counter() - begin, 1),
         "scale": scale,
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores",
+        "machine": machine,
     }
 
 
