@@ -7,7 +7,7 @@ import pytest
 from command import succeed
 from trained import Trained
 
-from flaxcap import evaluate, export, finetune
+from flaxcap import evaluate, export, finetune, logs
 from flaxcap.config import Encoder, Finetune
 from flaxcap.encoders import inception_v3
 from flaxcap.model import ENCODER
@@ -75,6 +75,8 @@ def test_a_second_stage_trains_the_encoder_and_is_exported_with_it(trained: Trai
     preset = [f"--config={trained.preset}", *(f"--config.train.{name}={value}" for name, value in fields.items())]
     places = [f"--data_dir={trained.data_dir}", f"--workdir={tmp_path}/run", f"--init_from={trained.workdir}"]
     succeed("train", *preset, *places)
+    (validated,) = (line for line in logs.read(tmp_path / "run") if "epoch" in line)
+    assert np.isfinite([validated["val/loss"], validated["val/cider"]]).all()
     before = export.load(workdir=trained.workdir, data_dir=trained.data_dir)
     after = export.load(workdir=tmp_path / "run", data_dir=trained.data_dir)
     changed = {

@@ -18,6 +18,11 @@ from flaxcap.encoders import weights
 from flaxcap.encoders.weights import WeightsError
 from flaxcap.text import VocabularyError
 
+# Where one array cannot be read, Orbax closes its event loop while TensorStore reads the others, which complain.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(?s)Exception ignored in. None.*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
+
 # Weights
 
 
