@@ -20,7 +20,8 @@ def get_config() -> Config:
             label_smoothing=0.1,
             ema=0.99,
             dropout=Dropout(image=0.3, embedding=0.3, output=0.5, recurrent=0.2),
-            cider_epochs=6,
+            cider_epochs=8,
+            cider_learning_rate=2e-4,
             cider_temperature=0.7,  # at 1, words that only smoothing makes probable are drawn
         ),
         decode=Decode(method="beam", max_length=22, beam_width=3, length_penalty=0.7, batch_size=32),

@@ -121,7 +121,7 @@ class Train:
     scheduled_sampling: float = _field(0.0, "share of given words replaced by the model's own at the end of training,"
                                        " where it grows to linearly")  # fmt: skip
     cider_epochs: int = _field(0, "epochs of self-critical training on CIDEr, after the others")
-    cider_learning_rate: float = _field(5e-5, "learning rate of self-critical training")
+    cider_learning_rate: float = _field(5e-5, "peak learning rate of self-critical training, which has no warm-up")
     cider_temperature: float = _field(1.0, "temperature at which it draws captions; less than 1 after label smoothing")
     finetune: Finetune = _group(Finetune, "a second stage, which starts with --init_from")
     hard_reward: float = _field(0.1, "attention=hard: weight of the reward for the places drawn")

@@ -99,7 +99,7 @@ def _train(
         f" features {'on the device' if feed.resident else 'streamed'}; {mesh.size} devices"
     )
     bind, init = model.create(config, prepared.feature_dim, len(vocabulary))
-    schedule = step_lib.learning_rate(config.train, first_stage)
+    schedule = step_lib.learning_rate(config.train, first_stage, last - first_stage)
     optimizer = step_lib.make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, stage.encode)
     validate = validation.Validation(

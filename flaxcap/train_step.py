@@ -74,9 +74,9 @@ def over_images(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
-def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
-    """Linear warm-up to the peak, then down a half cosine to 2% of it at step `steps`, or constant; then what
-    self-critical training has. What "plateau" makes of it is in `TrainState.rate`.
+def learning_rate(config: config_lib.Train, steps: int, cider_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up to the peak, then down a half cosine to 2% of it at step `steps`, or constant; then the same of
+    self-critical training's, without a warm-up. What "plateau" makes of it is in `TrainState.rate`.
     """
     warmup = min(config.warmup_steps, steps // 2)
     if config.schedule == "cosine":
@@ -87,9 +87,12 @@ def learning_rate(config: config_lib.Train, steps: int) -> optax.Schedule:
         schedule = optax.linear_schedule(0, config.learning_rate, config.warmup_steps)
     else:
         schedule = optax.constant_schedule(config.learning_rate)
-    if config.cider_epochs:
-        schedule = optax.join_schedules([schedule, optax.constant_schedule(config.cider_learning_rate)], [steps])
-    return schedule
+    if not cider_steps:
+        return schedule
+    later = optax.constant_schedule(config.cider_learning_rate)
+    if config.schedule == "cosine":
+        later = optax.cosine_decay_schedule(config.cider_learning_rate, cider_steps, alpha=1 / 50)
+    return optax.join_schedules([schedule, later], [steps])
 
 
 def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:

@@ -77,7 +77,8 @@ def test_photographs(tmp_path, flickr_dir, inception_h5):
     preset += ["--config.encoder.block=mixed2", "--config.train.batch_images=8", "--config.train.warmup_steps=5"]
     succeed("prepare", *preset, f"--manual_dir={flickr_dir}", f"--encoder_weights={inception_h5}")
     run = tmp_path / "run"
-    succeed("train", *preset, "--config.train.epochs=3", f"--workdir={run}")
+    epochs = ["--config.train.epochs=3", "--config.train.cider_epochs=1"]
+    succeed("train", *preset, *epochs, f"--workdir={run}")
     losses = [line["val/loss"] for line in logs.read(run) if "val/loss" in line]
     assert losses[-1] < losses[0]
     photograph = sorted((flickr_dir / "Images").iterdir())[0]
