@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import sys
 
+from flaxcap import checkpoint
+
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "flickr8k"
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
@@ -60,7 +62,7 @@ def flaxcap(*args: str) -> None:
 
 def trained(workdir: pathlib.Path) -> float:
     """Seconds of training alone, all that went on after an interruption together."""
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda step: int(step.name))
+    newest = checkpoint.steps(workdir / "checkpoints")[-1]
     return json.loads((newest / "progress" / "metadata").read_text())["seconds"]
 
 

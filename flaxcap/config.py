@@ -107,8 +107,8 @@ class Train:
     epochs: int = _field(20, "passes over the training captions")
     learning_rate: float = _field(1e-3, "peak learning rate of Adam")
     warmup_steps: int = _field(100, "steps of linear warm-up")
-    schedule: str = _field("cosine", "learning rate after the warm-up: down to 2%, kept, or multiplied by"
-                           " plateau_factor whenever plateau_epochs brought no better validation",
+    schedule: str = _field("cosine", "learning rate after the warm-up: down to 2% (of each stage's), kept, or"
+                           " multiplied by plateau_factor whenever plateau_epochs brought no better validation",
                            ("cosine", "constant", "plateau"))  # fmt: skip
     plateau_epochs: int = _field(2, "schedule=plateau: epochs without a better validation score")
     plateau_factor: float = _field(0.5, "schedule=plateau: what the learning rate is multiplied by")

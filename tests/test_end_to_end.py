@@ -79,8 +79,11 @@ def test_photographs(tmp_path, flickr_dir, inception_h5):
     run = tmp_path / "run"
     epochs = ["--config.train.epochs=3", "--config.train.cider_epochs=1"]
     succeed("train", *preset, *epochs, f"--workdir={run}")
-    losses = [line["val/loss"] for line in logs.read(run) if "val/loss" in line]
+    lines = logs.read(run)
+    losses = [line["val/loss"] for line in lines if "val/loss" in line]
     assert losses[-1] < losses[0]
+    rates = [line["train/learning_rate"] for line in lines if "train/cider_d" in line]
+    assert 0 < rates[-1] < 1e-4  # of the second stage, from 2e-4 down
     photograph = sorted((flickr_dir / "Images").iterdir())[0]
     out = succeed("caption", photograph, f"--workdir={run}", f"--data_dir={tmp_path / 'data'}")
     assert out.startswith(f"{photograph}: a ")
