@@ -15,7 +15,7 @@ def get_config() -> Config:
         train=Train(
             batch_images=32,
             epochs=10,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup_steps=200,
             label_smoothing=0.1,
             ema=0.99,

@@ -2,10 +2,10 @@
 
     python experiments/sweep.py --manual_dir=FLICKR8K                 prepares, then all variants, hours on two cores
     python experiments/sweep.py --only=full,plain --seeds=0,1,2       those alone, each with three seeds
-    python experiments/sweep.py --table                               the table of what is there
+    python experiments/sweep.py --table                               tables and curves of what is there
 
-A variant that has its result file is left alone, and one that was interrupted goes on: start it again at any time. The
-results are experiments/results/flickr8k/NAME-SEED.json; all choices are made on the dev split.
+A variant that has its result file, RESULTS/NAME-SEED.json, is left alone, and one that was interrupted goes on: start
+it again at any time. All choices are made on the dev split.
 """
 
 import argparse
@@ -15,25 +15,27 @@ import statistics
 import subprocess
 import sys
 
-from flaxcap import checkpoint
+import numpy as np
+from matplotlib.figure import Figure
+
+from flaxcap import checkpoint, metrics, presets, scores, store
 
 HERE = pathlib.Path(__file__).parent
-RESULTS = HERE / "results" / "flickr8k"
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
 
 # Each differs from the preset in these fields alone. `plain` is the preset with a shorter first stage and without the
 # second: what follows it is compared with it.
 PLAIN = ["train.epochs=6", "train.cider_epochs=0"]
+HALF_DROPOUT = [f"train.dropout.{kind}" for kind in ("image=0.15", "embedding=0.15", "output=0.25", "recurrent=0.1")]
 VARIANTS = {
     "full": [],
     "first_stage": ["train.cider_epochs=0"],
+    "first_stage_half_dropout": ["train.cider_epochs=0", *HALF_DROPOUT],
+    "first_stage_double_rate": ["train.cider_epochs=0", "train.learning_rate=4e-3"],
     "plain": PLAIN,
     "mixed10": [*PLAIN, "encoder.block=mixed10"],
     "no_dropout": [*PLAIN, *(f"train.dropout.{kind}=0" for kind in ("image", "embedding", "output", "recurrent"))],
-    "half_dropout": [
-        *PLAIN,
-        *(f"train.dropout.{kind}" for kind in ("image=0.15", "embedding=0.15", "output=0.25", "recurrent=0.1")),
-    ],
+    "half_dropout": [*PLAIN, *HALF_DROPOUT],
     "no_label_smoothing": [*PLAIN, "train.label_smoothing=0"],
     "no_ema": [*PLAIN, "train.ema=0"],
     "shallow_output": [*PLAIN, "model.output=state"],
@@ -50,7 +52,7 @@ VARIANTS = {
     "constant_rate": [*PLAIN, "train.schedule=constant"],
     "plateau": [*PLAIN, "train.schedule=plateau"],
     "long": ["train.epochs=20", "train.cider_epochs=0"],
-    "double_rate": [*PLAIN, "train.learning_rate=2e-3"],
+    "half_rate": [*PLAIN, "train.learning_rate=1e-3"],
     "large_vocabulary": [*PLAIN, "data.vocab_size=5000"],
 }
 
@@ -66,9 +68,19 @@ def trained(workdir: pathlib.Path) -> float:
     return json.loads((newest / "progress" / "metadata").read_text())["seconds"]
 
 
+def drawn(workdir: pathlib.Path, data_dir: str, count: int = 20) -> list[dict]:
+    """Captions of the dev split drawn at random, always of the same images, and the CIDEr-D of each."""
+    split = store.Store.finished(data_dir, presets.load(str(workdir / "config.json"))).split("val")
+    rows = [split.rows[n] for n in split.present()]
+    texts = scores.read(workdir / "val" / "predictions.json", rows)
+    cider_I = metrics.Scorer([row.captions for row in rows]).cider(texts)
+    chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
+    return [{"image": rows[n].filename, "caption": texts[n], "CIDEr": round(float(cider_I[n]), 3)} for n in chosen]
+
+
 def run(name: str, seed: int, a: argparse.Namespace) -> None:
     """Trains and scores a variant, unless it has a result."""
-    file, workdir = RESULTS / f"{name}-{seed}.json", a.runs / f"{name}-{seed}"
+    file, workdir = a.results / f"{name}-{seed}.json", a.runs / f"{name}-{seed}"
     if file.exists():
         return
     print(f"{name}, seed {seed}", flush=True)
@@ -83,22 +95,25 @@ def run(name: str, seed: int, a: argparse.Namespace) -> None:
     curve = [
         {k: v for k, v in line.items() if k == "epoch" or k.startswith("val/")} for line in lines if "epoch" in line
     ]
-    scores = json.loads((workdir / "val" / "scores.json").read_text())
+    found = json.loads((workdir / "val" / "scores.json").read_text())
     seconds = round(trained(workdir), 1)
-    found = {"variant": name, "seed": seed, "fields": fields, "training_seconds": seconds, **scores, "curve": curve}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    result = {"variant": name, "seed": seed, "fields": fields, "training_seconds": seconds, **found}
+    result |= {"curve": curve, "captions": drawn(workdir, a.data_dir)}
+    a.results.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def table() -> str:
-    """Of all results, as Markdown: a variant's mean, and its standard deviation where it has several seeds."""
-    found: dict[str, list[dict]] = {}
-    for file in sorted(RESULTS.glob("*.json")):
-        result = json.loads(file.read_text())
-        found.setdefault(result["variant"], []).append(result)
+def read(results: pathlib.Path) -> dict[str, list[dict]]:
+    """Each variant's results, one a seed, in the order of VARIANTS."""
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    by_name = {name: [r for r in found if r["variant"] == name] for name in VARIANTS}
+    return {name: runs for name, runs in by_name.items() if runs}
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    """As Markdown: a variant's mean, and its standard deviation where it has several seeds."""
     lines = ["| variant | seeds | " + " | ".join(SHOWN) + " | minutes of training |", "|---" * (len(SHOWN) + 3) + "|"]
-    for name in (name for name in VARIANTS if name in found):
-        runs = found[name]
+    for name, runs in found.items():
         cells = []
         for score in SHOWN:
             values = [100 * r["scores"][score] for r in runs if score in r["scores"]]
@@ -109,17 +124,40 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def captions(result: dict) -> str:
+    """Those drawn of a result, as Markdown, the best first."""
+    found = sorted(result["captions"], key=lambda c: -c["CIDEr"])
+    lines = ["| image | caption | CIDEr |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {c['image']} | {c['caption']} | {100 * c['CIDEr']:.0f} |" for c in found)])
+
+
+def curves(found: dict[str, list[dict]], file: pathlib.Path) -> None:
+    """A PNG of dev's CIDEr after each epoch: `full` in black, a line a seed, of the others their first seed."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="CIDEr on dev")
+    for name, runs in found.items():
+        color, width = ("black", 2) if name == "full" else (None, 1)
+        for number, result in enumerate(runs if name == "full" else runs[:1]):
+            points = [(line["epoch"], 100 * line["val/cider"]) for line in result["curve"]]
+            axes.plot(*zip(*points, strict=True), label="" if number else name, color=color, lw=width)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(HERE / "flickr8k.py"))
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/flickr8k"))
+    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results" / "flickr8k")
     parser.add_argument("--manual_dir", default="", help="Flickr8k's files; without, features are there already")
     parser.add_argument("--encoder_weights", default="", help="in the place of the published ones")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--field", dest="fields", action="append", default=[], help="FIELD=VALUE, of every variant")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--table", action="store_true", help="only the tables and the curves")
     a = parser.parse_args()
     unknown = set(a.only.split(",")) - set(VARIANTS)
     if unknown:
@@ -128,7 +166,12 @@ def main() -> None:
         for seed in map(int, a.seeds.split(",")):
             for name in a.only.split(","):
                 run(name, seed, a)
-    print(table())
+    found = read(a.results)
+    print(table(found))
+    if "full" in found:
+        print(f"\n{captions(found['full'][0])}")
+    if found:
+        curves(found, a.results / "curves.png")
 
 
 if __name__ == "__main__":
