@@ -1,7 +1,7 @@
 """Flickr8k with its official splits: 6,000 training photographs with five captions each, features of `mixed10`.
 
 A small data set: what keeps the decoder from learning it by heart (dropout, smoothed labels, averaged weights) is worth
-more than its size. README.md has the scores, and what each option is worth.
+more than its size. README.md has the scores; sweep.py measures what each option is worth.
 """
 
 from flaxcap.config import Config, Data, Decode, Dropout, Model, Train

@@ -75,7 +75,7 @@ def test_photographs(tmp_path, flickr_dir, inception_h5):
     """Flickr8k's preset with real weights at an early block, on a few photographs: the loss falls, words come."""
     preset = ["--config=experiments/flickr8k.py", f"--data_dir={tmp_path / 'data'}", "--config.data.max_images=40"]
     preset += ["--config.encoder.block=mixed2", "--config.train.batch_images=8", "--config.train.warmup_steps=5"]
-    preset += ["--config.train.learning_rate=1e-3"]  # of few photographs and steps
+    preset += ["--config.train.learning_rate=1e-3"]  # the preset's is too much for 15 steps: the loss would rise
     succeed("prepare", *preset, f"--manual_dir={flickr_dir}", f"--encoder_weights={inception_h5}")
     run = tmp_path / "run"
     epochs = ["--config.train.epochs=3", "--config.train.cider_epochs=1"]
