@@ -14,6 +14,7 @@ from jax.nn import initializers
 
 from flaxcap import attention
 from flaxcap import config as config_lib
+from flaxcap.linear import kernel_gradient
 
 
 class Memory(NamedTuple):
@@ -221,12 +222,8 @@ def _forward(graph, weights, memory, carry, words_TICG, noise):
 def _backward(graph, residuals, given):
     pull, before_TICH, context_TICE = residuals
     d_weights, d_memory, d_carry, d_words_TICG, d_mixed_TICR = pull(given)
-
-    def kernel(inputs, d_outputs):
-        return jnp.einsum("ticx,ticy->xy", inputs, d_outputs, preferred_element_type=jnp.float32)
-
-    d_weights["recurrent"]["kernel"] = kernel(before_TICH, d_mixed_TICR)
-    d_weights["context"]["kernel"] = kernel(context_TICE, d_words_TICG)
+    d_weights["recurrent"]["kernel"] = kernel_gradient(before_TICH, d_mixed_TICR)
+    d_weights["context"]["kernel"] = kernel_gradient(context_TICE, d_words_TICG)
     return d_weights, d_memory, d_carry, d_words_TICG, None
 
 

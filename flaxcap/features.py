@@ -24,6 +24,8 @@ from flaxcap.split import POSITIONS, Skipped, Split, StoreError
 
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
+CPU_IMAGES = 4  # in one forward pass: with as many a device of a CPU is quickest
+
 
 class BadImagesError(UserError):
     """More pictures than allowed cannot be read."""
@@ -52,7 +54,7 @@ def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Enco
 def batch_size(config: config_lib.Encoder) -> int:
     """Images a forward pass: the preset's, or what suits this machine's devices."""
     devices = jax.local_devices()
-    return config.batch_size or (4 if devices[0].platform == "cpu" else 64) * len(devices)
+    return config.batch_size or (CPU_IMAGES if devices[0].platform == "cpu" else 64) * len(devices)
 
 
 def extract(

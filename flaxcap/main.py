@@ -68,13 +68,9 @@ def main(args: Sequence[str]) -> int:
             if not getattr(given, name):
                 raise UserError(f"--{name} is missing: {values[name].help}")
         logging.set_verbosity(given.verbosity)
-        if command not in ("export", "verify", "bench"):  # bench times compilations
-            from flaxcap import runtime
-
-            runtime.keep_compiled(given.compilation_cache_dir)
-            if getattr(given, "distributed", None):
-                runtime.join(given.distributed)
-        return _RUN[command](given, _preset(command, given, overrides), positional)
+        config = _preset(command, given, overrides)
+        _set_up(command, given, config, positional)
+        return _RUN[command](given, config, positional)
     except (UserError, flags.Error) as e:
         print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
     except OSError as e:
@@ -84,6 +80,23 @@ def main(args: Sequence[str]) -> int:
             raise
         print(plain(f"flaxcap {command}: {e.filename or ' or '.join(places)}: {e.strerror}"), file=sys.stderr)
     return FAILED
+
+
+def _set_up(command: str, given: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> None:
+    """JAX, for commands that compute."""
+    from flaxcap import features, runtime, train_step
+
+    if command in ("prepare", "train", "evaluate", "caption"):  # bench times compilations
+        runtime.keep_compiled(given.compilation_cache_dir)
+    if getattr(given, "distributed", None):
+        runtime.join(given.distributed)
+        return
+    work = positional[0] if command == "bench" and positional else command
+    if work in ("train", "input"):
+        runtime.share_cores(config.train.batch_images, train_step.CPU_IMAGES)
+    elif work in ("prepare", "extract"):
+        least = features.CPU_IMAGES
+        runtime.share_cores(config.encoder.batch_size or least * runtime.usable_cores(), least)
 
 
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:

@@ -18,6 +18,7 @@ from flaxcap import attention, loss
 from flaxcap import config as config_lib
 from flaxcap.cell import NO_NOISE, Carry, Cell, Memory, Noise, unroll
 from flaxcap.encoders import inception_v3
+from flaxcap.linear import dot_general
 
 Params = dict[str, Any]
 ENCODER = "encoder"  # of the parameters those that are trained of the encoder, which are no part of the decoder
@@ -52,7 +53,10 @@ class Captioner(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.float32, "rngs": rngs}
-        linear: dict[str, Any] = options | {"kernel_init": initializers.glorot_uniform()}
+        linear: dict[str, Any] = options | {
+            "kernel_init": initializers.glorot_uniform(),
+            "dot_general": dot_general,
+        }
         self.image = nnx.Linear(feature_dim, c.image_dim, **linear)
         if c.positions:
             shape = (inception_v3.GRID**2, c.image_dim)

@@ -17,6 +17,8 @@ from flaxcap.loss import Sums
 from flaxcap.model import ENCODER, Bind, Params
 from flaxcap.objective import Moment, Part
 
+CPU_IMAGES = 16  # in one pass of a device of a CPU: more do not stay in its cache, fewer do not fill its products
+
 
 class TrainState(NamedTuple):
     step: jax.Array  # int32 []
@@ -131,7 +133,7 @@ def init_state(
 def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
     """Equal parts that a device computes its images of a batch in.
 
-    As few as `microbatch_images` allows. Where that is 0, on a CPU: those nearest to 16 images in ratio, so that a
+    As few as `microbatch_images` allows. Where that is 0, on a CPU: those nearest to `CPU_IMAGES` in ratio, so that a
     number without a good divisor does not fall apart into single images; elsewhere one.
     """
     own = images // mesh.size
@@ -140,7 +142,7 @@ def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
         return own // max(size for size in sizes if size <= config.microbatch_images)
     if mesh.devices.flat[0].platform != "cpu":
         return 1
-    return own // min(sizes, key=lambda size: abs(math.log(size / 16)))
+    return own // min(sizes, key=lambda size: abs(math.log(size / CPU_IMAGES)))
 
 
 def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zeros: Callable) -> Callable:

@@ -9,14 +9,16 @@ RUN = "from flaxcap.main import run; run()"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def flaxcap(*args: object, cwd: pathlib.Path = ROOT, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    """Runs a command on so many devices, its programs compiled as for users (see conftest); warnings are errors."""
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+def flaxcap(*args: object, cwd: pathlib.Path = ROOT, devices: int | None = 1) -> subprocess.CompletedProcess[str]:
+    """Runs a command on so many devices, None: on as many as it likes. Its programs are compiled as for users (see
+    conftest); warnings are errors.
+    """
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" if devices else ""}
     command = [sys.executable, "-W", "error", "-c", RUN, *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
 
 
-def succeed(*args: object, devices: int = 1) -> str:
+def succeed(*args: object, devices: int | None = 1) -> str:
     """Runs a command, which must succeed without a word of complaint, and returns what it printed."""
     done = flaxcap(*args, devices=devices)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,7 +20,7 @@ ORDER = [
     "metrics.ptb", "metrics.ngrams", "metrics.bleu", "metrics.cider", "metrics.rouge", "metrics",
     "metrics.health", "metrics.java", "scores",
     "batches", "memory",
-    "attention", "cell", "loss", "model", "noise", "objective", "train_step", "feed", "checkpoint",
+    "linear", "attention", "cell", "loss", "model", "noise", "objective", "train_step", "feed", "checkpoint",
     "decode.step", "decode.sample", "decode.beam", "decode", "self_critical", "validation",
     "finetune", "logs", "loop", "plots", "fetch", "export",
     "start", "describe", "mend", "prepare", "verify", "train", "caption", "evaluate",
@@ -42,6 +42,7 @@ STAGES = {
     "training": {
         "batches",
         "memory",
+        "linear",
         "attention",
         "cell",
         "loss",

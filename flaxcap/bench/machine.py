@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flaxcap
+from flaxcap import runtime
 
 # Rows, inner, columns: a square, the image's projection and the vocabulary's product at their usual sizes.
 SHAPES = ((2048, 2048, 2048), (4096, 2048, 256), (1024, 512, 5001))
@@ -26,7 +27,7 @@ def describe() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable_cores": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable_cores": runtime.usable_cores()},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("jax", "jaxlib", "numpy")},
@@ -41,10 +42,6 @@ def _cpu_model() -> str:
             return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):  # no Linux, or a CPU that does not say
         return platform.processor() or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def memory() -> dict[str, float]:

@@ -1,0 +1,39 @@
+"""How many devices the cores of a CPU are taken as."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from command import succeed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flaxcap import runtime
+
+
+@given(st.integers(1, 40), st.integers(1, 2000), st.integers(1, 20))
+def test_devices_divide_the_images_and_each_has_enough(cores, images, least):
+    possible = [n for n in range(1, min(cores, 16) + 1) if images % n == 0 and images // n >= least]
+    assert runtime.devices_of(cores, images, least) == max([1, *possible])
+
+
+@pytest.mark.parametrize(
+    ("told", "devices"),
+    [
+        ({}, runtime.devices_of(runtime.usable_cores(), 48, 16)),
+        ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_cores_are_devices_unless_told_otherwise(told, devices):
+    program = "import jax; from flaxcap import runtime; runtime.share_cores(48, 16); print(jax.device_count())"
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | told
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == devices
+
+
+def test_a_command_takes_the_cores_that_its_batch_is_for():
+    batch = ["--config.train.batch_images=48", "--config.encoder.block=mixed0"]
+    out = succeed("bench", "input", *batch, "--images=96", "--steps=1", "--repeats=1", devices=None)
+    assert f"input: {runtime.devices_of(runtime.usable_cores(), 48, 16)} x cpu" in out
