@@ -68,8 +68,15 @@ def main(args: Sequence[str]) -> int:
             if not getattr(given, name):
                 raise UserError(f"--{name} is missing: {values[name].help}")
         logging.set_verbosity(given.verbosity)
+        if command not in ("export", "verify", "bench"):  # bench times compilations
+            from flaxcap import runtime
+
+            runtime.keep_compiled(given.compilation_cache_dir)
+            if getattr(given, "distributed", None):
+                runtime.join(given.distributed)
         config = _preset(command, given, overrides)
-        _set_up(command, given, config, positional)
+        if not getattr(given, "distributed", None):
+            _share_cores(positional[0] if command == "bench" and positional else command, config)
         return _RUN[command](given, config, positional)
     except (UserError, flags.Error) as e:
         print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
@@ -82,16 +89,10 @@ def main(args: Sequence[str]) -> int:
     return FAILED
 
 
-def _set_up(command: str, given: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> None:
-    """JAX, for commands that compute."""
+def _share_cores(work: str, config: config_lib.Config) -> None:
+    """Makes devices of a CPU's cores, for work that this makes faster."""
     from flaxcap import features, runtime, train_step
 
-    if command in ("prepare", "train", "evaluate", "caption"):  # bench times compilations
-        runtime.keep_compiled(given.compilation_cache_dir)
-    if getattr(given, "distributed", None):
-        runtime.join(given.distributed)
-        return
-    work = positional[0] if command == "bench" and positional else command
     if work in ("train", "input"):
         runtime.share_cores(config.train.batch_images, train_step.CPU_IMAGES)
     elif work in ("prepare", "extract"):
