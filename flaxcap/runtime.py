@@ -1,5 +1,6 @@
 """What a process sets up before it uses JAX: the other processes, its cores, and where compiled programs are kept."""
 
+import contextlib
 import os
 
 import jax
@@ -33,7 +34,8 @@ def share_cores(images: int, least: int) -> None:
     """
     given = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given:
-        jax.config.update("jax_num_cpu_devices", devices_of(usable_cores(), images, least))
+        with contextlib.suppress(RuntimeError):  # of a program that has used JAX already: its devices stay
+            jax.config.update("jax_num_cpu_devices", devices_of(usable_cores(), images, least))
 
 
 def devices_of(cores: int, images: int, least: int) -> int:

@@ -28,9 +28,21 @@ def test_devices_divide_the_images_and_each_has_enough(cores, images, least):
 )
 def test_cores_are_devices_unless_told_otherwise(told, devices):
     program = "import jax; from flaxcap import runtime; runtime.share_cores(48, 16); print(jax.device_count())"
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | told
+    assert _printed(program, **told) == devices
+
+
+def test_devices_stay_where_jax_is_in_use_already():
+    program = (
+        "import jax; from flaxcap import runtime; jax.devices(); runtime.share_cores(9, 1); print(jax.device_count())"
+    )
+    assert _printed(program) == 1
+
+
+def _printed(program: str, **told: str) -> int:
+    """By a process that is told nothing of devices but this."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | told
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert int(done.stdout) == devices
+    return int(done.stdout)
 
 
 def test_a_command_takes_the_cores_that_its_batch_is_for():
