@@ -12,7 +12,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 import flaxcap
-from flaxcap import commands, presets
+from flaxcap import commands, huge_pages, presets
 from flaxcap import config as config_lib
 from flaxcap.errors import UserError, plain
 
@@ -23,6 +23,8 @@ FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL, "saved; run me a
 
 def run() -> None:
     """The `flaxcap` program."""
+    if sys.argv[1:2] in (["train"], ["bench"]):
+        huge_pages.use()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a caption's letters
     try:

@@ -13,7 +13,7 @@ PACKAGE = pathlib.Path(flaxcap.__file__).parent
 
 # Data flow downwards: a module imports only what stands above it.
 ORDER = [
-    "flaxcap", "errors", "limits", "config", "presets", "runtime", "checksums", "processes", "lock",
+    "flaxcap", "errors", "huge_pages", "limits", "config", "presets", "runtime", "checksums", "processes", "lock",
     "data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data",
     "encoders", "encoders.headers", "encoders.images", "encoders.inception_v3", "encoders.weights",
     "text", "split", "store", "features", "embeddings",

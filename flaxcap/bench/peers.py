@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+from flaxcap import huge_pages
 from flaxcap.errors import UserError
 
 RATES = ("captions_s", "images_s")
@@ -50,7 +51,14 @@ class Peer:
     def run(self) -> None:
         """Runs it once and keeps its result. UserError, with the end of its stderr, if it fails or has none."""
         try:
-            found = subprocess.run(self._words, cwd=self._directory, capture_output=True, text=True, errors="replace")
+            found = subprocess.run(
+                self._words,
+                cwd=self._directory,
+                env=huge_pages.others_environment(),
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
         except OSError as e:
             raise UserError(f"--against={self.command}: cannot be run: {e.strerror}") from e
         record = _last_record(found.stdout)
