@@ -10,6 +10,8 @@ and the exponentials stand outside: the keys' once an image, the queries' once a
 is a product, a sum and a division.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -39,11 +41,27 @@ def attend(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> ja
 
     alpha = softmax_p(score · tanh(key_p + query)); `grown_IPA` is `grow(keys)`. All arguments are of one dtype.
     """
-    # A softmax does not see what all positions have in common, here sum(score). The product is one for each image, as
-    # if their scores differed: as a single matrix product, a GPU's compiler would write all of r to memory for it.
-    score_IA = jnp.broadcast_to(-2 * score_A, grown_IPA.shape[::2])
-    scores_IP = [_weigh("ipa,ia->ip", r_IPA, score_IA) for r_IPA in _reciprocals(grown_IPA, query_ICA)]
-    return jax.nn.softmax(jnp.stack(scores_IP, 1))
+    # A softmax does not see what all positions have in common, here sum(score).
+    scores_ICP = jax.lax.platform_dependent(
+        grown_IPA, -2 * score_A, query_ICA, cpu=_scores_on_a_cpu, default=_scores_by_caption
+    )
+    return jax.nn.softmax(scores_ICP)
+
+
+def _scores_by_caption(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> jax.Array:
+    """sum_a score · r, [I, C, P], float32."""
+    # The product is one for each image, as if their scores differed: as a single matrix product, a GPU's compiler would
+    # write all of r to memory for it.
+    score_IA = jnp.broadcast_to(score_A, grown_IPA.shape[::2])
+    return jnp.stack([_weigh("ipa,ia->ip", r_IPA, score_IA) for r_IPA in _reciprocals(grown_IPA, query_ICA)], 1)
+
+
+def _scores_on_a_cpu(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> jax.Array:
+    """The same: here nothing of r is written, if the sum begins with whole vectors."""
+    terms_ICPA = score_A[None, None, None] / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
+    lanes = math.gcd(terms_ICPA.shape[-1], 64)
+    terms_ICPAA = terms_ICPA.astype(jnp.float32).reshape(*terms_ICPA.shape[:-1], -1, lanes)
+    return terms_ICPAA.sum(-2).sum(-1)
 
 
 def _reciprocals(grown_IPA: jax.Array, query_ICA: jax.Array) -> list[jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcap import config as config_lib
-from flaxcap.decode.step import WORDS, Decoded, Step
+from flaxcap.decode.step import BLOCK, WORDS, Decoded, Step
 from flaxcap.text import END, PAD, START
 
 
@@ -68,14 +68,14 @@ def beam_search(step: Step, config: config_lib.Decode) -> Decoded:
             repeats_NJ = _repeats(s.tokens_IKT, s.t, config.no_repeat_ngram).reshape(images * beams, -1)
             logits_NV = jax.vmap(lambda x, ids: x.at[ids].set(-jnp.inf))(logits_NV, repeats_NJ)
         # The K best of all words are among the K best after each hypothesis: of these alone log-probabilities are made.
-        logits_NW, word_NW = _top_k(logits_NV[:, WORDS:], min(width, logits_NV.shape[-1] - WORDS))
+        logits_NW, word_NW = _top_words(logits_NV, min(width, step.words - WORDS))
         next_IKW = base_IK[..., None] + logits_NW.reshape(images, beams, -1)
         next_IM = jnp.where(s.t == length - 1, -jnp.inf, next_IKW).reshape(images, -1)
         lacking = max(width - next_IM.shape[1], 0)  # of a single beam and few words
         next_IM = jnp.pad(next_IM, ((0, 0), (0, lacking)), constant_values=-jnp.inf)
         log_prob_IK, index_IK = jax.lax.top_k(next_IM, width)
         index_IK = jnp.minimum(index_IK, next_IM.shape[1] - lacking - 1)
-        last_IK = jnp.take_along_axis(word_NW.reshape(images, -1), index_IK, 1) + WORDS
+        last_IK = jnp.take_along_axis(word_NW.reshape(images, -1), index_IK, 1)
         from_IK = index_IK // next_IKW.shape[-1]
 
         # Of equals <end> comes first: it has the least id, as in argmax.
@@ -133,20 +133,17 @@ def _repeats(tokens_IKT: jax.Array, t: jax.Array, n: int) -> jax.Array:
     return jnp.where(repeats, tokens_IKT[..., n - 1 : n - 1 + starts], PAD)
 
 
-def _top_k(x_NV: jax.Array, k: int, block: int = 32) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k`, in a third of its time on a CPU, which partially sorts every row.
+def _top_words(x_NV: jax.Array, k: int, block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of the words' logits, in a third of its time on a CPU, which partially sorts every row.
 
-    The k greatest are in the k blocks with the greatest maxima: only these are sorted, in order of their ids, so that
-    of equals the first is found here too.
+    V is a multiple of the block. The k greatest are in the k blocks with the greatest maxima, or in the first, which
+    holds the special tokens: only these are sorted, in order of their ids, so that of equals the first is found here
+    too.
     """
-    rows, size = x_NV.shape
-    extra = size % block  # these come first, and are always sorted
-    if size - extra <= k * block:
-        return jax.lax.top_k(x_NV, k)
-    x_NSB = x_NV[:, extra:].reshape(rows, -1, block)
-    near_NK = jnp.sort(jax.lax.top_k(x_NSB.max(-1), k)[1])
-    near = jnp.concatenate([x_NV[:, :extra], _pick(x_NSB, near_NK).reshape(rows, -1)], 1)
-    values_NK, index_NK = jax.lax.top_k(near, k)
-    place_NK = index_NK - extra
-    id_NK = extra + jnp.take_along_axis(near_NK, jnp.maximum(place_NK, 0) // block, 1) * block + place_NK % block
-    return values_NK, jnp.where(place_NK < 0, index_NK, id_NK)
+    x_NSB = x_NV.reshape(len(x_NV), -1, block)
+    greatest_NS = x_NSB.max(-1).at[:, 0].set(jnp.inf)
+    near_NK = jnp.sort(jax.lax.top_k(greatest_NS, min(k + 1, greatest_NS.shape[1]))[1])
+    near_NM = _pick(x_NSB, near_NK).reshape(len(x_NV), -1)
+    values_NK, index_NK = jax.lax.top_k(near_NM[:, WORDS:], k)
+    index_NK += WORDS
+    return values_NK, jnp.take_along_axis(near_NK, index_NK // block, 1) * block + index_NK % block

@@ -33,9 +33,10 @@ def one_by_one(step: Step, config: config_lib.Decode, keys_I: jax.Array, caption
         if config.method == "greedy":
             # As argmax; but XLA's takes several times as long on a CPU.
             best_NV = allowed_NV == allowed_NV.max(-1, keepdims=True)
-            chosen_N = jnp.where(best_NV, ids_V[None], len(ids_V) - 1).min(-1)
+            chosen_N = jnp.where(best_NV, ids_V[None], step.words - 1).min(-1)
         else:
-            chosen_N = _draw(allowed_NV, config, jax.vmap(lambda key: jax.random.fold_in(key, s.t))(keys_I))
+            keys_now_I = jax.vmap(lambda key: jax.random.fold_in(key, s.t))(keys_I)
+            chosen_N = _draw(allowed_NV[:, : step.words], config, keys_now_I)
         chosen_IK = jnp.where(s.done_IK, PAD, chosen_N.reshape(images, captions)).astype(jnp.int32)
         log_prob_N = jnp.take_along_axis(logits_NV, chosen_IK.reshape(-1, 1), 1)[:, 0] - jax.nn.logsumexp(logits_NV, -1)
         out = Decoded(

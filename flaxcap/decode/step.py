@@ -1,5 +1,6 @@
 """What decoding asks of a model, or of several that decide together: a memory of the images, and a step."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from flaxcap.model import Bind, Captioner, Params
 from flaxcap.text import END
 
 WORDS = END + 1  # the least id of a word: no caption holds the special tokens, but for its <end>
+BLOCK = 32  # logits are made of a multiple of so many words
 
 
 class Decoded(NamedTuple):
@@ -27,7 +29,7 @@ class Folded(NamedTuple):
 
     params: Params
     words_VG: jax.Array  # each word's part of the cell's gates
-    output: loss.Weights
+    output: loss.Weights  # of whole blocks of words: the last of them may be none, with logits of -inf
 
 
 def fold(bind: Bind, params: Params) -> Folded:
@@ -37,7 +39,14 @@ def fold(bind: Bind, params: Params) -> Folded:
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(model.dtype), tree)
 
-    return Folded(cast(params), model.word(model.embedding.embedding[...]), cast(loss.fold(model.output_weights())))
+    output = loss.fold(model.output_weights())
+    lacking = -len(output.vocabulary["bias"]) % BLOCK
+    vocabulary = {
+        "kernel": jnp.pad(output.vocabulary["kernel"], ((0, 0), (0, lacking))),
+        "bias": jnp.pad(output.vocabulary["bias"], (0, lacking), constant_values=-jnp.inf),
+    }
+    output = dataclasses.replace(output, vocabulary=vocabulary)
+    return Folded(cast(params), model.word(model.embedding.embedding[...]), cast(output))
 
 
 class Step:
@@ -50,6 +59,7 @@ class Step:
         self._models, self._folded = models, folded
         self._memories = [model.remember(feats_IPF) for model in models]
         self.images, self.positions = self._memories[0].values_IPE.shape[:2]
+        self.words = len(folded[0].words_VG)  # V: of all ids
 
     def start(self, hypotheses: int) -> tuple[Carry, ...]:
         """The states before the first token, of so many captions of each image."""
@@ -57,7 +67,7 @@ class Step:
         return tuple(model.start(memory, hypotheses) for model, memory in pairs)
 
     def __call__(self, carries: tuple[Carry, ...], tokens_IK: jax.Array) -> tuple[tuple, jax.Array, jax.Array]:
-        """The next states, logits [I·K, V] of what follows, float32, and where the models looked, `alpha_IKP`."""
+        """The next states, what follows (logits, float32, of each beam), and where the models looked, `alpha_IKP`."""
         after, logits, alphas = [], [], []
         for model, f, memory, carry in zip(self._models, self._folded, self._memories, carries, strict=True):
             carry, alpha_IKP, context_IKE = model.cell(memory, carry, f.words_VG[tokens_IK])
