@@ -27,6 +27,7 @@ SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "
 # second: what follows it is compared with it. `first_stage_…` and `long` are compared with `first_stage`.
 PLAIN = ["train.epochs=6", "train.cider_epochs=0"]
 HALF_DROPOUT = [f"train.dropout.{kind}" for kind in ("image=0.15", "embedding=0.15", "output=0.25", "recurrent=0.1")]
+DROPOUTS = ("image", "embedding", "output", "recurrent")
 VARIANTS = {
     "full": [],
     "first_stage": ["train.cider_epochs=0"],
@@ -34,7 +35,8 @@ VARIANTS = {
     "first_stage_double_rate": ["train.cider_epochs=0", "train.learning_rate=4e-3"],
     "plain": PLAIN,
     "mixed10": [*PLAIN, "encoder.block=mixed10"],
-    "no_dropout": [*PLAIN, *(f"train.dropout.{kind}=0" for kind in ("image", "embedding", "output", "recurrent"))],
+    "no_dropout": [*PLAIN, *(f"train.dropout.{kind}=0" for kind in DROPOUTS)],
+    **{f"no_{kind}_dropout": [*PLAIN, f"train.dropout.{kind}=0"] for kind in DROPOUTS},
     "half_dropout": [*PLAIN, *HALF_DROPOUT],
     "no_label_smoothing": [*PLAIN, "train.label_smoothing=0"],
     "no_ema": [*PLAIN, "train.ema=0"],

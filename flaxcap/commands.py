@@ -35,7 +35,7 @@ COMMANDS = {
         "flaxcap verify --workdir=runs/shapes --config=experiments/shapes.py --data_dir=data",
     ),
     "bench": (
-        "Measure this machine: train, decode, extract or input; beside other programs, with --against.",
+        "Measure this machine: train, decode, extract, input or score; beside other programs, with --against.",
         "flaxcap bench train --config=experiments/coco.py",
     ),
 }

@@ -146,6 +146,15 @@ def test_extract():
     assert (result["facts"]["batch"], result["facts"]["workers"], result["facts"]["pictures"]) == (8, 2, 48)
 
 
+def test_score():
+    result = measure("score")
+    check_common(result, "score", "captions_s")
+    assert result["facts"] == {"references": 240}
+    for figures in result["repetitions"]:
+        check_rates(figures)
+        assert figures["captions"] == 48
+
+
 def test_input(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = measure("input")
@@ -176,9 +185,9 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "bench what? expected one of train, decode, extract, input; found nothing"),
-        ("train decode", "bench what? expected one of train, decode, extract, input; found train decode"),
-        ("trian", "trian: expected one of train, decode, extract, input; did you mean 'train'?"),
+        ("", "bench what? expected one of train, decode, extract, input, score; found nothing"),
+        ("train decode", "bench what? expected one of train, decode, extract, input, score; found train decode"),
+        ("trian", "trian: expected one of train, decode, extract, input, score; did you mean 'train'?"),
         ("train --steps=0", "flag --steps=0: "),
         ("train --repeats=0", "flag --repeats=0: "),
         ("train --warmup=-1", "flag --warmup=-1: "),

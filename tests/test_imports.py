@@ -25,7 +25,7 @@ ORDER = [
     "finetune", "logs", "loop", "plots", "fetch", "export",
     "start", "describe", "mend", "prepare", "verify", "train", "caption", "evaluate",
     "bench.work", "bench.corpus", "bench.flops", "bench.machine", "bench.peers",
-    "bench.train", "bench.decode", "bench.extract", "bench.inputs", "bench",
+    "bench.train", "bench.decode", "bench.extract", "bench.inputs", "bench.score", "bench",
     "commands", "main",
 ]  # fmt: skip
 

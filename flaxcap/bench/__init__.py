@@ -1,4 +1,4 @@
-"""`flaxcap bench`: how fast this machine trains, decodes, extracts and feeds, beside other programs if asked."""
+"""`flaxcap bench`: how fast this machine trains, decodes, extracts, feeds and scores, beside other programs."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import tqdm
 
 from flaxcap import config as config_lib
-from flaxcap.bench import decode, extract, inputs, machine, train
+from flaxcap.bench import decode, extract, inputs, machine, score, train
 from flaxcap.bench.peers import Peer
 from flaxcap.bench.work import Figures, Given, Work, flat, medians
 from flaxcap.encoders import inception_v3
@@ -24,6 +24,7 @@ WORKS: dict[str, Callable[[config_lib.Config, Given], AbstractContextManager[Wor
     "decode": decode.work,
     "extract": extract.work,
     "input": inputs.work,
+    "score": score.work,
 }
 
 
