@@ -260,6 +260,12 @@ def test_captions_hold_words_then_one_end_then_padding(width, bias, length):
     assert np.isfinite(found.log_prob_I).all()
 
 
+@pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
+def test_a_broken_models_captions_hold_known_ids(method):
+    found = small().run(params=jax.tree.map(lambda x: x * jnp.nan, small().params), method=method)
+    assert 0 <= found.tokens_IT.min() <= found.tokens_IT.max() < V
+
+
 @pytest.mark.parametrize("size", [16, 64, 304])
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
 def test_the_best_words_by_blocks_are_those_of_top_k(size, k):
