@@ -24,7 +24,7 @@ HERE = pathlib.Path(__file__).parent
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
 
 # Each differs from the preset in these fields alone. `plain` is the preset with a shorter first stage and without the
-# second: what follows it is compared with it. `first_stage_…` and `long` are compared with `first_stage`.
+# second: what follows it is compared with it. `first_stage_…` are compared with `first_stage`.
 PLAIN = ["train.epochs=6", "train.cider_epochs=0"]
 HALF_DROPOUT = [f"train.dropout.{kind}" for kind in ("image=0.15", "embedding=0.15", "output=0.25", "recurrent=0.1")]
 DROPOUTS = ("image", "embedding", "output", "recurrent")
@@ -53,7 +53,6 @@ VARIANTS = {
     "tied": [*PLAIN, "model.tied=true", "model.head_dim=256"],
     "constant_rate": [*PLAIN, "train.schedule=constant"],
     "plateau": [*PLAIN, "train.schedule=plateau"],
-    "long": ["train.epochs=20", "train.cider_epochs=0"],
     "half_rate": [*PLAIN, "train.learning_rate=1e-3"],
     "large_vocabulary": [*PLAIN, "data.vocab_size=5000"],
 }
