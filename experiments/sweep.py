@@ -134,13 +134,16 @@ def captions(result: dict) -> str:
 
 def curves(found: dict[str, list[dict]], file: pathlib.Path) -> None:
     """A PNG of dev's CIDEr after each epoch: `full` in black, a line a seed, of the others their first seed."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="CIDEr on dev")
-    for name, runs in found.items():
-        color, width = ("black", 2) if name == "full" else (None, 1)
+    for place, (name, runs) in enumerate(found.items()):
+        # Ten colours, then the same in another style of line.
+        color, width, style = (
+            ("black", 2, "-") if name == "full" else (f"C{place % 10}", 1, ("-", "--", ":")[place // 10 % 3])
+        )
         for number, result in enumerate(runs if name == "full" else runs[:1]):
             points = [(line["epoch"], 100 * line["val/cider"]) for line in result["curve"]]
-            axes.plot(*zip(*points, strict=True), label="" if number else name, color=color, lw=width)
+            axes.plot(*zip(*points, strict=True), label="" if number else name, color=color, lw=width, ls=style)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
