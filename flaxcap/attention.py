@@ -11,6 +11,7 @@ is a product, a sum and a division.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,10 +59,14 @@ def _scores_by_caption(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.
 
 def _scores_on_a_cpu(grown_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.Array) -> jax.Array:
     """The same: here nothing of r is written, if the sum begins with whole vectors."""
-    terms_ICPA = score_A[None, None, None] / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
-    lanes = math.gcd(terms_ICPA.shape[-1], 64)
-    terms_ICPAA = terms_ICPA.astype(jnp.float32).reshape(*terms_ICPA.shape[:-1], -1, lanes)
-    return terms_ICPAA.sum(-2).sum(-1)
+    given = grown_IPA[:, None], score_A[None, None, None], _grown(query_ICA)[:, :, None]
+    lanes = math.gcd(score_A.size, 32)
+    total_ICPA = jnp.zeros(())
+    for n in range(0, score_A.size, lanes):
+        keys, score, query = (x[..., n : n + lanes].astype(jnp.float32) for x in given)
+        total_ICPA += score / (1 + keys * query)
+    # As a product with ones: XLA would take a sum's terms apart from each other.
+    return jnp.einsum("icpa,a->icp", total_ICPA, jnp.ones(lanes))
 
 
 def _reciprocals(grown_IPA: jax.Array, query_ICA: jax.Array) -> list[jax.Array]:
@@ -87,16 +92,14 @@ def _backward(residuals: Residuals, d_alpha_ICP: jax.Array) -> tuple[jax.Array, 
     sums = jax.lax.platform_dependent(
         grown_IPA, query_ICA, d_scores_ICP.astype(dtype), cpu=_sums_on_a_cpu, default=_sums_by_caption
     )
-    r_ICA, slope_ICA, slope_IPA = sums
-    # A GPU's compiler would join this sum with the one that gave r_ICA, apart from the others, and make r once more.
-    r_ICA = jax.lax.optimization_barrier(r_ICA)
+    r_A, slope_ICA, slope_IPA = sums
     score_11A = 4 * score_A[None, None].astype(jnp.float32)
     d_keys_IPA, d_query_ICA = (score_11A * slope_IPA).astype(dtype), (score_11A * slope_ICA).astype(dtype)
-    return d_keys_IPA, (-2 * r_ICA.sum((0, 1))).astype(dtype), d_query_ICA
+    return d_keys_IPA, (-2 * r_A).astype(dtype), d_query_ICA
 
 
 def _sums_by_caption(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array) -> tuple[jax.Array, ...]:
-    """Weighted by d: sum_p r and sum_p (r - r²), each [I, C, A], and sum_c (r - r²), [I, P, A]; all float32."""
+    """Weighted by d: sum_icp r [A], sum_p (r - r²) [I, C, A] and sum_c (r - r²) [I, P, A]; all float32."""
     r_IA, slope_IA = [], []
     slope_IPA = jnp.zeros(grown_IPA.shape, jnp.float32)
     for c, r_IPA in enumerate(_reciprocals(grown_IPA, query_ICA)):
@@ -105,18 +108,33 @@ def _sums_by_caption(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Arra
         r_IA.append(_weigh("ip,ipa->ia", d_IP, r_IPA))
         slope_IA.append(_weigh("ip,ipa->ia", d_IP, slope))
         slope_IPA += (slope * d_IP[..., None]).astype(jnp.float32)
-    return jnp.stack(r_IA, 1), jnp.stack(slope_IA, 1), slope_IPA
+    # A GPU's compiler would join this sum with those of each image, apart from the others, and make r once more.
+    r_ICA = jax.lax.optimization_barrier(jnp.stack(r_IA, 1))
+    return r_ICA.sum((0, 1)), jnp.stack(slope_IA, 1), slope_IPA
 
 
 def _sums_on_a_cpu(grown_IPA: jax.Array, query_ICA: jax.Array, d_ICP: jax.Array) -> tuple[jax.Array, ...]:
-    """The same: here it is quicker to keep r, and to finish one image while its part of r is in the cache."""
-    r_ICPA = 1 / (1 + grown_IPA[:, None] * _grown(query_ICA)[:, :, None])
-    r_ICA = _weigh("icp,icpa->ica", d_ICP, r_ICPA)
-    slope_ICA = jax.lax.map(lambda x: _weigh("cp,cpa->ca", x[0], x[1] - x[1] * x[1]), (d_ICP, r_ICPA))
-    slope_IPA = jnp.zeros(grown_IPA.shape, jnp.float32)
-    for c in range(d_ICP.shape[1]):
-        slope_IPA += ((r_ICPA[:, c] - r_ICPA[:, c] ** 2) * d_ICP[:, c, :, None]).astype(jnp.float32)
-    return r_ICA, slope_ICA, slope_IPA
+    """The same in three passes, loops over whole vectors: to divide again is quicker than to write r and read it."""
+    shaped = grown_IPA[:, None], _grown(query_ICA)[:, :, None], d_ICP[..., None]
+    given = [x.astype(jnp.float32) for x in shaped]
+
+    def again(add: Callable[[jax.Array, jax.Array], jax.Array], axis: int) -> jax.Array:
+        """Sum of `add(d, r)` over the captions, axis 1, or the positions, axis 2."""
+        nonlocal given
+        # Each pass has a barrier more: the compiler would see that r is the same, and keep it.
+        given = jax.lax.optimization_barrier(given)
+        count = given[-1].shape[axis]
+        parts = [jnp.unstack(x, axis=axis) * (count // x.shape[axis]) for x in given]
+        total = jnp.zeros(())
+        for grown, query, d in zip(*parts, strict=True):
+            total += add(d, 1 / (1 + grown * query))
+        return total
+
+    def slope(d: jax.Array, r: jax.Array) -> jax.Array:
+        return d * (r - r * r)
+
+    slope_IPA, slope_ICA, r_IPA = again(slope, 1), again(slope, 2), again(jnp.multiply, 1)
+    return jnp.einsum("ip,ipa->a", jnp.ones(r_IPA.shape[:2]), r_IPA), slope_ICA, slope_IPA
 
 
 attend.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ from flaxcap import attention
 from flaxcap.attention import LARGEST, attend, grow
 
 I, A, E = 2, 7, 5
+WIDE = 96  # a CPU sums whole vectors of it
 
 
 def plain(keys_IPA: Any, values_IPE: Any, score_A: Any, query_ICA: Any) -> tuple[jax.Array, jax.Array]:
@@ -26,11 +27,13 @@ def fast(keys_IPA: Any, values_IPE: Any, score_A: Any, query_ICA: Any) -> tuple[
     return jnp.einsum("icp,ipe->ice", alpha_ICP.astype(values_IPE.dtype), values_IPE), alpha_ICP
 
 
-def arguments(captions: int = 3, positions: int = 6, scale: float = 1.0, seed: int = 0, dtype: Any = np.float32):
+def arguments(
+    captions: int = 3, positions: int = 6, scale: float = 1.0, seed: int = 0, dtype: Any = np.float32, width: int = A
+):
     """keys_IPA, values_IPE, score_A, query_ICA; keys and queries spread over -scale … scale."""
     rng = np.random.default_rng(seed)
-    keys_IPA, query_ICA = (scale * rng.uniform(-1, 1, (I, n, A)) for n in (positions, captions))
-    values_IPE, score_A = rng.standard_normal((I, positions, E)), rng.standard_normal(A)
+    keys_IPA, query_ICA = (scale * rng.uniform(-1, 1, (I, n, width)) for n in (positions, captions))
+    values_IPE, score_A = rng.standard_normal((I, positions, E)), rng.standard_normal(width)
     return [jnp.asarray(x, dtype) for x in (keys_IPA, values_IPE, score_A, query_ICA)]
 
 
@@ -60,16 +63,19 @@ def assert_near(ours: Any, expected: Any, tolerance: float) -> None:
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def platform(request, monkeypatch):
-    """Backward is written twice; what accelerators run is tested here too."""
+    """Scores and backward are written twice; what accelerators run is tested here too."""
     if request.param == "elsewhere":
+        monkeypatch.setattr(attention, "_scores_on_a_cpu", attention._scores_by_caption)
         monkeypatch.setattr(attention, "_sums_on_a_cpu", attention._sums_by_caption)
 
 
 @pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize(("captions", "positions"), [(3, 6), (1, 6), (3, 1), (2, 64)])
-def test_context_weights_and_gradients_are_the_formulas(captions, positions, jit):
-    args = arguments(captions, positions, 2.0)
+@pytest.mark.parametrize(
+    ("captions", "positions", "width"), [(3, 6, A), (1, 6, A), (3, 1, A), (2, 64, A), (3, 6, WIDE)]
+)
+def test_context_weights_and_gradients_are_the_formulas(captions, positions, width, jit):
+    args = arguments(captions, positions, 2.0, width=width)
     found, grads = results(jax.jit(lambda *args: fast(*args)) if jit else fast, args)
     expected, expected_grads = results(plain, args)
     assert_near(found, expected, 2e-6)
