@@ -108,7 +108,7 @@ def _losses(
 
 
 # Each size is compiled. Captions of one image fill 75 to 85% of their places, those of a length all.
-PERCENT, ROWS = (60, 70, 75, 80, 85, 90, 100), 64
+PERCENT, ROWS = (50, 65, 75, 80, 85, 100), 64
 
 
 def sizes(places: int) -> list[int]:
