@@ -117,14 +117,15 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
             # Closed, it gives its pixels back first: else they would count as free while somebody holds its error.
             with _MEMORY.take(kept * BYTES_A_PIXEL), contextlib.closing(image):
                 return _resized(image, width, height, drafted[1] if drafted else None)
-    except ImageError:
-        raise
+    except ImageError as error:
+        reason = str(error)
     except UnidentifiedImageError:
-        raise ImageError(f"not an image, or a damaged header (read here: {', '.join(FORMATS)})") from None
+        reason = f"not an image, or a damaged header (read here: {', '.join(FORMATS)})"
     except Image.DecompressionBombError as error:
-        raise ImageError(f"too many pixels: {error}") from error
+        reason = f"too many pixels: {error}"
     except Exception as error:  # for damaged files Pillow's decoders raise nearly every kind of exception
-        raise ImageError(f"damaged: {str(error) or type(error).__name__}") from error
+        reason = f"damaged: {str(error) or type(error).__name__}"
+    raise ImageError(reason)  # a new one: what was raised holds the decoder, and with it the pixels
 
 
 def _resized(
