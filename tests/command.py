@@ -5,6 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+# Small arrays, many programs: faster machine code takes longer to make than it saves. test_end_to_end and test_cli run
+# all programs as users do.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 RUN = "from flaxcap.main import run; run()"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

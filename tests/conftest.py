@@ -5,11 +5,11 @@ import pathlib
 import shutil
 import tempfile
 
+from command import QUICK_TO_COMPILE
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Small arrays, many programs: what LLVM would make faster takes longer than it would save. test_end_to_end runs all
-# programs as users do.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}"
 )
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

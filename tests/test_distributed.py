@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from command import RUN
+from command import QUICK_TO_COMPILE, RUN
 from tiny_store import tiny_config, write_store
 
 from flaxcap import logs, presets
@@ -22,7 +22,7 @@ def start():
 
     def start(args: list[str], devices: int) -> subprocess.Popen:
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
             "JAX_PLATFORMS": "cpu",
             "PYTHONUNBUFFERED": "1",
         }

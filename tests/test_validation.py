@@ -38,7 +38,7 @@ class Captioner:
         self.bind, init = model.create(CONFIG, prepared.feature_dim, len(self.vocabulary))
         rng = np.random.default_rng(2)
         shapes = jax.eval_shape(init, jax.random.key(0))
-        params = jax.tree.map(lambda x: 2 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+        params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
         self.params = jax.device_put(params, step_lib.replicated(step_lib.make_mesh()))
         self.run = decode.make_decode(self.bind, Decode(**{"max_length": 8, **options}))
 

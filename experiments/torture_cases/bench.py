@@ -58,7 +58,7 @@ class Bench:
         command, *rest = args
         given = [f"--config={self._preset}", f"--data_dir={self.data_dir}", f"--compilation_cache_dir={self._cache}"]
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
             "PYTHONUNBUFFERED": "1",
         }
