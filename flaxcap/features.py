@@ -1,6 +1,7 @@
 """Extraction: every picture of a split through the frozen encoder, once, into the store."""
 
 import collections
+import functools
 import itertools
 import math
 import time
@@ -25,6 +26,8 @@ from flaxcap.split import POSITIONS, Skipped, Split, StoreError
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
 CPU_IMAGES = 4  # in one forward pass: with as many a device of a CPU is quickest
+# Matrix products as always, but convolutions by Eigen and not by YNN: 1.3 times as fast on a core of its own.
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 class BadImagesError(UserError):
@@ -40,7 +43,7 @@ def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Enco
     folded = jax.device_put(inception_v3.fold(params), NamedSharding(mesh, P()))
     dtype, store_dtype = jnp.dtype(config.dtype), jnp.dtype(config.store_dtype)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=CPU_OPTIONS if mesh.devices[0].platform == "cpu" else None)
     def forward(folded: inception_v3.Params, images_IYX3: jax.Array) -> jax.Array:
         return inception_v3.apply(folded, images_IYX3, block=config.block, dtype=dtype).astype(store_dtype)
 
