@@ -150,6 +150,7 @@ def test_sizes_are_few_and_rise_to_all_places(places):
     assert sizes[-1] == places
     assert len(sizes) <= 6
     assert sizes[0] <= places / 2 + 64
+    assert max(np.diff(sizes), default=0) <= 0.15 * places + 64
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
