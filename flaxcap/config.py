@@ -55,7 +55,7 @@ class Encoder:
     image_size: int = _field(299, "pixels a side that pictures are resized to")
     dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
     store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
-    batch_size: int = _field(0, "images a forward pass; 0: for each device 4 on a CPU, where that is fastest, else 64")
+    batch_size: int = _field(0, "images a forward pass; 0: for each device 2 on a CPU, where that is fastest, else 64")
     shard_images: int = _field(1024, "images a file of features; an interrupted prepare goes on at such a file")
     seed: int = _field(0, "seed of random weights")
 

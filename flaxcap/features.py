@@ -1,7 +1,6 @@
 """Extraction: every picture of a split through the frozen encoder, once, into the store."""
 
 import collections
-import functools
 import itertools
 import math
 import time
@@ -18,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
+from flaxcap import runtime
 from flaxcap.encoders import inception_v3
 from flaxcap.encoders.images import ImageError
 from flaxcap.errors import UserError
@@ -25,9 +25,7 @@ from flaxcap.split import POSITIONS, Skipped, Split, StoreError
 
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
-CPU_IMAGES = 4  # in one forward pass: with as many a device of a CPU is quickest
-# Matrix products as always, but convolutions by Eigen and not by YNN: the network is 1.05 to 1.1 times as fast.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+CPU_IMAGES = 2  # in one forward pass: with as many a core is quickest
 
 
 class BadImagesError(UserError):
@@ -37,19 +35,21 @@ class BadImagesError(UserError):
 def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Encode:
     """`encode(images_IYX3 uint8) -> feats_IPF` in `config.store_dtype`, jitted, on this process's devices.
 
-    `params`: unfolded. Images are sharded over the devices where their number allows.
+    `params`: unfolded. Images are sharded over the devices where their number allows. Several threads may call it.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    folded = jax.device_put(inception_v3.fold(params), NamedSharding(mesh, P()))
+    folded = jax.block_until_ready(jax.device_put(inception_v3.fold(params), NamedSharding(mesh, P())))
     dtype, store_dtype = jnp.dtype(config.dtype), jnp.dtype(config.store_dtype)
 
-    @functools.partial(jax.jit, compiler_options=CPU_OPTIONS if mesh.devices[0].platform == "cpu" else None)
     def forward(folded: inception_v3.Params, images_IYX3: jax.Array) -> jax.Array:
         return inception_v3.apply(folded, images_IYX3, block=config.block, dtype=dtype).astype(store_dtype)
 
+    run = jax.jit(forward, compiler_options=inception_v3.compiler_options())
+
     def encode(images_IYX3: np.ndarray) -> jax.Array:
         spec = P("data") if len(images_IYX3) % mesh.size == 0 else P()
-        return forward(folded, jax.device_put(images_IYX3, NamedSharding(mesh, spec)))
+        # Waited for: a program is not `runtime.compute_in_callers` if what it takes is still on its way.
+        return run(folded, jax.block_until_ready(jax.device_put(images_IYX3, NamedSharding(mesh, spec))))
 
     return encode
 
@@ -60,12 +60,18 @@ def batch_size(config: config_lib.Encoder) -> int:
     return config.batch_size or (CPU_IMAGES if devices[0].platform == "cpu" else 64) * len(devices)
 
 
+def batches_at_once() -> int:
+    """How many are encoded side by side: one on each core, or the device's next while the last one is fetched."""
+    return runtime.usable_cores() if jax.local_devices()[0].platform == "cpu" else 2
+
+
 def extract(
     split: Split,
     load: Callable[[int], np.ndarray],
     encode: Encode,
     *,
     batch_size: int,
+    at_once: int,
     feature_dim: int,
     dtype: str,
     num_workers: int,
@@ -75,9 +81,9 @@ def extract(
     """Writes the split's unfinished shards; of several processes each takes its share of them.
 
     `load(row)` gives a picture's pixels, or raises ImageError: then its row stays empty and is listed as skipped.
-    `num_workers` threads load ahead, the network is one batch ahead, and a shard is written and its checksum taken
-    while the next one is made: two shards are held in memory. BadImagesError as soon as more than `max_bad_fraction`
-    of the split is skipped.
+    `num_workers` threads load ahead, `at_once` encode a batch each, and a shard is written and its checksum taken while
+    the next one is made: two shards are held in memory. BadImagesError as soon as more than `max_bad_fraction` of the
+    split is skipped.
     """
     array = split.create_array(feature_dim, dtype)
     # By number, not by place in the list: a process may ask later, when others have finished some of theirs.
@@ -90,7 +96,7 @@ def extract(
     written: Future | None = None
     with ThreadPoolExecutor(num_workers, "load") as pool, ThreadPoolExecutor(1, "write") as writer:
         rows = itertools.chain.from_iterable(split.shard(n) for n in shards)
-        loaded = _load_ahead(pool, load, rows, 4 * batch_size)
+        loaded = _load_ahead(pool, load, rows, at_once * batch_size)
         bar = tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None)
         items = iter(bar)
         for number in shards:
@@ -98,7 +104,7 @@ def extract(
             feats_NPF = np.full((len(span), POSITIONS, feature_dim), np.nan, array.dtype.numpy_dtype)
             bad: list[Skipped] = []
             good = _without_bad(itertools.islice(items, len(span)), split, bad)
-            for rows_I, feats_IPF in _encode_ahead(good, encode, batch_size):
+            for rows_I, feats_IPF in encode_ahead(good, encode, batch_size, at_once):
                 feats_NPF[rows_I - span.start] = feats_IPF
             skipped += bad
             if len(skipped) > max_bad_fraction * split.images:
@@ -149,21 +155,25 @@ def _without_bad(
             yield row, found
 
 
-def _encode_ahead(
-    items: Iterator[tuple[int, np.ndarray]], encode: Encode, batch_size: int
+def encode_ahead(
+    items: Iterator[tuple[int, np.ndarray]], encode: Encode, batch_size: int, at_once: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, their features): a batch is handed to the device before the last one is waited for."""
-    running = None
-    while group := list(itertools.islice(items, batch_size)):
-        rows_I = np.array([row for row, _ in group])
-        images = [image for _, image in group]
+    """(rows, their features), in order: of so many batches at once, each by a thread of its own, and one that waits."""
+
+    def run(images: list[np.ndarray]) -> np.ndarray:
         # The last batch is filled up with its last picture: one shape, one compilation.
-        sent = rows_I, encode(np.stack(images + images[-1:] * (batch_size - len(images))))
-        if running is not None:
-            yield running[0], np.asarray(running[1])[: len(running[0])]
-        running = sent
-    if running is not None:
-        yield running[0], np.asarray(running[1])[: len(running[0])]
+        filled = np.stack(images + images[-1:] * (batch_size - len(images)))
+        return np.asarray(encode(filled))[: len(images)]
+
+    with ThreadPoolExecutor(at_once, "encode") as pool:
+        under_way: collections.deque[tuple[np.ndarray, Future]] = collections.deque()
+        while group := list(itertools.islice(items, batch_size)):
+            under_way.append((np.array([row for row, _ in group]), pool.submit(run, [image for _, image in group])))
+            if len(under_way) > at_once:
+                rows_I, feats_IPF = under_way.popleft()
+                yield rows_I, feats_IPF.result()
+        for rows_I, feats_IPF in under_way:
+            yield rows_I, feats_IPF.result()
 
 
 def npy_loader(folder: epath.Path, split: Split, feature_dim: int) -> Callable[[int], np.ndarray]:

@@ -77,8 +77,8 @@ def main(args: Sequence[str]) -> int:
             if getattr(given, "distributed", None):
                 runtime.join(given.distributed)
         config = _preset(command, given, overrides)
-        if not getattr(given, "distributed", None):
-            _share_cores(positional[0] if command == "bench" and positional else command, config)
+        work = positional[0] if command == "bench" and positional else command
+        _take_cores(work, config, alone=not getattr(given, "distributed", None))
         return _RUN[command](given, config, positional)
     except (UserError, flags.Error) as e:
         print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
@@ -91,15 +91,14 @@ def main(args: Sequence[str]) -> int:
     return FAILED
 
 
-def _share_cores(work: str, config: config_lib.Config) -> None:
-    """Makes devices of a CPU's cores, for work that this makes faster."""
-    from flaxcap import features, runtime, train_step
+def _take_cores(work: str, config: config_lib.Config, alone: bool) -> None:
+    """Says how a CPU's cores are taken, for work that is faster by it; `alone`: by one process."""
+    from flaxcap import runtime, train_step
 
-    if work in ("train", "input"):
+    if work in ("prepare", "extract"):
+        runtime.compute_in_callers()
+    elif work in ("train", "input") and alone:
         runtime.share_cores(config.train.batch_images, train_step.CPU_IMAGES)
-    elif work in ("prepare", "extract"):
-        least = features.CPU_IMAGES
-        runtime.share_cores(config.encoder.batch_size or least * runtime.usable_cores(), least)
 
 
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:

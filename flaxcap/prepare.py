@@ -195,6 +195,7 @@ def _extract(
             load,
             encode,
             batch_size=features.batch_size(encoder),
+            at_once=features.batches_at_once(),
             feature_dim=store.feature_dim,
             dtype=encoder.store_dtype,
             num_workers=num_workers,

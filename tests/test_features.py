@@ -35,7 +35,7 @@ def encode(images: np.ndarray) -> np.ndarray:
 
 
 def run(split: Split, load: Callable = pixels, encode: Callable = encode, **options) -> None:
-    settings = {"batch_size": 4, "num_workers": 2, "max_bad_fraction": 1.0} | options
+    settings = {"batch_size": 4, "at_once": 2, "num_workers": 2, "max_bad_fraction": 1.0} | options
     features.extract(split, load, encode, feature_dim=WIDTH, dtype="float32", name="test", **settings)
 
 
@@ -62,8 +62,10 @@ def check(split: Split, bad: set[int] | frozenset[int] = frozenset()) -> None:
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.data())
-def test_every_feature_lands_in_its_own_row(tmp_path_factory, images, shard_rows, batch_size, num_workers, data):
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4), st.data())
+def test_every_feature_lands_in_its_own_row(
+    tmp_path_factory, images, shard_rows, batch_size, at_once, num_workers, data
+):
     bad = data.draw(st.sets(st.integers(0, images - 1)))
     sizes = set()
 
@@ -72,7 +74,7 @@ def test_every_feature_lands_in_its_own_row(tmp_path_factory, images, shard_rows
         return encode(images_IYX3)
 
     split = make_split(tmp_path_factory.mktemp("split"), images, shard_rows)
-    run(split, bad_at(*bad), counted, batch_size=batch_size, num_workers=num_workers)
+    run(split, bad_at(*bad), counted, batch_size=batch_size, at_once=at_once, num_workers=num_workers)
     check(split, bad)
     assert sizes <= {(batch_size, 2, 2, 3)}  # one shape, one compilation, also for the last batch
 
@@ -88,16 +90,16 @@ def test_pictures_that_are_loaded_out_of_order_are_not_mixed_up(tmp_path):
 
 
 def test_loading_is_ahead_of_the_network_but_not_without_bound(tmp_path):
-    loaded, ahead = [], []
+    loaded, ahead, one = [], [], threading.Lock()
 
     def load(row: int) -> np.ndarray:
         loaded.append(row)
         return pixels(row)
 
     def slow(images_IYX3: np.ndarray) -> np.ndarray:
-        done = len(ahead) * 4
         time.sleep(0.02)
-        ahead.append(len(loaded) - done)
+        with one:
+            ahead.append(len(loaded) - 4 * len(ahead))
         return encode(images_IYX3)
 
     split = make_split(tmp_path, 100, 100)
@@ -119,22 +121,34 @@ def test_workers_load_side_by_side(tmp_path):
     check(split)
 
 
-def test_the_network_is_a_batch_ahead_of_what_is_fetched(tmp_path):
-    log = []
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_batches_are_encoded_side_by_side(tmp_path, at_once):
+    together, under_way, one = threading.Barrier(at_once, timeout=20), [0], threading.Lock()
 
-    class Running:
-        def __init__(self, images_IYX3: np.ndarray):
-            self.images_IYX3 = images_IYX3
-            log.append("start")
+    def meeting(images_IYX3: np.ndarray) -> np.ndarray:
+        with one:
+            under_way.append(under_way[-1] + 1)
+        together.wait()
+        with one:
+            under_way.append(under_way[-1] - 1)
+        return encode(images_IYX3)
 
-        def __array__(self, dtype=None, copy=None):
-            log.append("fetch")
-            return encode(self.images_IYX3)
-
-    split = make_split(tmp_path, 12, 12)
-    run(split, encode=Running)
+    split = make_split(tmp_path, 24, 24)
+    run(split, encode=meeting, batch_size=2, at_once=at_once)
     check(split)
-    assert log == ["start", "start", "fetch", "start", "fetch", "fetch"]
+    assert max(under_way) == at_once
+
+
+def test_an_error_of_the_network_ends_it(tmp_path):
+    def broken(images_IYX3: np.ndarray) -> np.ndarray:
+        if images_IYX3.max() > 4:
+            raise MemoryError("the device is full")
+        return encode(images_IYX3)
+
+    split = make_split(tmp_path, 30, 4)
+    with pytest.raises(MemoryError, match="the device is full"):
+        run(split, encode=broken)
+    assert split.unfinished()[0] == 1
 
 
 def test_bad_pictures_are_skipped_and_listed_with_their_reasons(tmp_path, caplog):

@@ -54,7 +54,7 @@ def test_features_are_rounded_to_the_store(params, expected):
 
 def test_the_number_of_images_a_pass_suits_the_devices():
     assert features.batch_size(Encoder(batch_size=5)) == 5
-    assert features.batch_size(Encoder(batch_size=0)) == 4 * 8
+    assert features.batch_size(Encoder(batch_size=0)) == 2 * 8
 
 
 WIDTH = 3
@@ -86,6 +86,7 @@ def run(tmp_path: pathlib.Path, folder: pathlib.Path, dtype: str = "float32") ->
         features.npy_loader(epath.Path(folder), split, WIDTH),
         np.asarray,
         batch_size=2,
+        at_once=2,
         feature_dim=WIDTH,
         dtype=dtype,
         num_workers=1,

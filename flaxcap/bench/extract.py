@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from flaxcap import features, store
-from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.bench.work import Figures, Given, Work, rates
 from flaxcap.config import Config, ConfigError
 from flaxcap.encoders import images, inception_v3, weights
 
@@ -51,7 +51,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     def load(row: int) -> np.ndarray:
         return images.decode(files[row % len(files)], encoder.image_size)
 
-    batch = features.batch_size(encoder)
+    batch, at_once = features.batch_size(encoder), features.batches_at_once()
     pixels_IYX3 = np.stack([load(row) for row in range(max(batch, MEASURED_ON))])
     sample = pixels_IYX3[:MEASURED_ON]
     params, _ = weights.load("random", block=encoder.block, seed=encoder.seed, measure_on=sample)
@@ -73,6 +73,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
                     load,
                     encode,
                     batch_size=batch,
+                    at_once=at_once,
                     feature_dim=given.feature_dim,
                     dtype=encoder.store_dtype,
                     num_workers=given.workers,
@@ -83,16 +84,11 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         return {"seconds": seconds, "images": count, **rates(seconds, images=count)}
 
     def network() -> Figures:
-        times = [time.perf_counter()]
-        running = encode(pixels_IYX3[:batch])
-        for _ in range(given.steps - 1):  # as `extract`: the device has the next batch while the last one is fetched
-            following = encode(pixels_IYX3[:batch])
-            np.asarray(running)
-            times.append(time.perf_counter())
-            running = following
-        np.asarray(running)
-        times.append(time.perf_counter())
-        return rates(times[-1] - times[0], images=given.steps * batch) | {"batch_ms": spread(1e3 * np.diff(times))}
+        items = ((n, pixels_IYX3[n % batch]) for n in range(given.steps * batch))
+        begin = time.perf_counter()
+        for _ in features.encode_ahead(items, encode, batch, at_once):
+            pass
+        return rates(time.perf_counter() - begin, images=given.steps * batch)
 
     def decoding(threads: int) -> float:
         """Pictures a second."""
@@ -111,6 +107,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
     facts = {
         "batch": batch,
+        "batches_at_once": at_once,
         "workers": given.workers,
         "pictures": len(files),
         "picture_kb": sum(map(len, files)) / len(files) / 1e3,
