@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from flaxcap import attention
+from flaxcap import attention, linear
 from flaxcap import config as config_lib
-from flaxcap.linear import kernel_gradient
 
 
 class Memory(NamedTuple):
@@ -77,23 +76,29 @@ def _recurrent_init(attention_dim: int, hidden_dim: int) -> Callable:
 class Cell(nnx.Module):
     """One token: where to look, and the next state."""
 
-    def __init__(self, config: config_lib.Model, dtype: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: config_lib.Model, dtype: Any, matmul_dtype: str = "", *, rngs: nnx.Rngs):
+        """`matmul_dtype`: of the numbers that the two large products multiply; "": `dtype`."""
         c = config
         self.config = config
+        self.matmul_dtype = matmul_dtype or str(jnp.dtype(dtype))
         self.gates = {"gru": 3, "lstm": 4}[c.cell] * c.hidden_dim
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
-        linear: dict[str, Any] = options | {"kernel_init": initializers.glorot_uniform()}
-        self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **linear)
-        self.context = nnx.Linear(c.image_dim, self.gates, use_bias=False, **linear)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "param_dtype": jnp.float32,
+            "kernel_init": initializers.glorot_uniform(),
+            "rngs": rngs,
+        }
+        self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **options)
+        large = {"dot_general": linear.dot_general(self.matmul_dtype)}
+        self.context = nnx.Linear(c.image_dim, self.gates, use_bias=False, **options, **large)
         # One product gives the attention's query and the gates' recurrent part.
         self.recurrent = nnx.Linear(
             c.hidden_dim,
             c.attention_dim + self.gates,
-            kernel_init=_recurrent_init(c.attention_dim, c.hidden_dim),
-            **options,
+            **(options | large | {"kernel_init": _recurrent_init(c.attention_dim, c.hidden_dim)}),
         )
         if c.attention_gate:
-            self.gate = nnx.Linear(c.hidden_dim, 1, **linear)
+            self.gate = nnx.Linear(c.hidden_dim, 1, **options)
 
     def __call__(
         self,
@@ -174,7 +179,7 @@ def unroll(cell: Cell, memory: Memory, carry: Carry, words_TICG: jax.Array, nois
     they would be read and written at every token.
     """
     graph, weights = nnx.split(cell)
-    return _unroll(graph, nnx.to_pure_dict(weights), memory, carry, words_TICG, noise)
+    return _unroll(graph, cell.matmul_dtype, nnx.to_pure_dict(weights), memory, carry, words_TICG, noise)
 
 
 def _scan(
@@ -199,11 +204,11 @@ def _scan(
     return jax.lax.scan(body, carry, (bound().split(words_TICG), drawn, probes_TICR))[1]
 
 
-def _unroll(graph, weights, memory, carry, words_TICG, noise):
+def _unroll(graph, dtype, weights, memory, carry, words_TICG, noise):
     return _scan(graph, weights, memory, carry, words_TICG, noise)
 
 
-def _forward(graph, weights, memory, carry, words_TICG, noise):
+def _forward(graph, dtype, weights, memory, carry, words_TICG, noise):
     def run(weights, memory, carry, words_TICG, probes_TICR):
         held = dict(weights)
         for name in ("recurrent", "context"):
@@ -219,13 +224,13 @@ def _forward(graph, weights, memory, carry, words_TICG, noise):
     return seen, (pull, before, seen.context_TICE)
 
 
-def _backward(graph, residuals, given):
+def _backward(graph, dtype, residuals, given):
     pull, before_TICH, context_TICE = residuals
     d_weights, d_memory, d_carry, d_words_TICG, d_mixed_TICR = pull(given)
-    d_weights["recurrent"]["kernel"] = kernel_gradient(before_TICH, d_mixed_TICR)
-    d_weights["context"]["kernel"] = kernel_gradient(context_TICE, d_words_TICG)
+    d_weights["recurrent"]["kernel"] = linear.kernel_gradient(before_TICH, d_mixed_TICR, dtype)
+    d_weights["context"]["kernel"] = linear.kernel_gradient(context_TICE, d_words_TICG, dtype)
     return d_weights, d_memory, d_carry, d_words_TICG, None
 
 
-_unroll = jax.custom_vjp(_unroll, nondiff_argnums=(0,))
+_unroll = jax.custom_vjp(_unroll, nondiff_argnums=(0, 1))
 _unroll.defvjp(_forward, _backward)

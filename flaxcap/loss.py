@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flaxcap import linear
 from flaxcap.text import PAD
 
 Layer = dict[str, jax.Array]  # {"kernel", "bias"}
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("head", "vocabulary"), meta_fields=("tanh",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("head", "vocabulary"), meta_fields=("tanh", "matmul_dtype")
+)
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Of the two layers between a decoder's states and its logits; once folded they may be one, and `head` None."""
@@ -24,6 +27,7 @@ class Weights:
     head: Layer | None
     vocabulary: Layer
     tanh: bool = False  # between the two
+    matmul_dtype: str = ""  # of the numbers that products multiply; "": as the states
 
 
 class Sums(NamedTuple):
@@ -52,25 +56,25 @@ def fold(weights: Weights) -> Weights:
     if head is None or weights.tanh:
         return weights
     multiply = functools.partial(jnp.matmul, precision="highest")
-    return Weights(
-        None,
-        {
-            "kernel": multiply(head["kernel"], vocabulary["kernel"]),
-            "bias": multiply(head["bias"], vocabulary["kernel"]) + vocabulary["bias"],
-        },
-    )
+    folded = {
+        "kernel": multiply(head["kernel"], vocabulary["kernel"]),
+        "bias": multiply(head["bias"], vocabulary["kernel"]) + vocabulary["bias"],
+    }
+    return dataclasses.replace(weights, head=None, vocabulary=folded)
 
 
 def logits(weights: Weights, states: jax.Array) -> jax.Array:
     """Decoder states [..., S] -> float32 logits [..., V], computed in the states' dtype."""
+    dtype = weights.matmul_dtype or str(states.dtype)
     if weights.head is not None:
-        states = _linear(weights.head, states)
+        states = _linear(weights.head, states, dtype)
         states = jnp.tanh(states) if weights.tanh else states
-    return _linear(weights.vocabulary, states).astype(jnp.float32)
+    return _linear(weights.vocabulary, states, dtype).astype(jnp.float32)
 
 
-def _linear(layer: Layer, x: jax.Array) -> jax.Array:
-    return x @ layer["kernel"].astype(x.dtype) + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
+def _linear(layer: Layer, x: jax.Array, dtype: str) -> jax.Array:
+    y = linear.product(x, layer["kernel"], dtype)
+    return y + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
 
 
 @jax.custom_vjp

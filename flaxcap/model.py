@@ -47,22 +47,32 @@ class _Bias(nnx.Module):
 class Captioner(nnx.Module):
     """Features [I, P, F] and token ids [I, C, T] -> logits [I, C, T, V]."""
 
-    def __init__(self, config: config_lib.Model, feature_dim: int, vocab_size: int, dtype: Any, *, rngs: nnx.Rngs):
-        """`dtype`: of the arithmetic; parameters are float32."""
+    def __init__(
+        self,
+        config: config_lib.Model,
+        feature_dim: int,
+        vocab_size: int,
+        dtype: Any,
+        matmul_dtype: str = "",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        """`dtype`: of the arithmetic, `matmul_dtype` of what its matrix products multiply; parameters are float32."""
         c = config
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.matmul_dtype = matmul_dtype or str(self.dtype)
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": jnp.float32, "rngs": rngs}
         linear: dict[str, Any] = options | {
             "kernel_init": initializers.glorot_uniform(),
-            "dot_general": dot_general,
+            "dot_general": dot_general(self.matmul_dtype),
         }
         self.image = nnx.Linear(feature_dim, c.image_dim, **linear)
         if c.positions:
             shape = (inception_v3.GRID**2, c.image_dim)
             self.position = nnx.Param(initializers.normal(0.5)(rngs.params(), shape, jnp.float32))
         self.key = nnx.Linear(c.image_dim, c.attention_dim, **linear)
-        self.cell = Cell(c, self.dtype, rngs=rngs)
+        self.cell = Cell(c, self.dtype, self.matmul_dtype, rngs=rngs)
         self.embedding = nnx.Embed(vocab_size, c.embedding_dim, embedding_init=initializers.uniform(0.1), **options)
         self.word = nnx.Linear(c.embedding_dim, self.cell.gates, **linear)
         if c.initial_state == "mean":
@@ -105,7 +115,7 @@ class Captioner(nnx.Module):
         if self.config.tied:
             vocabulary["kernel"] = self.embedding.embedding[...].T
         vocabulary = {name: x / self.temperature for name, x in vocabulary.items()}
-        return loss.Weights(head, vocabulary, tanh=self.config.output == "deep")
+        return loss.Weights(head, vocabulary, self.config.output == "deep", self.matmul_dtype)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """States [..., S] -> float32 logits [..., V]."""
@@ -131,7 +141,8 @@ def create(config: config_lib.Config, feature_dim: int, vocab_size: int) -> tupl
     """`bind(params) -> Captioner` for use inside a jitted function, and `init(key) -> params`, a plain dict."""
 
     def make(key: jax.Array) -> Captioner:
-        return Captioner(config.model, feature_dim, vocab_size, config.train.dtype, rngs=nnx.Rngs(params=key))
+        dtypes = config.train.dtype, config.train.matmul_dtype
+        return Captioner(config.model, feature_dim, vocab_size, *dtypes, rngs=nnx.Rngs(params=key))
 
     abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
     graph, abstract_state = nnx.split(abstract)

@@ -23,8 +23,9 @@ FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
 class Small:
     """A decoder far enough from its start that its captions differ and end at various lengths."""
 
-    def __init__(self, vocabulary: int, dtype: str = "float32", seed: int = 26, end: float = 1.0, **options: Any):
-        config = Config(model=Model(**SIZES | options), train=Train(dtype=dtype))
+    def __init__(self, vocabulary: int, seed: int = 26, end: float = 1.0, **options: Any):
+        precision = {name: options.pop(name) for name in ("dtype", "matmul_dtype") if name in options}
+        config = Config(model=Model(**SIZES | options), train=Train(**precision))
         self.bind, init = model.create(config, F, vocabulary)
         leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -120,7 +121,7 @@ def plain_beam_search(
 MODELS = [{}, {"cell": "lstm", "initial_state": "mean", "attention_gate": True, "seed": 12, "end": 0.0}]
 
 
-@pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}])
 def test_a_beam_of_one_is_greedy(options):
     of = small(**options)
     greedy = of.run(method="greedy")

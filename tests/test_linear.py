@@ -7,7 +7,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.linear import dot_general, kernel_gradient
+from flaxcap.linear import dot_general, kernel_gradient, product
 
 SHAPES = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 9), st.integers(1, 9))
 
@@ -27,14 +27,33 @@ def test_a_layer_is_the_same_function_with_the_same_gradients(shape, dtype):
         return y, *jax.tree.leaves(pull(jnp.asarray(d_y)))
 
     tolerance = {"float32": 1e-5, "bfloat16": 4e-2}[dtype]
-    for ours, theirs in zip(found(dot_general=dot_general), found(), strict=True):
+    for ours, theirs in zip(found(dot_general=dot_general(dtype)), found(), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=8)
+@given(SHAPES, st.integers(0, 2**32))
+def test_what_is_rounded_is_multiplied_and_summed_in_float32(shape, seed):
+    """Products of bfloat16 numbers are exact in float32: only the order of a sum is free."""
+    *leading, inner, columns = *shape[0], *shape[1:]
+    rng = np.random.default_rng(seed)
+    x, kernel, d_y = (
+        rng.standard_normal(s).astype(np.float32) for s in ((*leading, inner), (inner, columns), (*leading, columns))
+    )
+    y, pull = jax.vjp(lambda x, kernel: product(x, kernel, "bfloat16"), x, kernel)
+    d_x, d_kernel = pull(jnp.asarray(d_y))
+    rounded, k, d = (np.asarray(v, jnp.bfloat16).astype(np.float32) for v in (x, kernel, d_y))
+    expected = rounded @ k, d @ k.T, np.tensordot(rounded, d, (range(len(leading)),) * 2)
+    for ours, theirs in zip((y, d_x, d_kernel), expected, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert np.abs(y - x @ kernel).max() > 0
 
 
 def test_a_kernels_gradient_is_summed_in_float32():
     """In bfloat16, 1 added to 256 is 256."""
     ones = jnp.ones((4, 1000, 1), jnp.bfloat16)
-    found = kernel_gradient(ones, ones)
+    found = kernel_gradient(ones, ones, "bfloat16")
     assert found.dtype == jnp.float32
     assert found.tolist() == [[4000.0]]

@@ -79,7 +79,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         "compile_s": compile_s,
         "step_gb": {str(length): memory.needed(step) / 1e9 for length, step in sorted(compiled.items())},
     }
-    yield Work("captions_s", facts, lambda: run(dispatches), config.train.dtype)
+    yield Work("captions_s", facts, lambda: run(dispatches), config.train.matmul_dtype or config.train.dtype)
 
 
 def _compile(
