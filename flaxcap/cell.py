@@ -89,14 +89,11 @@ class Cell(nnx.Module):
             "rngs": rngs,
         }
         self.score = nnx.Linear(c.attention_dim, 1, use_bias=False, **options)
-        large = {"dot_general": linear.dot_general(self.matmul_dtype)}
-        self.context = nnx.Linear(c.image_dim, self.gates, use_bias=False, **options, **large)
+        large: dict[str, Any] = options | {"dot_general": linear.dot_general(self.matmul_dtype)}
+        self.context = nnx.Linear(c.image_dim, self.gates, use_bias=False, **large)
         # One product gives the attention's query and the gates' recurrent part.
-        self.recurrent = nnx.Linear(
-            c.hidden_dim,
-            c.attention_dim + self.gates,
-            **(options | large | {"kernel_init": _recurrent_init(c.attention_dim, c.hidden_dim)}),
-        )
+        large["kernel_init"] = _recurrent_init(c.attention_dim, c.hidden_dim)
+        self.recurrent = nnx.Linear(c.hidden_dim, c.attention_dim + self.gates, **large)
         if c.attention_gate:
             self.gate = nnx.Linear(c.hidden_dim, 1, **options)
 

@@ -1,4 +1,4 @@
-"""The product of a linear layer, of numbers of a type of its own, with gradients that are quick on a CPU too."""
+"""The product of a linear layer, of numbers that may be rounded for it, with gradients that are quick on a CPU too."""
 
 import functools
 from collections.abc import Callable
@@ -19,9 +19,13 @@ def dot_general(dtype: str) -> Callable:
     return multiply
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     """x [..., X] @ kernel [X, Y] of numbers rounded to `dtype`; the sums are of x's type, as the result."""
+    return _product(x, kernel, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
 
 
@@ -36,7 +40,7 @@ def _backward(dtype: str, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> 
     return d_x, kernel_gradient(x, d_y, dtype).astype(kernel.dtype)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x: jax.Array, d_y: jax.Array, dtype: str) -> jax.Array:

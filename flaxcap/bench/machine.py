@@ -1,5 +1,6 @@
 """The machine that a figure was measured on, and how fast it multiplies matrices at this moment."""
 
+import functools
 import os
 import platform
 import resource
@@ -56,7 +57,8 @@ def memory() -> dict[str, float]:
 def matmul_flop_s(dtype: str, shapes: tuple[tuple[int, int, int], ...] = ()) -> dict[str, float]:
     """FLOP/s of a jitted matrix product on all devices, now: of the best shape, its median and its best round.
 
-    At JAX's default precision, as the model's own products. A CPU counts as one device, however many it plays.
+    At JAX's default precision, as the model's own products, with sums in float32. A CPU counts as one device, however
+    many it plays.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
@@ -70,7 +72,7 @@ def _matmul(rows: int, inner: int, columns: int, dtype: str) -> tuple[float, flo
     keys = jax.random.split(jax.random.key(0))
     left = jax.random.normal(keys[0], (rows, inner), jnp.dtype(dtype))
     right = jax.random.normal(keys[1], (inner, columns), jnp.dtype(dtype))
-    multiply = jax.jit(jnp.matmul)
+    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
 
     def seconds(calls: int) -> float:
         begin = time.perf_counter()
