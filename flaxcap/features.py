@@ -44,7 +44,7 @@ def make_encode(params: inception_v3.Params, config: config_lib.Encoder) -> Enco
     def forward(folded: inception_v3.Params, images_IYX3: jax.Array) -> jax.Array:
         return inception_v3.apply(folded, images_IYX3, block=config.block, dtype=dtype).astype(store_dtype)
 
-    run = jax.jit(forward, compiler_options=inception_v3.compiler_options())
+    run = jax.jit(forward, compiler_options=runtime.convolving())
 
     def encode(images_IYX3: np.ndarray) -> jax.Array:
         spec = P("data") if len(images_IYX3) % mesh.size == 0 else P()

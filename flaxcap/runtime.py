@@ -1,4 +1,4 @@
-"""What a process sets up before it uses JAX: the other processes, its cores, and where compiled programs are kept."""
+"""How a process uses JAX: the other processes, its cores, and how programs are compiled and kept."""
 
 import contextlib
 import os
@@ -67,6 +67,15 @@ def devices_of(cores: int, images: int, least: int) -> int:
 def usable_cores() -> int:
     """Of this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def convolving() -> dict[str, str] | None:
+    """Compiler options, for `jax.jit`, of a program whose time is that of convolutions.
+
+    On a CPU Eigen shall make them. YNN, which XLA takes as for matrix products, needs up to twice as long.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"} if on_cpu else None
 
 
 def keep_compiled(directory: str | None) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
 from flaxcap import objective as objective_lib
-from flaxcap.encoders import inception_v3
+from flaxcap import runtime
 from flaxcap.loss import Sums
 from flaxcap.model import ENCODER, Bind, Params
 from flaxcap.objective import Moment, Part
@@ -174,10 +174,6 @@ def _batch(inputs: Inputs, k: jax.Array) -> tuple[jax.Array, ...]:
     return inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k], inputs.weight_KIC[k]
 
 
-def _compiler_options(encode: Callable | None) -> dict[str, str] | None:
-    return inception_v3.compiler_options() if encode else None
-
-
 def make_train_step(
     bind: Bind,
     optimizer: optax.GradientTransformation,
@@ -244,7 +240,7 @@ def make_train_step(
         }
         return state._replace(step=state.step + 1), metrics
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=_compiler_options(encode))
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=encode and runtime.convolving())
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
         def body(k: jax.Array, so_far: tuple) -> tuple:
             state, metrics = so_far
@@ -269,7 +265,7 @@ def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Cal
 
     found = _on_each_device(mesh, config, compute, lambda _: objective_lib.nothing())
 
-    @functools.partial(jax.jit, compiler_options=_compiler_options(encode))
+    @functools.partial(jax.jit, compiler_options=encode and runtime.convolving())
     def eval_step(params: Params, inputs: Inputs) -> Sums:
         def body(k: jax.Array, total: objective_lib.Found) -> objective_lib.Found:
             return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, k)))

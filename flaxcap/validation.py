@@ -10,12 +10,11 @@ import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from flaxcap import metrics, store
+from flaxcap import metrics, runtime, store
 from flaxcap import train_step as step_lib
 from flaxcap.batches import Batch, Plan
 from flaxcap.config import Config
 from flaxcap.decode import Decode, Folded
-from flaxcap.encoders import inception_v3
 from flaxcap.feed import Feed, Source, Stage
 from flaxcap.model import Params
 from flaxcap.text import Tokens, Vocabulary
@@ -145,7 +144,7 @@ class Validation:
         self._config, self._rows, self._vocabulary = config, split.present(), vocabulary
         self._run, self._eval_step = run, eval_step
         self._source, self._frozen = source or split, frozen
-        self._encode = encode and jax.jit(encode, compiler_options=inception_v3.compiler_options())
+        self._encode = encode and jax.jit(encode, compiler_options=runtime.convolving())
         self._plan, self._feed = make_feed(config, split, vocabulary, mesh, source=source, frozen=frozen)
         self._scorer = metrics.Scorer([split.rows[row].captions for row in self._rows])
 

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flaxcap import runtime
+
 GRID = 8  # positions a side of the features that `apply` returns
 MIN_SIZE = 75  # the smallest image Keras's InceptionV3 takes
 BN_EPSILON = 1e-3
-
-# On a CPU: convolutions by Eigen. YNN, which XLA would take as for matrix products, needs up to twice as long for them.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 Params = dict[str, dict[str, Any]]
 
@@ -230,11 +229,6 @@ def _run(params: Mapping, images: Any, block: str, dtype: Any, normalise: Callab
     return _walk(_path_to(block), x, _names(), on_conv, _maximum, lambda branches: jnp.concatenate(branches, -1))
 
 
-def compiler_options() -> dict[str, str] | None:
-    """For `jax.jit` of a function that runs this network."""
-    return CPU_OPTIONS if jax.default_backend() == "cpu" else None
-
-
 def measure(params: Params, images_IYX3: Any, block: str = "mixed10") -> Params:
     """The same unfolded net with each batch norm's mean and variance measured on `images_IYX3` (see `apply`).
 
@@ -257,7 +251,7 @@ def measure(params: Params, images_IYX3: Any, block: str = "mixed10") -> Params:
         _run(params, images, block, jnp.float32, normalise)
         return statistics
 
-    statistics = jax.device_get(jax.jit(forward, compiler_options=compiler_options())(params, images_IYX3))
+    statistics = jax.device_get(jax.jit(forward, compiler_options=runtime.convolving())(params, images_IYX3))
     params = {name: params[name] for name in kernel_shapes(block)}  # in their order, which jit does not keep
     return {name: conv | dict(zip(("mean", "var"), statistics[name], strict=True)) for name, conv in params.items()}
 
