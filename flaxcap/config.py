@@ -129,8 +129,8 @@ class Train:
     clip_norm: float = _field(5.0, "largest global norm of the gradient; 0: no clipping")
     dtype: str = _field("float32", "arithmetic of the decoder; parameters and loss are always float32",
                         ("float32", "bfloat16"))  # fmt: skip
-    matmul_dtype: str = _field("", "type that numbers are rounded to before matrix products multiply them; '': none of"
-                               " its own. bfloat16: all else stays of dtype. Quick where a CPU has AMX or AVX512-BF16",
+    matmul_dtype: str = _field("", "type that numbers are rounded to before matrix products multiply them, all else"
+                               " stays of dtype; '': dtype. bfloat16 is quick where a CPU has AMX or AVX512-BF16",
                                ("", "bfloat16"))  # fmt: skip
     num_buckets: int = _field(8, "lengths that batches are padded to, chosen from the data")
     microbatch_images: int = _field(

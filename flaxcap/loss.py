@@ -64,7 +64,7 @@ def fold(weights: Weights) -> Weights:
 
 
 def logits(weights: Weights, states: jax.Array) -> jax.Array:
-    """Decoder states [..., S] -> float32 logits [..., V], computed in the states' dtype."""
+    """Decoder states [..., S] -> float32 logits [..., V], in the states' dtype and `matmul_dtype`."""
     dtype = weights.matmul_dtype or str(states.dtype)
     if weights.head is not None:
         states = _linear(weights.head, states, dtype)

@@ -46,7 +46,8 @@ def compute_in_callers() -> None:
     """On a CPU, a program is computed by the thread that calls it, and by no other: several threads run one each.
 
     For programs that many run at once, this takes less time than all cores take for each of their operations in turn.
-    Not where `$JAX_NUM_CPU_DEVICES` or `$XLA_FLAGS` says how many devices there are.
+    It holds as long as the process lives: one that goes on to train does so on a single thread. Not where
+    `$JAX_NUM_CPU_DEVICES` or `$XLA_FLAGS` says how many devices there are, `$PJRT_NPROC` or `$NPROC` how many threads.
     """
     if _devices_are_given() or {*POOL_SIZE} & {*os.environ}:
         return

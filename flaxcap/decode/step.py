@@ -45,8 +45,9 @@ def fold(bind: Bind, params: Params) -> Folded:
         "kernel": jnp.pad(output.vocabulary["kernel"], ((0, 0), (0, lacking))),
         "bias": jnp.pad(output.vocabulary["bias"], (0, lacking), constant_values=-jnp.inf),
     }
-    output = dataclasses.replace(output, vocabulary=vocabulary)
-    return Folded(cast(params), model.word(model.embedding.embedding[...]), cast(output))
+    output = cast(dataclasses.replace(output, vocabulary=vocabulary))
+    output.vocabulary["kernel"] = output.vocabulary["kernel"].astype(model.matmul_dtype)
+    return Folded(cast(params), model.word(model.embedding.embedding[...]), output)
 
 
 class Step:
