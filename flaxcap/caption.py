@@ -36,7 +36,7 @@ def caption(
     With `plot_dir`, an attention picture of each is written there. A picture that cannot be read gets a reason.
     """
     config = captioner.config
-    encode = features.make_encode(captioner.encoder, config.encoder)
+    encode = features.make_encode(captioner.encoder, config.encoder, many=False)
     run = decode.make_decode(captioner.binds, config.decode)
     folded = run.fold(*captioner.all_params)
     keys = (jax.random.fold_in(jax.random.key(seed), n) for n in itertools.count())

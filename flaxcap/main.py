@@ -78,7 +78,10 @@ def main(args: Sequence[str]) -> int:
                 runtime.join(given.distributed)
         config = _preset(command, given, overrides)
         work = positional[0] if command == "bench" and positional else command
-        _take_cores(work, config, alone=not getattr(given, "distributed", None))
+        if work in ("train", "input") and not getattr(given, "distributed", None):
+            from flaxcap import runtime, train_step
+
+            runtime.share_cores(config.train.batch_images, train_step.CPU_IMAGES)
         return _RUN[command](given, config, positional)
     except (UserError, flags.Error) as e:
         print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
@@ -89,16 +92,6 @@ def main(args: Sequence[str]) -> int:
             raise
         print(plain(f"flaxcap {command}: {e.filename or ' or '.join(places)}: {e.strerror}"), file=sys.stderr)
     return FAILED
-
-
-def _take_cores(work: str, config: config_lib.Config, alone: bool) -> None:
-    """Says how a CPU's cores are taken, for work that is faster by it; `alone`: by one process."""
-    from flaxcap import runtime, train_step
-
-    if work in ("prepare", "extract"):
-        runtime.compute_in_callers()
-    elif work in ("train", "input") and alone:
-        runtime.share_cores(config.train.batch_images, train_step.CPU_IMAGES)
 
 
 def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) -> config_lib.Config:

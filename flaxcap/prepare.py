@@ -182,7 +182,7 @@ def _extract(
     """The features of every split that are not there yet."""
     encoder = config.encoder
     if npy_dir is None:
-        encode = features.make_encode(checkpoint.load_params(store.path / describe.ENCODER), encoder)
+        encode = features.make_encode(checkpoint.load_params(store.path / describe.ENCODER), encoder, many=True)
     for role in store.roles:
         split = store.split(role)
         if npy_dir is None:

@@ -10,7 +10,6 @@ from flaxcap.errors import UserError
 
 # A process that is silent for so long is taken for dead, and the others end.
 HEARTBEAT_S = 60
-POOL_SIZE = "PJRT_NPROC", "NPROC"  # what JAX asks how many threads its operations may use; else all cores
 MOST_DEVICES = 16  # of a CPU: each has a copy of the parameters
 
 
@@ -33,30 +32,10 @@ def share_cores(images: int, least: int) -> None:
     Each computes its part beside the others, which takes less time than all cores take for each small product and
     sum in turn. Not where `$JAX_NUM_CPU_DEVICES` or `$XLA_FLAGS` says how many there are.
     """
-    if not _devices_are_given():
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in flags:
         with contextlib.suppress(RuntimeError):  # of a program that has used JAX already: its devices stay
             jax.config.update("jax_num_cpu_devices", devices_of(usable_cores(), images, least))
-
-
-def _devices_are_given() -> bool:
-    return "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-
-
-def compute_in_callers() -> None:
-    """On a CPU, a program is computed by the thread that calls it, and by no other: several threads run one each.
-
-    For programs that many run at once, this takes less time than all cores take for each of their operations in turn.
-    It holds as long as the process lives: one that goes on to train does so on a single thread. Not where
-    `$JAX_NUM_CPU_DEVICES` or `$XLA_FLAGS` says how many devices there are, `$PJRT_NPROC` or `$NPROC` how many threads.
-    """
-    if _devices_are_given() or {*POOL_SIZE} & {*os.environ}:
-        return
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    os.environ[POOL_SIZE[0]] = "1"
-    try:
-        jax.devices()  # made here: what this process starts has its own
-    finally:
-        del os.environ[POOL_SIZE[0]]
 
 
 def devices_of(cores: int, images: int, least: int) -> int:

@@ -33,9 +33,9 @@ def expected(params) -> np.ndarray:
     return np.asarray(apply(jax.device_put(IMAGES, jax.devices()[0])))
 
 
-@pytest.mark.parametrize("count", [8, 3])
-def test_eight_devices_give_what_one_gives(params, expected, count):
-    found = features.make_encode(params, ENCODER)(IMAGES[:count])
+@pytest.mark.parametrize(("count", "many"), [(8, False), (8, True), (3, True)])
+def test_eight_devices_give_what_one_gives(params, expected, count, many):
+    found = features.make_encode(params, ENCODER, many=many)(IMAGES[:count])
     assert isinstance(found, jax.Array)
     assert found.dtype == np.float32
     assert len(found.sharding.device_set) == 8
@@ -47,7 +47,7 @@ def test_eight_devices_give_what_one_gives(params, expected, count):
 
 def test_features_are_rounded_to_the_store(params, expected):
     encoder = Encoder(weights="random", block="mixed0", image_size=160)
-    found = np.asarray(features.make_encode(params, encoder)(IMAGES))
+    found = np.asarray(features.make_encode(params, encoder, many=True)(IMAGES))
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-3)
 

@@ -15,7 +15,8 @@ PACKAGE = pathlib.Path(flaxcap.__file__).parent
 ORDER = [
     "flaxcap", "errors", "huge_pages", "limits", "config", "presets", "runtime", "checksums", "processes", "lock",
     "data.base", "data.coco_captions", "data.flickr8k", "data.folder", "data.shapes", "data",
-    "encoders", "encoders.headers", "encoders.images", "encoders.inception_v3", "encoders.weights",
+    "encoders", "encoders.headers", "encoders.images",
+    "encoders.pooling", "encoders.winograd", "encoders.inception_v3", "encoders.weights",
     "text", "split", "store", "features", "embeddings",
     "metrics.ptb", "metrics.ngrams", "metrics.bleu", "metrics.cider", "metrics.rouge", "metrics",
     "metrics.health", "metrics.java", "scores",
@@ -35,6 +36,8 @@ STAGES = {
     "encoding": {
         "encoders.headers",
         "encoders.images",
+        "encoders.pooling",
+        "encoders.winograd",
         "encoders.inception_v3",
         "encoders.weights",
         "features",

@@ -70,7 +70,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     assert found.roles == ("train", "val", "test")
     assert found.feature_dim == 256
     builder = data.of_preset(config, undisturbed)
-    encode = features.make_encode(checkpoint.load_params(found.path / "encoder"), config.encoder)
+    encode = features.make_encode(checkpoint.load_params(found.path / "encoder"), config.encoder, many=False)
     for role, count in (("train", 48), ("val", 4), ("test", 3)):
         split, examples = found.split(role), list(data.read(builder, role))
         assert split.images == len(examples) == count

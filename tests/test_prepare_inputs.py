@@ -112,7 +112,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     assert [s.filename for s in found.split("test").skipped()] == ["broken.jpg"]
     assert "train: 6 images with features, 5 skipped" in capsys.readouterr().out
 
-    encode = features.make_encode(checkpoint.load_params(found.path / "encoder"), config.encoder)
+    encode = features.make_encode(checkpoint.load_params(found.path / "encoder"), config.encoder, many=False)
     pixels = np.stack([images.decode(GOOD[name], 160) for name in GOOD])
     expected = np.asarray(encode(np.concatenate([pixels, pixels[:2]])))[: len(GOOD)].astype(float)
     rows = [list(mixed).index(name) for name in GOOD]

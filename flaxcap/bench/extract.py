@@ -55,7 +55,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     pixels_IYX3 = np.stack([load(row) for row in range(max(batch, MEASURED_ON))])
     sample = pixels_IYX3[:MEASURED_ON]
     params, _ = weights.load("random", block=encoder.block, seed=encoder.seed, measure_on=sample)
-    encode = features.make_encode(params, encoder)
+    encode = features.make_encode(params, encoder, many=True)
     begin = time.perf_counter()
     np.asarray(encode(pixels_IYX3[:batch]))
     compile_s = time.perf_counter() - begin
