@@ -25,7 +25,7 @@ from flaxcap.split import POSITIONS, Skipped, Split, StoreError
 
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
 
-CPU_IMAGES = 2  # in one forward pass: with as many a core is quickest
+CPU_IMAGES = 2  # in one forward pass: quickest, with as many passes at once as there are cores
 
 
 class BadImagesError(UserError):
@@ -64,7 +64,7 @@ def batch_size(config: config_lib.Encoder) -> int:
 
 
 def batches_at_once() -> int:
-    """How many are encoded side by side: one on each core, or the device's next while the last one is fetched."""
+    """How many are encoded side by side: as many as a CPU has cores; else the next while the last one is fetched."""
     return runtime.usable_cores() if jax.local_devices()[0].platform == "cpu" else 2
 
 
