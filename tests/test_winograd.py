@@ -1,6 +1,7 @@
 """Convolutions by Winograd against the sum that defines a convolution."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,11 +19,11 @@ def plain(x, kernel, padding):
     if padding == "SAME":
         x = np.pad(x, ((0, 0), ((rows - 1) // 2, rows // 2), ((columns - 1) // 2, columns // 2), (0, 0)))
     height, width = x.shape[1] - rows + 1, x.shape[2] - columns + 1
-    return sum(
-        x[:, i : i + height, j : j + width].astype(np.float64) @ kernel[i, j].astype(np.float64)
-        for i in range(rows)
-        for j in range(columns)
-    )
+    y = np.zeros((len(x), height, width, kernel.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            y += x[:, i : i + height, j : j + width].astype(np.float64) @ kernel[i, j].astype(np.float64)
+    return y
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,7 +52,8 @@ def test_rounding_stays_near_that_of_a_plain_convolution(rows, columns):
     x = np.maximum(draw.standard_normal((1, 17, 17, 64), np.float32), 0)
     kernel = draw.standard_normal((rows, columns, 64, 64), np.float32) / np.float32(np.sqrt(rows * columns * 64))
     exact = plain(x, kernel, "SAME")
-    usual = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    given = jnp.asarray(x), jnp.asarray(kernel)
+    usual = jax.lax.conv_general_dilated(*given, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     quick = convolve(x, winograd.transform(kernel), size=(rows, columns), padding="SAME")
     errors = [np.sqrt(np.mean((np.asarray(y) - exact) ** 2)) for y in (usual, quick)]
     assert errors[1] < 10 * errors[0]
