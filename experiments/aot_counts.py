@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from flaxcap import config as config_lib
-from flaxcap import loss, model
-from flaxcap import train_step as step_lib
+from flaxcap.models import recurrent
+from flaxcap.training import losses
+from flaxcap.training import step as step_lib
 
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -63,7 +64,7 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     config = config_lib.Config()
     config.train.dtype = "bfloat16"
     mesh = step_lib.make_mesh(devices(a.topology))
-    bind, init = model.create(config, 2048, a.vocabulary)
+    bind, init = recurrent.create(config, 2048, a.vocabulary)
     schedule = step_lib.learning_rate(config.train, 1000)
     optimizer = step_lib.make_optimizer(config.train)
     step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)
@@ -153,7 +154,7 @@ def main() -> None:
     cost: Any = compiled.cost_analysis() or {}
     print({k: cost[k] for k in ("flops", "bytes accessed", "optimal_seconds") if k in cost})
     places = a.images // len(devices(a.topology)) * a.captions * (a.time - 1)
-    branch = sum(size < a.real * places for size in loss.sizes(places))
+    branch = sum(size < a.real * places for size in losses.sizes(places))
     computations = parse(compiled.as_text() or "")
     loops = collections.defaultdict(list)
     for loop, times, name, op, moved, cycles in kernels(computations, list(computations)[-1], branch):

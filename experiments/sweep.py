@@ -18,7 +18,11 @@ import sys
 import numpy as np
 from matplotlib.figure import Figure
 
-from flaxcap import checkpoint, metrics, presets, scores, store
+from flaxcap import presets
+from flaxcap.features import store
+from flaxcap.inference import coco_results
+from flaxcap.metrics import scorer
+from flaxcap.training import checkpoints
 
 HERE = pathlib.Path(__file__).parent
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
@@ -60,12 +64,12 @@ VARIANTS = {
 
 def flaxcap(*args: str) -> None:
     """Runs a command to its end."""
-    subprocess.run([sys.executable, "-c", "from flaxcap.main import run; run()", *args], check=True)
+    subprocess.run([sys.executable, "-m", "flaxcap", *args], check=True)
 
 
 def trained(workdir: pathlib.Path) -> float:
     """Seconds of training alone, all that went on after an interruption together."""
-    newest = checkpoint.steps(workdir / "checkpoints")[-1]
+    newest = checkpoints.steps(workdir / "checkpoints")[-1]
     return json.loads((newest / "progress" / "metadata").read_text())["seconds"]
 
 
@@ -73,8 +77,8 @@ def drawn(workdir: pathlib.Path, data_dir: str, count: int = 20) -> list[dict]:
     """Captions of the dev split drawn at random, always of the same images, and the CIDEr-D of each."""
     split = store.Store.finished(data_dir, presets.load(str(workdir / "config.json"))).split("val")
     rows = [split.rows[n] for n in split.present()]
-    texts = scores.read(workdir / "val" / "predictions.json", rows)
-    cider_I = metrics.Scorer([row.captions for row in rows]).cider(texts)
+    texts = coco_results.read(workdir / "val" / "predictions.json", rows)
+    cider_I = scorer.Scorer([row.captions for row in rows]).cider(texts)
     chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
     return [{"image": rows[n].filename, "caption": texts[n], "CIDEr": round(float(cider_I[n]), 3)} for n in chosen]
 

@@ -10,9 +10,9 @@ import typing
 
 from etils import epath
 
-from flaxcap import limits
 from flaxcap.config import Config, ConfigError, leaves, nearest
 from flaxcap.errors import quoted
+from flaxcap.files import size_limits
 
 
 def load(path: str) -> Config:
@@ -25,7 +25,7 @@ def load(path: str) -> Config:
         raise ConfigError(f"--config={path}: no such file; presets are experiments/NAME.py")
     if path.endswith(".json"):
         try:
-            tree = json.loads(limits.read(file, limits.PRESET))
+            tree = json.loads(size_limits.read(file, size_limits.PRESET))
         except OSError as e:
             raise ConfigError(f"{path}: cannot be read ({e.strerror})") from e
         except (ValueError, RecursionError) as e:

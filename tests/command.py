@@ -8,7 +8,6 @@ import sys
 # Small arrays, many programs: faster machine code takes longer to make than it saves. test_end_to_end and test_cli run
 # all programs as users do.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-RUN = "from flaxcap.main import run; run()"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -17,7 +16,7 @@ def flaxcap(*args: object, cwd: pathlib.Path = ROOT, devices: int | None = 1) ->
     conftest); warnings are errors.
     """
     env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" if devices else ""}
-    command = [sys.executable, "-W", "error", "-c", RUN, *map(str, args)]
+    command = [sys.executable, "-W", "error", "-m", "flaxcap", *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=1500)
 
 

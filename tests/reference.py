@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcap.config import Config, Model
-from flaxcap.text import PAD
+from flaxcap.text.vocabulary import PAD
 
 
 def in_float64(function: Callable, *arguments: Any) -> Any:

@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcap import model, objective
 from flaxcap.config import Config, Dropout, Model, Train
-from flaxcap.objective import Moment, Part
-from flaxcap.text import END, PAD, START
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END, PAD, START
+from flaxcap.training import objective
+from flaxcap.training.objective import Moment, Part
 
 F, V, I, C, T, P = 5, 20, 4, 3, 7, 9
 SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
 
 
 @functools.cache
-def made(seed: int = 0, **options: Any) -> tuple[model.Bind, model.Params]:
+def made(seed: int = 0, **options: Any) -> tuple[recurrent.Bind, recurrent.Params]:
     """A decoder with every parameter away from zero."""
-    bind, init = model.create(Config(model=Model(**SIZES | options)), F, V)
+    bind, init = recurrent.create(Config(model=Model(**SIZES | options)), F, V)
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(init, jax.random.key(0))
     return bind, jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)

@@ -4,19 +4,20 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flaxcap import model
-from flaxcap import train_step as step_lib
 from flaxcap.config import Config, Dropout, Model, Train
-from flaxcap.text import END, PAD, START
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END, PAD, START
+from flaxcap.training import step as step_lib
 
 F, V, I, C, T = 12, 30, 8, 3, 7
 CONFIG = Config(
     model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
     train=Train(learning_rate=1e-2, warmup_steps=2),
 )
-BIND, INIT = model.create(CONFIG, F, V)
+BIND, INIT = recurrent.create(CONFIG, F, V)
 # All that a step may draw or add.
 NOISY = Config(
     model=dataclasses.replace(CONFIG.model, attention="hard"),
@@ -66,7 +67,7 @@ def shardings(mesh) -> Any:
 
 def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
     """The step, and a new state."""
-    bind, init = model.create(config, F, V)
+    bind, init = recurrent.create(config, F, V)
     schedule = step_lib.learning_rate(config.train, 10)
     optimizer = step_lib.make_optimizer(config.train)
     state = step_lib.init_state(init, optimizer, 0, mesh, config.train.ema)
@@ -103,3 +104,17 @@ def assert_same(ours: Any, expected: Any) -> None:
     for name in ("params", "average", "baseline"):
         a, b = getattr(ours[0], name), getattr(expected[0], name)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
+
+
+def state_on(devices: int, width: int = 3, ema: float = 0.0) -> step_lib.TrainState:
+    """A state with every leaf of its own; with an average that is no longer the parameters."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+
+    def init(key):
+        return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}
+
+    state = step_lib.init_state(init, step_lib.make_optimizer(Train()), 3, mesh, ema)
+    average = None if state.average is None else jax.tree.map(lambda x: 2 * x + 1, state.average)
+    place = state.rate.sharding
+    rate, baseline = (jax.device_put(np.float32(x), place) for x in (0.25, -31.5))
+    return state._replace(average=average, rate=rate, baseline=baseline)

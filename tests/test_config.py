@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flaxcap import config as config_lib
 from flaxcap import data
 from flaxcap.config import Config, ConfigError, check, leaves, nearest
-from flaxcap.encoders import inception_v3
+from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
 from flaxcap.presets import difference, from_dict, load, to_json
 
@@ -260,7 +260,7 @@ def test_choices_are_what_there_is():
         (cls, field.name): field.metadata.get("choices") for cls in GROUPS.values() for field in dataclasses.fields(cls)
     }
     assert fields[Config, "dataset"] == data.NAMES
-    assert fields[config_lib.Encoder, "block"] == inception_v3.BLOCKS
+    assert fields[config_lib.Encoder, "block"] == network.BLOCKS
 
 
 def test_every_field_has_a_help_and_a_place():

@@ -11,7 +11,7 @@ from flaxcap import config as config_lib
 from flaxcap.data import shapes
 
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
-DECODER = "flaxcap.model.Captioner"  # whose `config` is a Model
+DECODER = "flaxcap.models.recurrent.Captioner"  # whose `config` is a Model
 
 
 class Reads(ast.NodeVisitor):
@@ -90,7 +90,7 @@ class A:
     fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
     assert reads(text) == groups | fields
     other = "def g(one: Captioner):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
-    assert reads(f"from flaxcap.model import Captioner\n{other}") == {("Model", "tied"), ("Model", "output")}
+    assert reads(f"from flaxcap.models.recurrent import Captioner\n{other}") == {("Model", "tied"), ("Model", "output")}
     assert reads(other) == {("Config", "tied"), ("Config", "output")}
 
 

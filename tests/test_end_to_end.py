@@ -7,7 +7,7 @@ from coco_sample import write_coco_zips
 from command import succeed
 from PIL import Image
 
-from flaxcap import logs
+from flaxcap.training import logs
 
 
 def test_shapes_the_default_job_and_its_captions_are_true(tmp_path):

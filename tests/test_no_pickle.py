@@ -14,7 +14,7 @@ from PIL import Image
 from test_imports import ORDER, SOURCES, absolute
 from trained import Trained
 
-from flaxcap import export
+from flaxcap.inference import captioner
 
 # Modules that make programs, or objects of any class, of bytes.
 RUNNING = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow", "torch", "yaml"}
@@ -70,7 +70,7 @@ def watch(event, args):
         if args[0] != "uname":  # by which the standard library's `platform` knows the processor
             print(event, args, file=sys.stderr)
 sys.addaudithook(watch)
-from flaxcap.main import main
+from flaxcap.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -116,11 +116,11 @@ def test_no_program_unpickles_or_starts_anything(trained: Trained, tmp_path):
 def test_python_beside_an_export_is_not_run(trained: Trained, tmp_path, monkeypatch):
     """A preset in Python is a program; what comes with a model is read as JSON alone."""
     path = tmp_path / "model"
-    export.write(export.load(workdir=trained.workdir, data_dir=trained.data_dir), path)
+    captioner.write(captioner.load(workdir=trained.workdir, data_dir=trained.data_dir), path)
     mark = tmp_path / "was run"
     for name in ("config.py", "conftest.py", "sitecustomize.py", "decoder/__init__.py"):
         (path / name).write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit")
     shutil.copy(path / "config.py", path / "config.json.py")
     monkeypatch.chdir(path)
-    export.load(model_dir=pathlib.Path())
+    captioner.load(model_dir=pathlib.Path())
     assert not mark.exists()

@@ -6,10 +6,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flaxcap import checksums, store
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
-from flaxcap.split import ARRAY, CAPTIONS
-from flaxcap.text import Vocabulary
+from flaxcap.features import store
+from flaxcap.features.shards import ARRAY, CAPTIONS
+from flaxcap.files import integrity
+from flaxcap.text.vocabulary import Vocabulary
 
 WORDS = ["a", "dog", "cat", "runs", "sleeps", "on", "under", "the", "mat", "table", "red", "blue", "big", "small"]
 FEATURES = 6
@@ -62,7 +63,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         "shard_rows": 16,
         "encoder": {"weights_sha256": None, "imported_from": "nowhere"},
         "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
-        "files": checksums.to_json({name: checksums.of_file(path / name) for name in files}),
+        "files": integrity.to_json({name: integrity.of_file(path / name) for name in files}),
     }
     store.write_manifest(path, manifest)
     return store.Store(path)

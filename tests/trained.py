@@ -4,7 +4,8 @@ import pathlib
 from typing import NamedTuple
 
 from flaxcap import config as config_lib
-from flaxcap import prepare, presets, train
+from flaxcap import presets
+from flaxcap.commands import prepare, train
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Shapes, Train
 
 

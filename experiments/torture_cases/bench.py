@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flaxcap import logs, presets
+from flaxcap import presets
 from flaxcap.config import Config, Data, Decode, Dropout, Encoder, Model, Shapes, Train
+from flaxcap.training import logs
 
 
 def small_config() -> Config:
@@ -62,7 +63,7 @@ class Bench:
             "JAX_PLATFORMS": "cpu",
             "PYTHONUNBUFFERED": "1",
         }
-        line = [sys.executable, "-c", "from flaxcap.main import run; run()", command, *given, *rest]
+        line = [sys.executable, "-m", "flaxcap", command, *given, *rest]
         return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def train(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> subprocess.Popen:

@@ -9,9 +9,9 @@ from PIL import Image
 from torture_cases import images as torture_images
 from torture_cases.images import encoded, picture, png_chunk, with_size
 
-from flaxcap import limits
+from flaxcap.files import size_limits
 
-MOST = limits.PICTURE
+MOST = size_limits.PICTURE
 
 
 def _png(width: int, height: int, pixels: bytes, *before: bytes, depth: int = 8, colour: int = 2) -> bytes:

@@ -12,12 +12,13 @@ from torture_cases import space as torture_space
 from torture_cases.bench import Bench, differences, result, times
 from torture_cases.space import other_store, run, store_of
 
-from flaxcap import checkpoint, export
-from flaxcap.checkpoint import Checkpoints
+from flaxcap.commands.verify import verify
 from flaxcap.errors import UserError
-from flaxcap.split import Split
-from flaxcap.store import COPY, Store, StoreError
-from flaxcap.verify import verify
+from flaxcap.features.shards import Split
+from flaxcap.features.store import COPY, Store, StoreError
+from flaxcap.inference import captioner
+from flaxcap.training import checkpoints
+from flaxcap.training.checkpoints import Checkpoints
 
 IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.*/**/*")
 MOST = 8  # kills of one prepare
@@ -92,7 +93,7 @@ def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
 def read_store(path: pathlib.Path) -> None:
     found = Store(path)
     found.vocabulary()
-    checkpoint.load_params(path / "encoder")
+    checkpoints.load_params(path / "encoder")
     for role in found.roles:
         split: Split = found.split(role)
         _ = split.rows
@@ -165,7 +166,7 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
         wrong = verify(workdir=workdir).wrong
         found = [] if len(wrong) == 1 and wrong[0].startswith(f"{file}: ") else [f"verify says {wrong}"]
         if best in file.parents or not {"params", "rest", "progress"} & set(file.parts):
-            found += unseen(lambda: export.load(workdir=workdir, data_dir=bench.data_dir), file)
+            found += unseen(lambda: captioner.load(workdir=workdir, data_dir=bench.data_dir), file)
         return found
 
     tried, lost = flipped(folder, rng, times(scale, 2), look)

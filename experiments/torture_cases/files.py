@@ -19,7 +19,7 @@ from torture_cases import images as torture_images
 from torture_cases import programs as torture_programs
 from torture_cases import records as torture_records
 
-from flaxcap.encoders import inception_v3
+from flaxcap.encoders.inception_v3 import network
 
 FUZZED = 5000  # of each kind of record
 BROKEN = 1000  # weights, feature maps, archives
@@ -80,10 +80,10 @@ def presets_and_vocabularies_fuzzed(scratch: pathlib.Path, scale: float) -> dict
 
 
 READERS = {
-    "weights": "from flaxcap.encoders import weights\nread = lambda path: weights.read(path, 'mixed0')",
+    "weights": "from flaxcap.encoders.inception_v3 import weights\nread = lambda path: weights.read(path, 'mixed0')",
     "maps": (
-        "from etils import epath\nfrom flaxcap import features\n"
-        "read = lambda path: features.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
+        "from etils import epath\nfrom flaxcap.features import extract\n"
+        "read = lambda path: extract.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
     ),
     "archives": (
         "from flaxcap.data.coco_captions import CocoCaptions\n"
@@ -92,7 +92,7 @@ READERS = {
         "    for examples in builder._split_generators(None).values():\n"
         "        list(examples)"
     ),
-    "models": "from flaxcap import export\nread = lambda path: export.load(model_dir=path)",
+    "models": "from flaxcap.inference import captioner\nread = lambda path: captioner.load(model_dir=path)",
 }
 READ_ALL = """
 import pathlib, sys
@@ -148,7 +148,7 @@ def broken_copies(whole: bytes, count: int, seed: int) -> Iterator[bytes]:
 def write_weights(file: pathlib.Path | io.BytesIO, **options: Any) -> h5py.File:
     """InceptionV3's weights up to mixed0, kernel N all N; `options`: how HDF5 keeps the first kernel."""
     found = h5py.File(file, "w")
-    for number, shape in enumerate(inception_v3.kernel_shapes("mixed0").values(), 1):
+    for number, shape in enumerate(network.kernel_shapes("mixed0").values(), 1):
         kernel = np.full(shape, number, np.float32)
         found.create_dataset(f"conv2d_{number}/kernel:0", data=kernel, **(options if number == 1 else {}))
         for name in ("beta", "moving_mean", "moving_variance"):

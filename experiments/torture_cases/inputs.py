@@ -14,17 +14,17 @@ from torture_cases import images as torture_images
 from torture_cases import programs as torture_programs
 from torture_cases import web as torture_web
 
-from flaxcap import limits
 from flaxcap.config import Config, Data
-from flaxcap.encoders import images
-from flaxcap.store import Store, path_for
+from flaxcap.features.store import Store, path_for
+from flaxcap.files import size_limits
+from flaxcap.images import decode
 
 Case = Callable[[pathlib.Path, float], dict]
 
 PICTURES = 5000
 WORKERS = 2
 # What decoding may take, beside what the program takes for sound pictures: as images.decode says.
-DECODING_MB = (images.MAX_MEMORY + 3 * WORKERS * limits.PICTURE) / 2**20
+DECODING_MB = (decode.MAX_MEMORY + 3 * WORKERS * size_limits.PICTURE) / 2**20
 
 
 def pictures_prepared_and_captioned(scratch: pathlib.Path, scale: float) -> dict:
@@ -146,7 +146,7 @@ def bombs(scratch: pathlib.Path, scale: float) -> dict:
             continue
         seconds, memory, reason = ended.out.strip("\n").split(" ", 2)
         figures[name] = {"bytes": size, "s": round(float(seconds), 2), "mb": round(float(memory)), "reason": reason}
-        allowed = (images.MAX_MEMORY * may_be_read + 3 * size) / 2**20 + 10
+        allowed = (decode.MAX_MEMORY * may_be_read + 3 * size) / 2**20 + 10
         if float(memory) > allowed:
             lost.append(f"{name}: {memory} MB, expected at most {allowed:.0f}")
         if not reason and not may_be_read:

@@ -58,7 +58,7 @@ def _all_of(file: IO[bytes]) -> str:
 
 def flaxcap(*args: object, within_s: float = 3600, **environment: str) -> Ended:
     """The program itself."""
-    return run(sys.executable, "-c", "from flaxcap.main import run; run()", *args, within_s=within_s, **environment)
+    return run(sys.executable, "-m", "flaxcap", *args, within_s=within_s, **environment)
 
 
 def succeed(*args: object) -> Ended:

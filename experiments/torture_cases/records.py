@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flaxcap import config as config_lib
-from flaxcap import presets, scores, text
+from flaxcap import presets
 from flaxcap.data.base import DataError
 from flaxcap.data.folder import Folder
-from flaxcap.store import Row
+from flaxcap.features.store import Row
+from flaxcap.inference import coco_results
+from flaxcap.text import vocabulary
 
 IMAGES = ("a.jpg", "deep/b c.png", "é.gif")
 # Emoji of several characters, right to left, marks without letters, long, control characters, what CSV and JSON quote.
@@ -262,15 +264,15 @@ def judge_preset(file: pathlib.Path, preset: Preset) -> str:
 
 
 vocabularies = (texts | values.map(json.dumps)) | st.lists(texts | values, max_size=4).map(
-    lambda words: json.dumps({"hash": "", "tokens": [*text.SPECIAL, *words]})
+    lambda words: json.dumps({"hash": "", "tokens": [*vocabulary.SPECIAL, *words]})
 )
 
 
 def judge_vocabulary(content: str) -> str:
     """None of these is a vocabulary: the chance that a hash is right is none."""
     try:
-        text.Vocabulary.from_json(content, "some/vocabulary.json")
-    except text.VocabularyError as error:
+        vocabulary.Vocabulary.from_json(content, "some/vocabulary.json")
+    except vocabulary.VocabularyError as error:
         return "" if str(error).startswith("some/vocabulary.json: ") else f"not named in {error}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -288,8 +290,8 @@ def judge_results(file: pathlib.Path, content: str) -> str:
     """What is wrong with how someone's captions are read."""
     file.write_bytes(content.encode())
     try:
-        found = scores.read(file, ROWS)
-    except scores.PredictionsError as error:
+        found = coco_results.read(file, ROWS)
+    except coco_results.PredictionsError as error:
         return "" if str(file) in str(error) and len(str(error)) < 1000 else f"not named in {str(error)[:300]}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"

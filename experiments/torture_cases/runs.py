@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from torture_cases.bench import Bench, differences, lines, newest, result, small_config, times
 
-from flaxcap.store import Store, path_for
+from flaxcap.features.store import Store, path_for
 
 PREEMPTED = 75
 PREEMPTED_WITHIN_S = 30

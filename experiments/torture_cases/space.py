@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from torture_cases.bench import Bench, differences, result, times
 
-from flaxcap import checkpoint, export
-from flaxcap.store import path_for
-from flaxcap.verify import verify
+from flaxcap.commands.verify import verify
+from flaxcap.features.store import path_for
+from flaxcap.inference import captioner
+from flaxcap.training import checkpoints
 
 LEFTOVERS = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*", "incomplete.*", "*.unfinished")
 SIZE = 64 << 20  # bytes of a small file system
@@ -28,7 +29,7 @@ SIZE = 64 << 20  # bytes of a small file system
 
 def program(*args: str) -> subprocess.Popen:
     """A command that takes no preset."""
-    line = [sys.executable, "-c", "from flaxcap.main import run; run()", *args]
+    line = [sys.executable, "-m", "flaxcap", *args]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -53,7 +54,7 @@ def other_store(bench: Bench, data_dir: pathlib.Path, label: str) -> list[str]:
     )
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     lost = [f"{label}: {len(wrong)} files differ, {wrong[0]} first"] if wrong else []
-    encoders = (checkpoint.load_params(d / "encoder") for d in (ours, theirs))
+    encoders = (checkpoints.load_params(d / "encoder") for d in (ours, theirs))
     if not jax.tree.all(jax.tree.map(np.array_equal, *encoders)):
         lost.append(f"{label}: another encoder")
     return lost + [f"{label}: left behind: {left}" for pattern in LEFTOVERS for left in data_dir.rglob(pattern)]
@@ -169,10 +170,10 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
         nonlocal restored
         if done:
             return differences(disk / "run", scratch / "whole", label)
-        if not checkpoint.steps(disk / "run" / "checkpoints"):
+        if not checkpoints.steps(disk / "run" / "checkpoints"):
             return []
         restored += 1
-        export.load(workdir=disk / "run", data_dir=bench.data_dir)
+        captioner.load(workdir=disk / "run", data_dir=bench.data_dir)
         return [f"{label}: {line}" for line in verify(workdir=disk / "run").wrong if "/checkpoints/" in line]
 
     lost, full = _full("train", scratch, tries, need, lambda d: bench.train(d / "run"), after)
@@ -190,7 +191,7 @@ def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
 
     def after(disk: pathlib.Path, label: str, done: bool) -> list[str]:
         if (disk / "model" / "config.json").exists():
-            export.load(model_dir=disk / "model")
+            captioner.load(model_dir=disk / "model")
             return []
         return [f"{label}: it is not there"] if done else []
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from torture_cases import images as torture_images
 
-from flaxcap import fetch
 from flaxcap.errors import plain
+from flaxcap.images import fetch
 
 ANSWERS = 2000
 DOWNLOADS = 60

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcap import decode, model
-from flaxcap import train_step as step_lib
-from flaxcap.bench import corpus
-from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.bench import synthetic
+from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
-from flaxcap.text import END
+from flaxcap.decoding import generate
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END
+from flaxcap.training import step as step_lib
 
 
 @contextlib.contextmanager
@@ -21,12 +22,12 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition decodes `steps` batches, then `steps` single images, each to the preset's greatest length."""
     mesh = step_lib.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = corpus.MadeUp(given.images, given.feature_dim, dtype, config.seed)
-    bind, init = model.create(config, given.feature_dim, corpus.vocabulary_size(config.data))
+    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    bind, init = recurrent.create(config, given.feature_dim, synthetic.vocabulary_size(config.data))
     params = jax.jit(init, out_shardings=step_lib.replicated(mesh))(jax.random.key(config.seed))
     # No caption ends before its last token: every run does the same work.
     params["vocabulary"]["bias"] = params["vocabulary"]["bias"].at[END].set(-1e9)
-    run = decode.make_decode(bind, config.decode)
+    run = generate.make_decode(bind, config.decode)
     folded = run.fold(params)
 
     def place(images: int) -> jax.Array:

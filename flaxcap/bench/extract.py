@@ -13,10 +13,12 @@ import tqdm
 from etils import epath
 from PIL import Image
 
-from flaxcap import features, store
-from flaxcap.bench.work import Figures, Given, Work, rates
+from flaxcap.bench.base import Figures, Given, Work, rates
 from flaxcap.config import Config, ConfigError
-from flaxcap.encoders import images, inception_v3, weights
+from flaxcap.encoders.inception_v3 import network as network_lib
+from flaxcap.encoders.inception_v3 import weights
+from flaxcap.features import extract, store
+from flaxcap.images import decode
 
 PICTURES = 256  # different ones; more would only take time to be made
 WIDTH, HEIGHT, QUALITY = 640, 480, 90  # as COCO's
@@ -41,7 +43,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition writes a store of `steps` batches of features, then times the network and the decoding alone."""
     encoder = config.encoder
     try:
-        inception_v3.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
+        network_lib.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
     except ValueError as e:
         raise ConfigError(f"--config.encoder.image_size={encoder.image_size}: {e}") from e
     rng = np.random.default_rng(config.seed)
@@ -49,13 +51,13 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     files = [picture(rng) for _ in numbers]
 
     def load(row: int) -> np.ndarray:
-        return images.decode(files[row % len(files)], encoder.image_size)
+        return decode.decode(files[row % len(files)], encoder.image_size)
 
-    batch, at_once = features.batch_size(encoder), features.batches_at_once()
+    batch, at_once = extract.batch_size(encoder), extract.batches_at_once()
     pixels_IYX3 = np.stack([load(row) for row in range(max(batch, MEASURED_ON))])
     sample = pixels_IYX3[:MEASURED_ON]
     params, _ = weights.load("random", block=encoder.block, seed=encoder.seed, measure_on=sample)
-    encode = features.make_encode(params, encoder, many=True)
+    encode = extract.make_encode(params, encoder, many=True)
     begin = time.perf_counter()
     np.asarray(encode(pixels_IYX3[:batch]))
     compile_s = time.perf_counter() - begin
@@ -68,7 +70,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
             split = store.Split(epath.Path(folder), count, encoder.shard_images)
             begin = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):  # it says its rate, and so do we
-                features.extract(
+                extract.extract(
                     split,
                     load,
                     encode,
@@ -86,7 +88,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     def network() -> Figures:
         items = ((n, pixels_IYX3[n % batch]) for n in range(given.steps * batch))
         begin = time.perf_counter()
-        for _ in features.encode_ahead(items, encode, batch, at_once):
+        for _ in extract.encode_ahead(items, encode, batch, at_once):
             pass
         return rates(time.perf_counter() - begin, images=given.steps * batch)
 

@@ -1,7 +1,7 @@
 """The arithmetic that training needs, whatever a program does beside it."""
 
 from flaxcap.config import Model
-from flaxcap.store import POSITIONS
+from flaxcap.features.store import POSITIONS
 
 
 def forward(model: Model, *, images: int, tokens: int, feature_dim: int, vocabulary: int) -> int:

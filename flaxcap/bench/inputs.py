@@ -12,13 +12,13 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from flaxcap import store
-from flaxcap import train_step as step_lib
-from flaxcap.bench import corpus
-from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.bench import synthetic
+from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.errors import UserError
-from flaxcap.feed import Feed
+from flaxcap.features import store
+from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.training import step as step_lib
 
 
 @contextlib.contextmanager
@@ -27,10 +27,10 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
     The store was just written, so the system may have it in memory: what is measured is the way, not the disk.
     """
-    plan = corpus.plan(given.images, config)
+    plan = synthetic.plan(given.images, config)
     mesh = step_lib.make_mesh()
-    dispatches = corpus.sample(plan, given.steps)
-    counted = corpus.counts(dispatches)
+    dispatches = synthetic.sample(plan, given.steps)
+    counted = synthetic.counts(dispatches)
     with tempfile.TemporaryDirectory(prefix="flaxcap-bench-") as folder:
         written, split = _write(folder, config, given)
         feeds = {"stream": Feed(split, plan, mesh, "stream")}
@@ -87,7 +87,7 @@ def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Spli
             " TMPDIR names another place"
         )
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = corpus.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
     split = store.Split(epath.Path(folder), given.images, config.encoder.shard_images)
     begin = time.perf_counter()
     array = split.create_array(given.feature_dim, config.encoder.store_dtype)

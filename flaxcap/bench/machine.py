@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flaxcap
-from flaxcap import runtime
+from flaxcap.runtime import devices as devices_lib
 
 # Rows, inner, columns: a square, the image's projection and the vocabulary's product at their usual sizes.
 SHAPES = ((2048, 2048, 2048), (4096, 2048, 256), (1024, 512, 5001))
@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
-        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable_cores": runtime.usable_cores()},
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "usable_cores": devices_lib.usable_cores()},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("jax", "jaxlib", "numpy")},

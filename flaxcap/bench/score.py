@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flaxcap import metrics
-from flaxcap.bench import corpus
-from flaxcap.bench.work import Figures, Given, Work, rates
+from flaxcap.bench import synthetic
+from flaxcap.bench.base import Figures, Given, Work, rates
 from flaxcap.config import Config, Data
-from flaxcap.text import END
+from flaxcap.metrics import scorer
+from flaxcap.text.vocabulary import END
 
 
 @contextlib.contextmanager
@@ -21,19 +21,19 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
     def repeat() -> Figures:
         begin = time.perf_counter()
-        metrics.score(candidates, references)
+        scorer.score(candidates, references)
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "captions": len(candidates), **rates(seconds, captions=len(candidates))}
 
-    yield Work("captions_s", {"references": corpus.CAPTIONS * given.images}, repeat)
+    yield Work("captions_s", {"references": synthetic.CAPTIONS * given.images}, repeat)
 
 
 def _captions(images: int, data: Data, seed: int) -> list[list[str]]:
     """The corpus's captions of each image, each id a word of letters."""
-    tokens = corpus.captions(images, data, seed)
+    tokens = synthetic.captions(images, data, seed)
     letters = str.maketrans("0123456789", "abcdefghij")
     texts = [
         " ".join(str(token).translate(letters) for token in ids if token > END)
         for ids in np.split(tokens.ids, tokens.starts[1:-1])
     ]
-    return [texts[n : n + corpus.CAPTIONS] for n in range(0, len(texts), corpus.CAPTIONS)]
+    return [texts[n : n + synthetic.CAPTIONS] for n in range(0, len(texts), synthetic.CAPTIONS)]

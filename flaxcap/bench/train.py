@@ -8,33 +8,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxcap import memory, model
-from flaxcap import train_step as step_lib
-from flaxcap.bench import corpus, flops
-from flaxcap.bench.work import Figures, Given, Work, rates, spread
+from flaxcap.bench import flops, synthetic
+from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
-from flaxcap.feed import Feed
+from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.models import recurrent
+from flaxcap.runtime import device_memory
+from flaxcap.training import step as step_lib
 
 
 @contextlib.contextmanager
 def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition is the loop over the timed steps: batches made ahead, dispatched, metrics fetched at its end."""
-    plan = corpus.plan(given.images, config)
+    plan = synthetic.plan(given.images, config)
     mesh = step_lib.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = corpus.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
     feed = Feed(source, plan, mesh, config.train.features)
-    vocabulary = corpus.vocabulary_size(config.data)
-    bind, init = model.create(config, given.feature_dim, vocabulary)
+    vocabulary = synthetic.vocabulary_size(config.data)
+    bind, init = recurrent.create(config, given.feature_dim, vocabulary)
     last = config.train.epochs * plan.steps_per_epoch
     schedule = step_lib.learning_rate(config.train, last)
     optimizer = step_lib.make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, last)
     state = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema)
 
-    dispatches = corpus.sample(plan, given.steps)
+    dispatches = synthetic.sample(plan, given.steps)
     compiled, compile_s = _compile(train_step, state, feed, {b[0].tokens_ICT.shape[-1] for b in dispatches})
-    counted = corpus.counts(dispatches)
+    counted = synthetic.counts(dispatches)
     sizes = {name: counted[name] for name in ("images", "tokens")}
     flop = flops.training(config.model, **sizes, feature_dim=given.feature_dim, vocabulary=vocabulary)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -77,7 +78,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         "features": "on the device" if feed.resident else "streamed",
         "gflop_a_caption": flop / counted["captions"] / 1e9,
         "compile_s": compile_s,
-        "step_gb": {str(length): memory.needed(step) / 1e9 for length, step in sorted(compiled.items())},
+        "step_gb": {str(length): device_memory.needed(step) / 1e9 for length, step in sorted(compiled.items())},
     }
     yield Work("captions_s", facts, lambda: run(dispatches), config.train.matmul_dtype or config.train.dtype)
 

@@ -15,8 +15,8 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from flaxcap import limits
 from flaxcap.errors import UserError, listed, quoted, shown
+from flaxcap.files import size_limits
 
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
@@ -240,7 +240,7 @@ def check_text(text: str, file: object, where: str, key: str) -> None:
 def read_bytes(path: pathlib.Path) -> bytes:
     """A file; DataError where it cannot be read or is larger than `limits.CAPTIONS`."""
     try:
-        return limits.read(path, limits.CAPTIONS)
+        return size_limits.read(path, size_limits.CAPTIONS)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -248,7 +248,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
 def read_picture(path: pathlib.Path) -> bytes:
     """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
     try:
-        return limits.start(path, limits.PICTURE)
+        return size_limits.start(path, size_limits.PICTURE)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -13,9 +13,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums as tfds_checksums
 from tensorflow_datasets.core.download import download_manager, downloader
 
-from flaxcap import limits
 from flaxcap.data.base import CaptionBuilder, DataError, bad, field, read_bytes
 from flaxcap.errors import listed, plain, quoted, shown
+from flaxcap.files import size_limits
 
 BASE_URL = "http://images.cocodataset.org"
 KARPATHY_URL = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -198,9 +198,9 @@ def _load(path: pathlib.Path, member: str, hook: Callable[[dict], Any] | None = 
         name, data = str(path), read_bytes(path)
     else:
         with _open(path) as archive:
-            name, data = f"{path}/{member}", _member(archive, member, limits.CAPTIONS)
-            if len(data) > limits.CAPTIONS:
-                raise DataError(f"{name}: has more than the {limits.CAPTIONS} bytes allowed")
+            name, data = f"{path}/{member}", _member(archive, member, size_limits.CAPTIONS)
+            if len(data) > size_limits.CAPTIONS:
+                raise DataError(f"{name}: has more than the {size_limits.CAPTIONS} bytes allowed")
     try:
         return name, json.loads(data, object_hook=hook)
     except (ValueError, RecursionError) as error:
@@ -221,7 +221,7 @@ def _members(path: pathlib.Path) -> set[str]:
 
 def _picture(archive: zipfile.ZipFile, image: _Image) -> bytes:
     """Of a picture larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
-    return _member(archive, f"{image.year}/{image.filename}", limits.PICTURE)
+    return _member(archive, f"{image.year}/{image.filename}", size_limits.PICTURE)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

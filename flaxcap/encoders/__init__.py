@@ -1,1 +1,1 @@
-"""Image encoders: the frozen network, its weights, and the pixels it takes."""
+"""Image encoders: pixels to a grid of features."""

@@ -1,0 +1,102 @@
+"""Other programs that do the same work, run between our repetitions so that both meet the machine in the same state."""
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from flaxcap.errors import UserError
+from flaxcap.runtime import huge_pages
+
+RATES = ("captions_s", "images_s")
+LINES = 10  # of a failed program's stderr
+
+
+class Peer:
+    """A command whose stdout's last JSON object with `captions_s` or `images_s` is its result."""
+
+    def __init__(self, command: str):
+        """`command`: as typed into a shell, `PYTHON SCRIPT.py ARGUMENTS`, or without PYTHON for this one.
+
+        It will run in the script's own directory. UserError if there is no such program or script.
+        """
+        self.command = command
+        try:
+            words = shlex.split(command)
+        except ValueError as e:
+            raise UserError(f"--against={command}: not a command line ({e})") from e
+        if not words:
+            raise UserError("--against is empty: expected a command line, PYTHON SCRIPT.py ARGUMENTS")
+        if words[0].endswith(".py"):
+            words.insert(0, sys.executable)
+        if shutil.which(words[0]) is None:
+            raise UserError(f"--against={command}: no such program: {words[0]}")
+        if os.sep in words[0]:
+            # Not resolved: a virtual environment's Python is known by the link's place.
+            words[0] = os.path.abspath(words[0])
+        self._directory = None
+        script = next((n for n, word in enumerate(words) if n and word.endswith(".py")), None)
+        if script is not None:
+            if not os.path.isfile(words[script]):
+                raise UserError(f"--against={command}: no such file: {words[script]}")
+            words[script] = os.path.abspath(words[script])
+            self._directory = os.path.dirname(words[script])
+        self._words = words
+        self.records: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        """Runs it once and keeps its result. UserError, with the end of its stderr, if it fails or has none."""
+        try:
+            found = subprocess.run(
+                self._words,
+                cwd=self._directory,
+                env=huge_pages.others_environment(),
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+        except OSError as e:
+            raise UserError(f"--against={self.command}: cannot be run: {e.strerror}") from e
+        record = _last_record(found.stdout)
+        if found.returncode or record is None:
+            how = f"ended with status {found.returncode}"
+            if not found.returncode:
+                how = f"wrote no line with a JSON object that has {' or '.join(RATES)} above 0"
+            said = found.stderr.strip().splitlines()[-LINES:]
+            raise UserError("\n  ".join([f"--against={self.command}: {how}; the end of its stderr:", *said]))
+        self.records.append(record)
+
+    @property
+    def rates(self) -> list[float]:
+        return [_rate(record) for record in self.records]
+
+    def summary(self, ours: list[float]) -> dict[str, Any]:
+        """Its runs beside our repetitions: how many times as fast each of ours was as the run after it."""
+        ratios = [mine / theirs for mine, theirs in zip(ours, self.rates, strict=True)]
+        return {
+            "command": self.command,
+            "rate": statistics.median(self.rates),
+            "rates": self.rates,
+            "ratios": ratios,
+            "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "records": self.records,
+        }
+
+
+def _rate(record: dict[str, Any]) -> float:
+    return float(next(record[name] for name in RATES if name in record))
+
+
+def _last_record(text: str) -> dict[str, Any] | None:
+    for line in reversed(text.splitlines()):
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and any(name in record for name in RATES) and 0 < _rate(record) < float("inf"):
+                return record
+        except (ValueError, TypeError):
+            continue
+    return None

@@ -1,0 +1,98 @@
+"""What a run starts from: its workdir, its parameters, and the encoder where that is trained too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from flaxcap import data, presets
+from flaxcap.config import Config, ConfigError
+from flaxcap.features import store
+from flaxcap.files import integrity
+from flaxcap.inference import captioner
+from flaxcap.input_pipeline.device_feed import FEATURES, Stage
+from flaxcap.models import word_vectors
+from flaxcap.models.recurrent import ENCODER
+from flaxcap.text.vocabulary import Vocabulary
+from flaxcap.training import finetune
+from flaxcap.training import step as step_lib
+from flaxcap.training.checkpoints import Checkpoints, check_shapes
+
+# What a run cannot change on its way: the meaning of its parameters, and of its steps.
+FIXED = (
+    *("dataset", "seed", "data", "encoder", "model"),
+    *("train.batch_images", "train.captions_per_image", "train.num_buckets", "train.steps_per_dispatch", "train.ema"),
+)
+
+
+def claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: bool) -> None:
+    """Makes the workdir this run's. ConfigError if it is another's, or is not to be gone on with."""
+    file, words = workdir / "config.json", workdir / "vocabulary.json"
+    if file.exists():
+        if not resume:
+            raise ConfigError(f"--noresume, but --workdir={workdir} holds a run; take another, or delete it")
+        # Where self-critical training begins is fixed too.
+        fixed = (*FIXED, "train.epochs") if config.train.cider_epochs else FIXED
+        changed = presets.difference(presets.load(str(file)), config, fixed)
+        if changed:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of another preset: {'; '.join(changed)}; take another --workdir"
+            )
+        if Vocabulary.from_json(words.read_text(), str(words)).hash != vocabulary.hash:
+            raise ConfigError(f"--workdir={workdir} holds a run with another vocabulary; take another --workdir")
+    if jax.process_index() == 0:
+        (workdir / integrity.SUMS).unlink(missing_ok=True)
+        store.write_whole(words, vocabulary.to_json())
+        store.write_whole(file, presets.to_json(config))
+        integrity.write_sums(workdir, (file.name, words.name))
+
+
+def stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_from: epath.PathLike | None) -> Stage:
+    """Pictures and the encoder of the store, or of `init_from`, where it is fine-tuned; else nothing."""
+    options = config.train.finetune
+    if not options.block:
+        return FEATURES
+    encoder = captioner.load_any(init_from, data_dir).encoder if init_from else captioner.encoder_of(prepared, config)
+    frozen, trained = finetune.split(encoder, options.block, config.encoder.block)
+    builder = data.of_preset(config, data_dir)
+    sources = {}
+    for role in ("train", "val"):
+        examples = data.read(builder, prepared.manifest["splits"][role]["split"])
+        images = prepared.split(role).images
+        sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, config.encoder.image_size)
+    encode = finetune.make_encode(config.encoder, options)
+    return Stage(sources, frozen, {ENCODER: trained}, encode)
+
+
+def state(
+    fresh: step_lib.TrainState,
+    checkpoints: Checkpoints,
+    init_from: epath.PathLike | None,
+    config: Config,
+    vocabulary: Vocabulary,
+    data_dir: epath.PathLike,
+) -> tuple[step_lib.TrainState, dict]:
+    """The state to start from, and the saved progress: DESIGN's restore order."""
+    if checkpoints.latest_step is not None:
+        state, progress = checkpoints.restore(fresh)
+        print(f"going on at step {int(state.step)}")
+        return state, progress
+    if init_from is not None:
+        params = captioner.load_any(init_from, data_dir).params
+        if ENCODER in fresh.params:  # already that of --init_from, see `stage`
+            params = params | {ENCODER: fresh.params[ENCODER]}
+        check_shapes(f"--init_from={init_from}", params, fresh.params)
+    elif config.model.embeddings:
+        params = jax.device_get(fresh.params)
+        vectors = word_vectors.read(config.model.embeddings, vocabulary, config.model.embedding_dim)
+        table_VE = np.array(params["embedding"]["embedding"])
+        table_VE[list(vectors)] = list(vectors.values())
+        params["embedding"]["embedding"] = table_VE
+        print(f"{len(vectors)} of {len(vocabulary)} words start with vectors of {config.model.embeddings}")
+    else:
+        return fresh, {}
+
+    put = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, fresh.params)
+    # A copy: the step is given both, and takes their memory.
+    average = None if fresh.average is None else jax.tree.map(jnp.copy, put)
+    return fresh._replace(params=put, average=average), {}

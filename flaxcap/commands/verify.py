@@ -1,0 +1,168 @@
+"""`flaxcap verify`: whether the files of a store or a run are still what was written."""
+
+import contextlib
+from collections.abc import Callable
+
+import tqdm
+from etils import epath
+
+from flaxcap import presets
+from flaxcap.errors import UserError
+from flaxcap.features import build, store
+from flaxcap.features.shards import Split, StoreError
+from flaxcap.files import integrity
+from flaxcap.files.integrity import DamagedError, Sum
+from flaxcap.text.vocabulary import Vocabulary
+from flaxcap.training import checkpoints
+
+ANEW = "`flaxcap prepare` makes it anew"
+
+
+class Report:
+    """What was read, and what is wrong with it."""
+
+    def __init__(self, tell: Callable[[int], object]):
+        self.files, self.size = 0, 0  # that were compared with their checksums, and their bytes
+        self.wrong: list[str] = []  # a line each: the file, what is wrong with it, and what to do about it
+        self.unknown: list[epath.Path] = []  # files and directories written before there were checksums
+        self._tell = tell
+
+    def add(self, path: epath.Path, found: Exception | str, mend: str) -> None:
+        self.wrong.append(f"{path}: {found}; {mend}")
+
+    def file(self, path: epath.Path, expected: Sum, mend: str) -> None:
+        """Compares a file with its sum."""
+        try:
+            integrity.check(path, expected, self._count)
+            self.files += 1
+        except DamagedError as e:
+            self.add(path, e, mend)
+
+    def directory(self, path: epath.Path, mend: str) -> bool:
+        """Compares all files that it has sums of; False if it has none."""
+        try:
+            sums = integrity.read_sums(path)
+        except DamagedError as e:
+            self.add(path / integrity.SUMS, e, mend)
+            return True
+        for name, expected in (sums or {}).items():
+            self.file(path / name, expected, mend)
+        self.files += sums is not None
+        return sums is not None
+
+    def parsed(self, path: epath.Path, read: Callable[[epath.Path], object], mend: str) -> None:
+        """Reads a file that tells itself whether it is whole."""
+        try:
+            read(path)
+            self.files += 1
+            self._count(path.stat().length)
+        except FileNotFoundError:
+            self.add(path, "missing", mend)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            self.add(path, str(e).removeprefix(f"{path}: "), mend)
+
+    def shard(self, split: Split, role: str, number: int) -> None:
+        """Compares a finished shard with its note; damaged, it becomes an unfinished one, where that can be written."""
+        mend = f"shard {number} of {role}: {ANEW}"
+        before = len(self.wrong)
+        try:
+            note = split.note(number)
+            split.check_shard(number, self._count)
+            self.files += 2 if note.file else 1
+            if not note.sealed:
+                self.unknown.append(split.note_file(number))
+        except StoreError as e:
+            self.add(split.note_file(number), str(e).removeprefix(f"{split.note_file(number)}: "), mend)
+        except DamagedError as e:
+            self.add(split.shard_file(number), e, mend)
+        if len(self.wrong) > before:
+            try:
+                split.undo(number)
+            except StoreError as e:
+                self.wrong[-1] += f", once it can be written to ({e})"
+
+    def _count(self, size: int) -> None:
+        self.size += size
+        self._tell(size)
+
+    def lines(self) -> list[str]:
+        """For the user; the last one sums up."""
+        lines = list(self.wrong)
+        if self.unknown:
+            lines.append(f"no checksum, being an older version's or unfinished: {', '.join(map(str, self.unknown))}")
+        end = f"{len(self.wrong)} to be mended" if self.wrong else "sound"
+        return [*lines, f"{self.files} files, {self.size} bytes: {end}"]
+
+
+def verify(*, workdir: epath.PathLike | None = None, store_dir: epath.PathLike | None = None) -> Report:
+    """Reads every file of a run, of a store, or both.
+
+    Damaged shards are made unfinished ones, so that `flaxcap prepare` makes them, and only them, anew. UserError if
+    there is no run or no store.
+    """
+    places = [epath.Path(workdir) / "checkpoints"] if workdir is not None else []
+    places += [epath.Path(store_dir)] if store_dir is not None else []
+    total = sum(map(_size, places))
+    with tqdm.tqdm(desc="verify", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        report = Report(bar.update)
+        if workdir is not None:
+            _run(epath.Path(workdir), report)
+        if store_dir is not None:
+            _store(epath.Path(store_dir), report)
+    return report
+
+
+def _size(directory: epath.Path) -> int:
+    """The bytes of all files in it."""
+    size = 0
+    for name in integrity.names_below(directory):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on deletes some
+            size += (directory / name).stat().length
+    return size
+
+
+def _run(workdir: epath.Path, report: Report) -> None:
+    config, words = workdir / "config.json", workdir / "vocabulary.json"
+    if not config.exists() and not (workdir / "checkpoints").exists():
+        raise UserError(f"--workdir={workdir}: found neither config.json nor checkpoints, expected a run of flaxcap")
+    mend = "delete both config.json and vocabulary.json; `flaxcap train` with the same preset writes them anew"
+    if not report.directory(workdir, mend):
+        report.unknown.append(workdir)
+        report.parsed(config, lambda file: presets.load(str(file)), mend)
+        report.parsed(words, lambda file: Vocabulary.from_json(file.read_text(), str(file)), mend)
+    mend = "`flaxcap train` sets this checkpoint aside, and goes on from the newest sound one"
+    for step in checkpoints.steps(workdir / "checkpoints"):
+        before = len(report.wrong)
+        if not report.directory(step, mend):
+            report.unknown.append(step)
+        if not step.exists():  # a run that goes on has deleted it meanwhile
+            del report.wrong[before:]
+
+
+def _store(path: epath.Path, report: Report) -> None:
+    if not (path / store.MANIFEST).exists() and not (path / store.COPY).exists():
+        _ = store.Store(path)  # says what to do
+    mend = "`flaxcap prepare` restores it from its copy"
+    report.parsed(path / store.MANIFEST, store.read_manifest, mend)
+    try:
+        found = store.Store(path)
+    except StoreError:
+        found = store.Store(path, store.COPY)
+    if found.sums or (path / store.COPY).exists():
+        report.parsed(path / store.COPY, store.read_manifest, mend)
+    for name, expected in found.sums.items():
+        report.file(path / name, expected, ANEW)
+    if not found.sums:
+        report.unknown.append(path / store.MANIFEST)
+    if "imported_from" not in found.manifest["encoder"] and not report.directory(path / build.ENCODER, ANEW):
+        if found.sums:
+            report.add(path / build.ENCODER, "missing", ANEW)
+        else:
+            report.unknown.append(path / build.ENCODER)
+    for role in found.roles:
+        split = found.split(role)
+        left = split.unfinished()
+        if left:
+            report.add(split.path, f"shards {', '.join(map(str, left))} are not finished", "`flaxcap prepare` goes on")
+        for number in split.finished():
+            report.shard(split, role, number)

@@ -1,0 +1,1 @@
+"""InceptionV3 and its public weights."""

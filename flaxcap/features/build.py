@@ -1,0 +1,131 @@
+"""What stands beside the features of a store, made: its captions, its encoder, and what the manifest says of them."""
+
+import dataclasses
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from absl import logging
+from etils import epath
+
+from flaxcap import config as config_lib
+from flaxcap import data
+from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.features import extract, store
+from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
+from flaxcap.files import integrity
+from flaxcap.files.integrity import Sum
+from flaxcap.images import decode
+from flaxcap.training import checkpoints
+
+MEASURED_ON = 64  # pictures that a random encoder's batch norm is measured on
+ENCODER = "encoder"  # its directory
+
+
+def make(
+    path: epath.Path,
+    config: config_lib.Config,
+    builder: tfds.core.DatasetBuilder,
+    npy_dir: epath.PathLike | None,
+    encoder_weights: str | None,
+) -> tuple[dict, dict[str, Sum]]:
+    """The manifest of a new store, without vocabulary, and the sums of the files written."""
+    if any((path / role / "shards").exists() for role in store.ROLES):
+        raise StoreError(f"{path}: its {store.MANIFEST}, which tells what made the features, is gone; delete the rest")
+    sums: dict[str, Sum] = {}
+    splits = _write_captions(config, path, builder, sums)
+    feature_dim, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights)
+    for role, described in splits.items():
+        if (path / role / "features").exists():  # of a prepare that was killed; perhaps of other captions
+            (path / role / "features").rmtree()
+        split = Split(path / role, described["images"], config.encoder.shard_images)
+        split.create_array(feature_dim, config.encoder.store_dtype)
+        sums[f"{role}/{ARRAY}"] = integrity.of_file(split.path / ARRAY)
+    manifest = {
+        "source": builder.info.full_name,
+        "splits": splits,
+        "encoder": encoder,
+        "feature_dim": feature_dim,
+        "shard_rows": config.encoder.shard_images,
+    }
+    return manifest, sums
+
+
+def _write_captions(
+    config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder, sums: dict[str, Sum]
+) -> dict:
+    """The captions of every split; the manifest's words on them. Their sums are put into `sums`."""
+    splits = {}
+    for role, split in data.roles(config).items():
+        try:
+            examples = data.read(builder, split)
+        except data.DataError as e:
+            if role != "test":
+                raise
+            logging.warning("no test split: %s", e)
+            continue
+        rows = read_rows(examples, config.data, f"captions of {role}")
+        text = captions_text(rows)
+        integrity.write_whole(path / role / CAPTIONS, text)
+        sums[f"{role}/{CAPTIONS}"] = integrity.of_bytes(text.encode())
+        splits[role] = {"split": split, "images": len(rows)}
+    return splits
+
+
+def read_rows(examples: data.Split, limits: config_lib.Data, name: str) -> list[Row]:
+    """The images of a split, up to the preset's limits."""
+    rows, captions = [], 0
+    numbers = range(min(len(examples), limits.max_images or len(examples)))
+    for number in tqdm.tqdm(numbers, name, unit=" images", disable=None):
+        left = limits.max_captions - captions if limits.max_captions else None
+        if left == 0:
+            break
+        example = examples[number]
+        rows.append(Row(example.image_id, example.filename, example.captions[:left]))
+        captions += len(rows[-1].captions)
+    return rows
+
+
+def _write_encoder(
+    config: config_lib.Config,
+    path: epath.Path,
+    builder: tfds.core.DatasetBuilder,
+    npy_dir: epath.PathLike | None,
+    encoder_weights: str | None,
+) -> tuple[int, dict]:
+    """Keeps the encoder beside the features, so that new pictures meet the same one; F, and the manifest's words."""
+    encoder = config.encoder
+    described = {"preset": dataclasses.asdict(encoder), "preprocessing": decode.PREPROCESSING}
+    if npy_dir is not None:
+        first = data.read(builder, config.data.train_split)[0]
+        feats = extract.read_npy(epath.Path(npy_dir), first.filename)
+        return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
+    params, digest = read_encoder(config, builder, encoder_weights)
+    checkpoints.save_params(path / ENCODER, params)
+    return network.FEATURES[encoder.block], described | {"weights_sha256": digest}
+
+
+def read_encoder(
+    config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
+) -> tuple[network.Params, str]:
+    """The preset's encoder, unfolded, and what it is known by."""
+    encoder = config.encoder
+    spec = encoder_weights or encoder.weights
+    examples = data.read(builder, config.data.train_split)
+    sample = _sample(examples, encoder.image_size) if spec == "random" else None
+    return weights.load(spec, block=encoder.block, seed=encoder.seed, measure_on=sample)
+
+
+def _sample(examples: data.Split, image_size: int) -> np.ndarray:
+    """The first readable pictures, uint8 [at most MEASURED_ON, size, size, 3]."""
+    found = []
+    for example in examples:
+        try:
+            found.append(decode.decode(example.image, image_size))
+        except decode.ImageError:
+            continue
+        if len(found) == MEASURED_ON:
+            break
+    if not found:
+        raise StoreError(f"{examples.name}: none of its pictures can be read")
+    return np.stack(found)

@@ -1,0 +1,1 @@
+"""Loaded captioners, COCO results and plots."""

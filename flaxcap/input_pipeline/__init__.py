@@ -1,0 +1,1 @@
+"""Batches: which captions share a step, and their way onto the devices."""

@@ -1,0 +1,207 @@
+"""Batches onto the devices: from features held there, or streamed from the store, the same numbers either way."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxcap.config import ConfigError
+from flaxcap.input_pipeline.batching import Batch, Plan
+from flaxcap.models.recurrent import Params
+from flaxcap.runtime import device_memory
+from flaxcap.training.step import Inputs, over_images, replicated
+
+
+class Source(Protocol):
+    """Where features are read from: a split of a store, or something made up."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # [N, P, F], of pictures [N, Y, X, 3]
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray: ...  # [len(rows), P, F]
+
+
+class _Bits:
+    """A source of bfloat16, read as the uint16 that `train_step.rows` takes for it."""
+
+    dtype = np.dtype(np.uint16)
+
+    def __init__(self, source: Source):
+        self.shape = source.shape
+        self._source = source
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._source.read(rows).view(self.dtype)
+
+
+class Stage(NamedTuple):
+    """What a run trains from: features, or pictures with a part of the encoder, see finetune.py."""
+
+    sources: Mapping[str, Source]  # by role; none: a split's features
+    frozen: Any  # of `Inputs`
+    trained: Params  # beside the decoder's
+    encode: Callable | None
+
+
+FEATURES = Stage({}, None, {}, None)
+
+
+class Feed:
+    """Puts batches of a plan onto a mesh. Of several processes each handles its own devices' columns."""
+
+    def __init__(self, source: Source, plan: Plan, mesh: Mesh, mode: str = "auto", frozen: Any = None):
+        """`mode`: "device" loads every image a device will need there now, "stream" reads them as they come,
+        "auto" goes by size. `frozen`: of `Inputs`. ConfigError if the mesh does not divide the batch.
+        """
+        images = plan.table_SI.shape[1]
+        if images % mesh.size:
+            raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
+        bits = source.dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu"  # see `train_step.rows`
+        self._source = _Bits(source) if bits else source
+        self._plan, self._mesh = plan, mesh
+        self._frozen = jax.device_put(frozen, replicated(mesh))
+        self._width = images // mesh.size  # columns a device
+        self._devices = list(mesh.devices.flat)
+        self._local = [d for d in self._devices if d.process_index == jax.process_index()]
+        self.resident = mode == "device" or (mode == "auto" and self._fits())
+        if self.resident:
+            self._bank = self._load()
+
+    def __call__(self, batches: Sequence[Batch]) -> Inputs:
+        """At most `plan.run` batches of one bucket on the devices, to be sent there together."""
+        # One shape for any number of batches: what is missing is filled up, and not computed.
+        filled = [*batches, *[batches[-1]] * (self._plan.run - len(batches))]
+        rows_KI = self.local_rows(filled)
+        tokens_KICT = np.stack([b.tokens_ICT[self._local_columns()] for b in filled])
+        if self.resident:
+            parts = zip(self._local, np.split(rows_KI, len(self._local), 1), strict=True)
+            index_KI = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts], 1)
+            bank = self._bank
+        else:
+            # Each device gets its rows of all the batches, one batch after the other.
+            own_DKI = np.stack(np.split(rows_KI[: len(batches)], len(self._local), 1))
+            # What stands in an empty place is never looked at: it has no token. This process may have no other.
+            some_row = max(int(batch.rows_I.max()) for batch in batches)
+            read = self._source.read(np.where(own_DKI < 0, some_row, own_DKI).reshape(-1))
+            bank_DNPF = read.reshape(len(self._local), -1, *read.shape[1:])
+            missing = (len(filled) - len(batches)) * self._width
+            bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing)] + [(0, 0)] * (read.ndim - 1)) if missing else bank_DNPF
+            bank = self._put(bank_DNPF.reshape(-1, *read.shape[1:]), over_images(self._mesh))
+            index_KI = np.arange(len(filled))[:, None] * self._width + np.tile(np.arange(self._width), len(self._local))
+        later = over_images(self._mesh, 1)
+        return Inputs(
+            bank,
+            self._put(index_KI.astype(np.int32), later),
+            self._put(tokens_KICT, later),
+            self._put(np.ones(tokens_KICT.shape[:3], np.float32), later),
+            self._everywhere(np.int32(len(batches))),
+            self._frozen,
+        )
+
+    def local_rows(self, batches: Sequence[Batch]) -> np.ndarray:
+        """`rows_KI` of the batches' columns that are this process's."""
+        return np.stack([batch.rows_I[self._local_columns()] for batch in batches])
+
+    def local(self, array_KI: jax.Array) -> np.ndarray:
+        """This process's columns of an array that is sharded over its second axis."""
+        shards = sorted(array_KI.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+        return np.concatenate([np.asarray(shard.data) for shard in shards], 1)
+
+    def replace(self, inputs: Inputs, tokens_KICT: np.ndarray, weight_KIC: np.ndarray) -> Inputs:
+        """The same images with other captions, this process's columns of them."""
+        later = over_images(self._mesh, 1)
+        return inputs._replace(tokens_KICT=self._put(tokens_KICT, later), weight_KIC=self._put(weight_KIC, later))
+
+    @property
+    def lengths(self) -> list[int]:
+        """What captions are padded to."""
+        return self._plan.buckets.tolist()
+
+    def ahead(self, dispatches: Iterable[Sequence[Batch]], depth: int = 2) -> Iterator[tuple[Sequence[Batch], Inputs]]:
+        """Each dispatch's batches and inputs, the next `depth` being made by another thread."""
+        dispatches = iter(dispatches)
+
+        def make() -> tuple[Sequence[Batch], Inputs] | None:
+            batches = next(dispatches, None)
+            return None if batches is None else (batches, self(batches))
+
+        with ThreadPoolExecutor(1, "feed") as pool:
+            ready = collections.deque(pool.submit(make) for _ in range(depth + 1))
+            try:
+                while (made := ready.popleft().result()) is not None:
+                    ready.append(pool.submit(make))
+                    yield made
+            finally:
+                for future in ready:
+                    future.cancel()
+
+    def spec(self, time: int, images: int | None = None) -> Inputs:
+        """The shapes of a dispatch padded to `time` tokens, for this plan's batch or one of other size."""
+        _, captions = self._plan.entries_EC.shape
+        width = self._width if images is None else images // len(self._devices)
+        rows = self._shape()[0] if self.resident else width * self._plan.run
+        mesh, places = self._mesh, (self._plan.run, width * len(self._devices))
+
+        def array(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        return Inputs(
+            array((rows * len(self._devices), *self._source.shape[1:]), self._source.dtype, over_images(mesh)),
+            array(places, np.int32, over_images(mesh, 1)),
+            array((*places, captions, time), np.int32, over_images(mesh, 1)),
+            array((*places, captions), np.float32, over_images(mesh, 1)),
+            array((), np.int32, replicated(mesh)),
+            jax.tree.map(lambda x: array(x.shape, x.dtype, x.sharding), self._frozen),
+        )
+
+    def _everywhere(self, value: np.ndarray | np.generic) -> jax.Array:
+        # Put on one device after the other: JAX's own way compares the processes' values, which is one more program
+        # that they would have to start in the same order as their steps.
+        copies = [jax.device_put(value, device) for device in self._local]
+        return jax.make_array_from_single_device_arrays(value.shape, replicated(self._mesh), copies)
+
+    def _put(self, local: Any, sharding: Any) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    @functools.cache  # noqa: B019
+    def _local_columns(self) -> np.ndarray:
+        return np.concatenate([self._columns(device) for device in self._local])
+
+    def _columns(self, device: Any) -> np.ndarray:
+        first = self._devices.index(device) * self._width
+        return np.arange(first, first + self._width)
+
+    @functools.cache  # noqa: B019  (a feed lives as long as its run)
+    def _rows(self, device: Any) -> np.ndarray:
+        columns = self._columns(device)
+        return self._plan.column_rows(columns[0], columns[-1] + 1)
+
+    def _shape(self) -> tuple[int, ...]:
+        """Of a device's part of the bank: as many rows as the device that needs most."""
+        return (max(len(self._rows(d)) for d in self._devices), *self._source.shape[1:])
+
+    def _fits(self) -> bool:
+        """Whether features leave enough of a device for the step itself, which is checked once it is compiled."""
+        return int(np.prod(self._shape())) * self._source.dtype.itemsize < 0.6 * device_memory.capacity(self._local)
+
+    def _load(self) -> jax.Array:
+        shape = self._shape()
+        parts = []
+        for device in self._local:
+            rows = self._rows(device)
+            feats_NPF = np.zeros(shape, self._source.dtype)
+            for first in range(0, len(rows), 256):
+                some = rows[first : first + 256]
+                feats_NPF[first : first + len(some)] = self._source.read(some)
+            parts.append(jax.device_put(feats_NPF, device))
+        whole = (shape[0] * len(self._devices), *shape[1:])
+        return jax.make_array_from_single_device_arrays(whole, over_images(self._mesh), parts)

@@ -1,0 +1,1 @@
+"""Caption decoders and their layers."""

@@ -1,0 +1,1 @@
+"""JAX's devices, processes, meshes and memory."""

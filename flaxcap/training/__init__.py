@@ -1,0 +1,1 @@
+"""The loss, the train step, validation, checkpoints and logs."""

@@ -1,0 +1,290 @@
+"""Checkpoints of a run (the best and the newest are kept), and parameters alone, as Orbax writes them.
+
+Beside Orbax's files each directory holds their SHA-256 (see checksums.py): Orbax's own do not cover every byte.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from flaxcap.errors import UserError
+from flaxcap.files import integrity
+from flaxcap.runtime import multihost
+from flaxcap.training.step import TrainState
+
+_MARGIN_BYTES = 1 << 20  # what is around the arrays, in some forty small files
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing or damaged, does not hold what is asked for, or cannot be written."""
+
+
+class Checkpoints:
+    """The checkpoints below a directory. Every process of a run makes one and calls the same methods.
+
+    CheckpointError if the checkpoints that are there cannot be read.
+    """
+
+    def __init__(self, path: epath.PathLike, keep_latest: int = 1):
+        def score(metrics: Any) -> float:
+            return metrics["score"]
+
+        # best_fn with max_to_keep would delete the newest checkpoint whenever it is not the best.
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep_latest),
+                checkpoint_managers.BestN(get_metric_fn=score, n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=score, best_mode="max")
+        self.path = epath.Path(path)
+        # Named here, since a manager that has saved nothing yet could not read the metadata otherwise.
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "rest": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        for step in steps(path):  # what the manager reads of every step
+            _check(step, lambda name: not name.startswith(("params/", "rest/", "progress/")))
+        try:
+            self._manager = ocp.CheckpointManager(_absolute(path), options=options, item_handlers=handlers)
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            raise CheckpointError(f"{path}: cannot be opened ({e})") from e
+        self._pool = ThreadPoolExecutor(1, "checksums")
+        self._sums: Future | None = None
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best validation score; of the newest checkpoint before the first validation."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: TrainState, progress: dict, score: float | None = None) -> None:
+        """Saves in the background what is needed to go on; `progress` is any JSON. A step saved already is left.
+
+        CheckpointError, here or in what is called next, if it cannot be written: the last one is kept then.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        _check_space(self.path, state)
+        params, rest = _apart(state)
+        # Orbax ranks every checkpoint: one between validations comes last.
+        metrics = {"score": -math.inf if score is None else score}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardSave(rest),  # pyright: ignore[reportCallIssue]
+            progress=ocp.args.JsonSave(progress),  # pyright: ignore[reportCallIssue]
+        )
+        try:
+            self._manager.save(step, args=items, metrics=metrics)
+        except (ValueError, OSError) as e:
+            raise self._unwritten(e) from e
+        if jax.process_index() == 0:
+            self._sums = self._pool.submit(self._write_sums, step)
+
+    def delete(self, step: int) -> None:
+        """Makes room for another of the same step."""
+        self.wait()
+        self._manager.delete(step)
+
+    def _write_sums(self, step: int) -> None:
+        self._manager.wait_until_finished()
+        integrity.write_sums(self.path / str(step))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict]:
+        """The newest state, sharded as `like` (arrays, or their shapes with shardings), and its progress."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self.path}: no checkpoint")
+        params, rest = _apart(jax.tree.map(_abstract, like))
+        found = self._restore(
+            step,
+            params=ocp.args.StandardRestore(params),  # pyright: ignore[reportCallIssue]
+            rest=ocp.args.StandardRestore(rest),  # pyright: ignore[reportCallIssue]
+            progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+        )
+        whole = {"params": found.params} if like.average is None else {"average": found.params}
+        return found.rest._replace(**whole), found.progress
+
+    def restore_params(self, like: Any, step: int) -> Any:
+        """The parameters of a step, sharded as `like`."""
+        like = jax.tree.map(_abstract, like)
+        return self._restore(step, params=ocp.args.StandardRestore(like)).params  # pyright: ignore[reportCallIssue]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        self.wait()
+        multihost.first_does(lambda: _check(self.path / str(step)))
+        saved = self._manager.item_metadata(step)["params"]
+        # Beforehand: Orbax's own complaint leaves half-started reads behind.
+        check_shapes(self.path / str(step), saved.tree if saved else {}, items["params"].item)
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as e:
+            raise CheckpointError(f"{self.path / str(step)}: cannot be restored: {e}") from e
+
+    def wait(self) -> None:
+        """Until what was saved, and its checksums, are on disk. CheckpointError if they cannot be."""
+        try:
+            self._manager.wait_until_finished()
+            if self._sums is not None:
+                self._sums.result()
+        except (ValueError, OSError) as e:
+            raise self._unwritten(e) from e
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            self._manager.close()
+
+    def _unwritten(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path}: a checkpoint cannot be written ({error}); the one before is kept")
+
+
+def steps(path: epath.PathLike) -> list[epath.Path]:
+    """The directories of the checkpoints below `path` that were written to their end, the newest last."""
+    found = ocp.path.step.standard_name_format().find_all(_absolute(path))
+    return [metadata.path for metadata in sorted(found, key=lambda metadata: metadata.step)]
+
+
+def mend(path: epath.PathLike) -> None:
+    """Deletes what was left of saves that were cut off, and sets damaged checkpoints aside, beside `path`.
+
+    CheckpointError if there are only damaged ones: they are left where they are. For the process that alone writes.
+    """
+    path = _absolute(path)
+    if not path.exists():
+        return
+    for left in path.glob("*.orbax-checkpoint-tmp*"):
+        left.rmtree()
+    found = {step: next(integrity.damages(step), None) for step in steps(path)}
+    damaged = {step: damage for step, damage in found.items() if damage}
+    if damaged and len(damaged) == len(found):
+        file, what = next(iter(damaged.values()))
+        raise CheckpointError(f"{file}: {what}; no checkpoint is sound; delete {path} to begin anew")
+    for step, (file, what) in damaged.items():
+        aside = path.with_name(f"{path.name}-damaged") / step.name
+        print(f"{file}: {what}; the checkpoint is set aside: {aside}")
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            aside.rmtree()
+        step.rename(aside)
+
+
+def _check_space(path: epath.Path, arrays: Any) -> None:
+    """CheckpointError if a disk has no room for them: Orbax would notice in the midst of its work, and say too much."""
+    if integrity.is_remote(path):
+        return
+    needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _MARGIN_BYTES
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: a checkpoint needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there (No space"
+            " left on device); the one before is kept"
+        )
+
+
+def _check(directory: epath.Path, among: Callable[[str], bool] = lambda name: True) -> None:
+    for file, what in integrity.damages(directory, among=among):
+        raise CheckpointError(f"{file}: {what}")
+
+
+def _apart(state: TrainState) -> tuple[Any, TrainState]:
+    """The parameters to caption with, and the rest."""
+    if state.average is None:
+        return state.params, state._replace(params=None)  # pyright: ignore[reportArgumentType]
+    return state.average, state._replace(average=None)
+
+
+def check_shapes(where: object, found: Any, expected: Any) -> None:
+    """CheckpointError, naming the first that differs, unless two trees have leaves of the same names and shapes."""
+    shapes, right = (
+        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
+    )
+    wrong = [name for name in sorted(shapes | right) if shapes.get(name) != right.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{where}: {len(wrong)} parameters do not fit the preset: {name} has shape"
+            f" {shapes.get(name, 'none (it is missing)')}, expected {right.get(name, 'none')}"
+        )
+
+
+def save_params(path: epath.PathLike, params: Any) -> None:
+    """Arrays alone (a dict of dicts), in place of what is at `path`. Of several processes one may call it.
+
+    CheckpointError or WriteError if they cannot be written.
+    """
+    path = _absolute(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
+        left.rmtree()
+    _check_space(path.parent, params)
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
+        try:
+            checkpointer.save(path, params, force=True)
+            checkpointer.wait_until_finished()
+        except (ValueError, OSError) as e:
+            raise CheckpointError(f"{path}: cannot be written ({e})") from e
+    integrity.write_sums(path)
+
+
+def load_params(path: epath.PathLike, expected: Any = None) -> Any:
+    """What `save_params` wrote, on this host, as NumPy arrays. CheckpointError if there is none, or it is damaged.
+
+    With `expected` (a tree of arrays, or of their shapes) also, before anything large is read, unless these are floats
+    of the same names and shapes: a stranger's file may say any.
+    """
+    if not epath.Path(path).exists():
+        raise CheckpointError(f"{path}: no parameters")
+    _check(epath.Path(path))
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+        try:
+            found = checkpointer.metadata(_absolute(path)).item_metadata
+            if found is None:
+                raise ValueError("its files are missing or damaged")
+            if expected is not None:
+                check_shapes(path, found.tree, expected)
+                for x in jax.tree.leaves(found.tree):
+                    whole = math.prod(x.storage.chunk_shape) <= math.prod(x.shape)
+                    if not whole or not jnp.issubdtype(x.dtype, jnp.floating):
+                        raise ValueError(f"found {x.dtype} in chunks of {x.storage.chunk_shape}, expected floats")
+            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
+            return checkpointer.restore(_absolute(path), restore_args=to_numpy)
+        except CheckpointError:
+            raise
+        except Exception as e:  # for damaged files Orbax raises many kinds
+            raise CheckpointError(f"{path}: cannot be read: {e}") from e
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For Orbax, which otherwise waits for all processes: this one acts alone."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=x.sharding)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    text = str(path)
+    return epath.Path(text) if "://" in text else epath.Path(text).expanduser().resolve()

@@ -1,0 +1,191 @@
+"""Cross-entropy over the vocabulary, at real tokens only, with its gradients computed on the way forward.
+
+The vocabulary's product is half the arithmetic of a training step, and its logits the largest array that is left
+once attention keeps nothing: padding must not enter it, and nothing of it should outlive it.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxcap.models import matmul
+from flaxcap.text.vocabulary import PAD
+
+Layer = dict[str, jax.Array]  # {"kernel", "bias"}
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("head", "vocabulary"), meta_fields=("tanh", "matmul_dtype")
+)
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Of the two layers between a decoder's states and its logits; once folded they may be one, and `head` None."""
+
+    head: Layer | None
+    vocabulary: Layer
+    tanh: bool = False  # between the two
+    matmul_dtype: str = ""  # of the numbers that products multiply; "": as the states
+
+
+class Sums(NamedTuple):
+    """Over the tokens that count; each float32 []."""
+
+    nats: jax.Array  # cross-entropy
+    tokens: jax.Array
+    right: jax.Array  # tokens that the model finds most likely
+
+
+class Losses(NamedTuple):
+    """Of given tokens. Only `objective` has gradients."""
+
+    objective: jax.Array  # float32 []: the tokens' cross-entropy, smoothed and weighted, summed
+    sums: Sums
+    nats_N: jax.Array  # float32: the plain cross-entropy of each token, 0 at <pad>
+
+
+def no_tokens() -> Sums:
+    return Sums(*[jnp.zeros(())] * 3)
+
+
+def fold(weights: Weights) -> Weights:
+    """The same function with one layer, where nothing stands between the two."""
+    head, vocabulary = weights.head, weights.vocabulary
+    if head is None or weights.tanh:
+        return weights
+    multiply = functools.partial(jnp.matmul, precision="highest")
+    folded = {
+        "kernel": multiply(head["kernel"], vocabulary["kernel"]),
+        "bias": multiply(head["bias"], vocabulary["kernel"]) + vocabulary["bias"],
+    }
+    return dataclasses.replace(weights, head=None, vocabulary=folded)
+
+
+def logits(weights: Weights, states: jax.Array) -> jax.Array:
+    """Decoder states [..., S] -> float32 logits [..., V], in the states' dtype and `matmul_dtype`."""
+    dtype = weights.matmul_dtype or str(states.dtype)
+    if weights.head is not None:
+        states = _linear(weights.head, states, dtype)
+        states = jnp.tanh(states) if weights.tanh else states
+    return _linear(weights.vocabulary, states, dtype).astype(jnp.float32)
+
+
+def _linear(layer: Layer, x: jax.Array, dtype: str) -> jax.Array:
+    y = matmul.product(x, layer["kernel"], dtype)
+    return y + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
+
+
+@jax.custom_vjp
+def _pick(x_NV: jax.Array, index_N: jax.Array) -> jax.Array:
+    """x[n, index[n]]."""
+    return jnp.take_along_axis(x_NV, index_N[:, None], 1)[:, 0]
+
+
+# A mask, which is one with the other gradients of x; a gather's own would be scattered into an array of zeros.
+_pick.defvjp(
+    lambda x_NV, index_N: (_pick(x_NV, index_N), (jnp.arange(x_NV.shape[1]), index_N)),
+    lambda kept, d_N: (jnp.where(kept[0][None] == kept[1][:, None], d_N[:, None], 0), None),
+)
+
+
+def _losses(
+    weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float
+) -> Losses:
+    """The plain computation, <pad> left out.
+
+    Label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7): the target has the probability 1 - smoothing,
+    and all words share the rest.
+    """
+    logits_NV = logits(weights, states_NS)
+    target_N = _pick(logits_NV, targets_N)
+    max_N = jax.lax.stop_gradient(logits_NV.max(-1))
+    normaliser_N = jnp.log(jnp.exp(logits_NV - max_N[:, None]).sum(-1)) + max_N
+    real_N = (targets_N != PAD).astype(jnp.float32)
+    nats_N = (normaliser_N - target_N) * real_N
+    smooth_N = nats_N
+    if smoothing:
+        smooth_N = nats_N + smoothing * (target_N - logits_NV.mean(-1)) * real_N
+    sums = Sums(nats_N.sum(), real_N.sum(), ((target_N >= max_N) * real_N).sum())
+    return Losses((smooth_N * weight_N).sum(), sums, nats_N)
+
+
+# Each size is compiled. Captions of one image fill 75 to 85% of their places, those of a length all.
+PERCENT, ROWS = (50, 65, 75, 80, 85, 100), 64
+
+
+def sizes(places: int) -> list[int]:
+    """What so many places may be packed to, in whole blocks of rows."""
+    parts = (-(-places * percent // 100) for percent in PERCENT)
+    return sorted({min(-(-part // ROWS) * ROWS, places) for part in parts})
+
+
+def _packed(
+    function: Any, weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array
+) -> tuple[Losses, Any]:
+    """`function(weights, states, targets, weight)` of the real tokens alone, packed to the least size that holds them.
+
+    It gives losses, and by how many more arrays of packed tokens, which are laid out again over all the places.
+    """
+    places = len(targets_N)
+    real_N = targets_N != PAD
+    order_N = jnp.nonzero(real_N, size=places, fill_value=places)[0]
+
+    def branch(size: int) -> Any:
+        def run() -> Any:
+            order = order_N[:size]
+
+            def pack(x: jax.Array, fill: int) -> jax.Array:
+                return x.at[order].get(mode="fill", fill_value=fill)
+
+            def unpack(x: jax.Array) -> jax.Array:
+                blank = jnp.zeros((places, *x.shape[1:]), x.dtype)
+                return blank.at[order].set(x, mode="drop", unique_indices=True)
+
+            losses, d_weights, d_states = function(weights, pack(states_NS, 0), pack(targets_N, PAD), pack(weight_N, 0))
+            d_states = None if d_states is None else unpack(d_states)
+            return losses._replace(nats_N=unpack(losses.nats_N)), d_weights, d_states
+
+        return run
+
+    *smaller, _ = sizes(places)
+    smallest_that_holds = (real_N.sum() > jnp.array(smaller, jnp.int32)).sum()
+    return jax.lax.switch(smallest_that_holds, [branch(size) for size in sizes(places)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def token_losses(
+    weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float = 0.0
+) -> Losses:
+    """What `states_NS` makes of the tokens `targets_N` that follow; <pad> does not count.
+
+    `weight_N`, float32: of each token in the objective. `smoothing`: label smoothing's share.
+    """
+
+    def run(weights: Weights, states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple:
+        return _losses(weights, states, targets, weight, smoothing), None, None
+
+    return _packed(run, weights, states_NS, targets_N, weight_N)[0]
+
+
+def _forward(weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float):
+    def run(weights: Weights, states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple:
+        def objective(weights: Weights, states: jax.Array) -> tuple[jax.Array, Losses]:
+            losses = _losses(weights, states, targets, weight, smoothing)
+            return losses.objective, losses
+
+        (d_weights, d_states), losses = jax.grad(objective, (0, 1), has_aux=True)(weights, states)
+        return losses, d_weights, d_states
+
+    losses, *gradients = _packed(run, weights, states_NS, targets_N, weight_N)
+    return losses, gradients
+
+
+def _backward(smoothing: float, gradients: list, given: Losses) -> tuple:
+    d_weights, d_states_NS = gradients
+    scale = given.objective
+    return jax.tree.map(lambda x: x * scale, d_weights), d_states_NS * scale.astype(d_states_NS.dtype), None, None
+
+
+token_losses.defvjp(_forward, _backward)

@@ -1,0 +1,286 @@
+"""What `flaxcap prepare` makes of users' own pictures, captions, features and weights, good and bad."""
+
+import io
+import json
+import pathlib
+import struct
+import zlib
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from flaxcap.commands.prepare import prepare
+from flaxcap.config import Config, ConfigError, Data, Encoder, Shapes
+from flaxcap.data import DataError
+from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.features import extract
+from flaxcap.features.store import Store, StoreError
+from flaxcap.images import decode
+from flaxcap.text.vocabulary import UNK, Tokens, VocabularyError
+from flaxcap.training import checkpoints
+
+RANDOM = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=4)
+WIDTH = 3
+
+
+def picture(seed: int = 0, mode: str = "RGB", size: int = 64) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def huge() -> bytes:
+    """A PNG of a few bytes whose header says 60000x60000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    header += struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + encoded(picture(), "PNG")[33:]
+
+
+SIXTEEN_BIT = Image.fromarray(np.random.default_rng(3).integers(0, 65536, (64, 64)).astype(np.uint16))
+GOOD = {
+    "plain.jpg": encoded(picture(1), "JPEG"),
+    "cmyk.jpg": encoded(picture(2, "CMYK"), "JPEG"),
+    "grey.png": encoded(picture(3, "L"), "PNG"),
+    "sixteen.png": encoded(SIXTEEN_BIT, "PNG"),
+    "moving.gif": encoded(picture(4, "P"), "GIF", save_all=True, append_images=[picture(5, "P")]),
+    "sub/turned.jpg": encoded(
+        picture(6), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+    ),
+}
+BAD = {
+    "corrupt.jpg": (b"\xff\xd8 this is no JPEG", "not an image"),
+    "empty.jpg": (b"", "the file is empty"),
+    "huge.png": (huge(), "too many pixels"),
+    "text.png": (b"<html>404</html>", "not an image"),
+    "truncated.jpg": (GOOD["plain.jpg"][:1500], "damaged: "),
+}
+
+
+def write_folder(folder: pathlib.Path, splits: dict[str, dict[str, list[str]]], files: dict[str, bytes] | None = None):
+    """A folder data set: {split: {name: captions}}; each picture's bytes, or some."""
+    lines = []
+    for split, pictures in splits.items():
+        for name, captions in pictures.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes((files or {}).get(name, GOOD["plain.jpg"]))
+            lines.append(json.dumps({"image": name, "captions": captions, "split": split}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def write_maps(folder: pathlib.Path, names) -> pathlib.Path:
+    for k, name in enumerate(names):
+        file = folder / f"{name}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.full((8, 8, WIDTH), k, np.float32))
+    return folder
+
+
+# Pictures
+
+
+def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsys, caplog):
+    files = GOOD | {name: data for name, (data, _) in BAD.items()}
+    mixed = dict(sorted(files.items()))  # good and bad by turns
+    splits = {
+        "train": {name: [f"a picture {n}", "this is seen"] for n, name in enumerate(mixed)},
+        "val": {"val.jpg": ["a picture of a zebra"]},
+        "test": {"broken.jpg": ["nothing"], "test.jpg": ["an okapi", "a picture"]},
+    }
+    folder = write_folder(tmp_path / "mine", splits, mixed | {"broken.jpg": b""})
+    config = Config(dataset="folder", encoder=RANDOM)
+    data_dir = tmp_path / "data"
+    with pytest.raises(extract.BadImagesError, match=r"of 11 pictures cannot be read, more than --max_bad") as error:
+        prepare(config, data_dir, manual_dir=folder)
+    assert "  corrupt.jpg: not an image" in str(error.value)
+    found = prepare(config, data_dir, manual_dir=folder, max_bad_fraction=0.5)
+
+    split = found.split("train")
+    assert [row.filename for row in split.rows] == list(mixed)
+    manifest = json.loads((found.path / "manifest.json").read_text())
+    listed = {s["filename"]: s for s in manifest["splits"]["train"]["skipped"]}
+    assert set(listed) == set(BAD)
+    for name, (_, reason) in BAD.items():
+        assert listed[name]["reason"].startswith(reason)
+        assert split.rows[listed[name]["row"]].filename == name
+    assert [s.filename for s in found.split("test").skipped()] == ["broken.jpg"]
+    assert "train: 6 images with features, 5 skipped" in capsys.readouterr().out
+
+    encode = extract.make_encode(checkpoints.load_params(found.path / "encoder"), config.encoder, many=False)
+    pixels = np.stack([decode.decode(GOOD[name], 160) for name in GOOD])
+    expected = np.asarray(encode(np.concatenate([pixels, pixels[:2]])))[: len(GOOD)].astype(float)
+    rows = [list(mixed).index(name) for name in GOOD]
+    np.testing.assert_allclose(split.read(rows).astype(float), expected, rtol=0.02, atol=0.01)
+    with pytest.raises(StoreError, match="holds no features"):
+        split.read([listed["empty.jpg"]["row"]])
+
+    # Only the words of training captions are known, those of pictures that cannot be read among them.
+    vocabulary = Store.finished(data_dir, config).vocabulary()
+    assert {"picture", "seen", "10"} <= set(vocabulary.ids)
+    assert not {"zebra", "okapi"} & set(vocabulary.ids)
+    tokens = Tokens.of([row.captions for row in found.split("val").rows], vocabulary, 50)
+    assert tokens.ids.tolist().count(UNK) == 2
+    assert vocabulary.decode(tokens.ids) == "a picture <unk> a <unk>"
+    assert "test: 2 captions hold no word of the vocabulary; the first is 'nothing', of broken.jpg" in caplog.text
+    assert "val: " not in caplog.text
+
+
+def test_a_train_split_of_bad_pictures_alone_is_explained(tmp_path):
+    folder = write_folder(tmp_path / "mine", {"train": {"a.jpg": ["x"]}, "val": {"b.jpg": ["x"]}}, {"a.jpg": b""})
+    config = Config(dataset="folder", encoder=RANDOM)
+    with pytest.raises(StoreError, match="train: none of its pictures can be read"):
+        prepare(config, tmp_path / "data", manual_dir=folder)
+
+
+# Splits and limits
+
+
+def imported(tmp_path, splits=None, **options) -> Store:
+    """A folder data set with features that were made elsewhere: quick."""
+    if splits is None:
+        splits = {
+            "train": {f"t{k}.jpg": [f"caption {k}{letter}" for letter in "abc"] for k in range(5)},
+            "val": {f"v{k}.jpg": ["one", "two"] for k in range(3)},
+            "test": {"x.jpg": ["alone"]},
+        }
+    folder = write_folder(tmp_path / "mine", splits)
+    maps = write_maps(tmp_path / "npy", [name for names in splits.values() for name in names])
+    config = Config(dataset="folder", data=Data(**options))
+    return prepare(config, tmp_path / "data", manual_dir=folder, npy_dir=maps)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"train": [3, 3, 3, 3, 3], "val": [2, 2, 2], "test": [1]}),
+        ({"max_images": 2}, {"train": [3, 3], "val": [2, 2], "test": [1]}),
+        ({"max_captions": 4}, {"train": [3, 1], "val": [2, 2], "test": [1]}),
+        ({"max_captions": 6}, {"train": [3, 3], "val": [2, 2, 2], "test": [1]}),
+        ({"max_captions": 1}, {"train": [1], "val": [1], "test": [1]}),
+        ({"max_images": 1, "max_captions": 5}, {"train": [3], "val": [2], "test": [1]}),
+        ({"test_split": ""}, {"train": [3, 3, 3, 3, 3], "val": [2, 2, 2]}),
+        ({"train_split": "train+val", "val_split": "test", "test_split": "train[:1]"},
+         {"train": [3, 3, 3, 3, 3, 2, 2, 2], "val": [1], "test": [3]}),
+    ],
+)  # fmt: skip
+def test_limits_and_splits(tmp_path, options, expected):
+    found = imported(tmp_path, **options)
+    assert {role: [len(row.captions) for row in found.split(role).rows] for role in found.roles} == expected
+    told = {word for word in found.vocabulary().ids if word[0].isdigit()}
+    assert told == {
+        word for row in found.split("train").rows for c in row.captions for word in c.split() if word[0].isdigit()
+    }
+
+
+def test_a_missing_test_split_is_left_out_with_a_warning(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        found = imported(tmp_path, {"train": {"t.jpg": ["one"]}, "val": {"v.jpg": ["two"]}})
+    assert found.roles == ("train", "val")
+    assert "no test split: " in caplog.text
+    assert "train (1 images), val (1 images)" in caplog.text
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
+    splits = {"train": {"t.jpg": ["one"]}, "val": {"v.jpg": ["two"]}, "test": {"x.jpg": ["three"]}}
+    del splits[role]
+    with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Splits that are there: ") as error:
+        imported(tmp_path, splits)
+    assert all(f"{other} (1 images)" in str(error.value) for other in splits)
+    assert not list((tmp_path / "data" / "features").rglob("manifest.json"))
+
+
+def test_training_captions_without_a_word_are_explained(tmp_path):
+    with pytest.raises(VocabularyError, match="the training captions hold no word"):
+        imported(tmp_path, {"train": {"t.jpg": ["?!", "…"]}, "val": {"v.jpg": ["two"]}})
+
+
+def test_captions_of_no_known_word_are_told(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        imported(tmp_path, {"train": {"t.jpg": ["one two"]}, "val": {"v.jpg": ["two", "zzz ?", "qqq"]}})
+    assert "val: 2 captions hold no word of the vocabulary; the first is 'zzz ?', of v.jpg" in caplog.text
+    assert "train: " not in caplog.text
+
+
+def test_other_captions_are_not_taken_for_these(tmp_path):
+    found = imported(tmp_path)
+    with pytest.raises(StoreError, match=rf"{found.path}: made of folder/mine-\w+/1\.0\.0, not of folder/mine-"):
+        imported(tmp_path, {"train": {"t.jpg": ["other"]}, "val": {"v.jpg": ["other"]}})
+
+
+# Features and weights from elsewhere
+
+
+def test_imported_features_and_where_they_are_from(tmp_path, monkeypatch):
+    found = imported(tmp_path)
+    assert found.feature_dim == WIDTH
+    assert found.manifest["encoder"]["weights_sha256"] is None
+    assert found.manifest["encoder"]["imported_from"] == str(tmp_path / "npy")
+    assert not (found.path / "encoder").exists()
+    np.testing.assert_array_equal(found.split("val").read([0, 1, 2])[:, 5, 1].astype(int), [5, 6, 7])
+    # It goes on with the same folder, named or not.
+    (found.path / "val" / "shards" / "00000.json").unlink()
+    (tmp_path / "npy" / "v1.jpg.npy").unlink()
+    config = Config(dataset="folder")
+    with pytest.raises(StoreError, match=r"npy/v1\.jpg\.npy: not there"):
+        prepare(config, tmp_path / "data", manual_dir=tmp_path / "mine")
+    write_maps(tmp_path / "npy", [*(["-"] * 6), "v1.jpg"])
+    prepare(config, tmp_path / "data")
+    assert found.split("val").unfinished() == []
+    monkeypatch.setattr(weights, "load", lambda spec, **_: ({}, f"sha256 of {spec}"))
+    with pytest.raises(StoreError, match=r"features were made by .*npy, not by tiny\.h5 \(sha256 of tiny\.h5\)"):
+        prepare(config, tmp_path / "data", encoder_weights="tiny.h5")
+
+
+def write_weights(file: pathlib.Path, seed: int) -> pathlib.Path:
+    """Random weights up to mixed0, as Keras lays them out."""
+    rng = np.random.default_rng(seed)
+    with h5py.File(file, "w") as h5:
+        for number, shape in enumerate(network.kernel_shapes("mixed0").values(), 1):
+            spread = np.sqrt(2 / np.prod(shape[:3]))
+            h5[f"conv2d_{number}/kernel:0"] = rng.normal(size=shape).astype(np.float32) * np.float32(spread)
+            for name, value in (("beta", 0), ("moving_mean", 0), ("moving_variance", 1)):
+                h5[f"batch_normalization_{number}/{name}:0"] = np.full(shape[-1], value, np.float32)
+    return file
+
+
+def test_weights_of_another_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "fetch", lambda *_: pytest.fail("a download"))
+    one, other = (str(write_weights(tmp_path / f"{seed}.h5", seed)) for seed in (1, 2))
+    folder = write_folder(tmp_path / "mine", {"train": {"t.jpg": ["one"]}, "val": {"v.jpg": ["two"]}})
+    config = Config(dataset="folder", encoder=replace(RANDOM, weights="imagenet"))
+    data_dir = tmp_path / "data"
+    found = prepare(config, data_dir, manual_dir=folder, encoder_weights=one)
+    _, digest = weights.load(one, block="mixed0")
+    assert found.manifest["encoder"]["weights_sha256"] == digest
+    with pytest.raises(StoreError, match=rf"made by weights {digest}, not by {other} .*delete it, or take another"):
+        prepare(config, data_dir, manual_dir=folder, encoder_weights=other)
+    by_preset = Config(dataset="folder", encoder=replace(RANDOM, weights=other))
+    with pytest.raises(StoreError, match=rf"made by weights {digest}, not by {other}"):
+        prepare(by_preset, data_dir, manual_dir=folder)
+    with pytest.raises(StoreError, match="features were computed, not imported from maps"):
+        prepare(config, data_dir, manual_dir=folder, npy_dir="maps")
+    for again in (one, None):  # the same, or none named: whatever they were
+        assert prepare(config, data_dir, manual_dir=folder, encoder_weights=again).path == found.path
+
+
+def test_an_encoder_that_cannot_be_is_refused(tmp_path):
+    shapes = Data(shapes=Shapes(num_train=1, num_val=1, num_test=0))
+    for spec, given in (("random", "some.h5"), ("imagenet", "random")):
+        config = Config(dataset="shapes", data=shapes, encoder=replace(RANDOM, weights=spec))
+        with pytest.raises(ConfigError, match=rf"--encoder_weights={given} with --config\.encoder\.weights={spec}"):
+            prepare(config, tmp_path, encoder_weights=given)
+    config = Config(dataset="shapes", data=shapes, encoder=replace(RANDOM, image_size=70))
+    with pytest.raises(ConfigError, match=r"--config\.encoder\.image_size=70: .* at least 83x83 pixels"):
+        prepare(config, tmp_path)
+    config = Config(dataset="shapes", data=shapes, encoder=replace(RANDOM, weights=str(tmp_path / "no.h5")))
+    with pytest.raises(weights.WeightsError, match=r"no weights file at .*no\.h5"):
+        prepare(config, tmp_path)

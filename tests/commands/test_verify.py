@@ -1,0 +1,327 @@
+"""Damage on disk: a changed byte in any file of a store or a checkpoint is seen, named, and made good."""
+
+import json
+import pathlib
+import random
+import shutil
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from small_step import state_on
+from trained import Trained
+
+from flaxcap.commands import train
+from flaxcap.commands.main import main
+from flaxcap.commands.prepare import prepare
+from flaxcap.commands.verify import verify
+from flaxcap.errors import UserError
+from flaxcap.features import store
+from flaxcap.features.store import Store
+from flaxcap.files import integrity
+from flaxcap.inference import captioner
+from flaxcap.training import checkpoints as checkpoints_lib
+from flaxcap.training import logs
+from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+
+
+def files_below(directory: pathlib.Path) -> list[pathlib.Path]:
+    """All that hold a byte, but for locks."""
+    found = sorted(f for f in directory.rglob("*") if f.is_file() and f.stat().st_size and f.name != ".lock")
+    assert len(found) > 10
+    return found
+
+
+def flip(file: pathlib.Path) -> bytes:
+    """Changes a byte somewhere; what the file was."""
+    whole, rng = file.read_bytes(), random.Random(str(file.name))
+    data = bytearray(whole)
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    return whole
+
+
+def damaged(directory: pathlib.Path, how: str = "flip") -> Iterator[pathlib.Path]:
+    """Each file in turn, damaged; afterwards it is put right."""
+    for file in files_below(directory):
+        whole = flip(file)
+        if how == "missing":
+            file.unlink()
+        yield file
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(whole)
+
+
+def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
+    """But for Orbax's files, which hold the time."""
+    names = {str(f.relative_to(directory)): f for f in files_below(directory)}
+    return {name: f.read_bytes() for name, f in names.items() if not name.startswith("encoder/")}
+
+
+@pytest.fixture
+def data_dir(trained: Trained, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(trained.data_dir, tmp_path / "data"))
+
+
+@pytest.fixture
+def path(data_dir, trained: Trained) -> pathlib.Path:
+    """A store to be damaged: prepared as users do it."""
+    return pathlib.Path(store.path_for(data_dir, trained.config))
+
+
+@pytest.fixture
+def workdir(trained: Trained, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(trained.workdir, tmp_path / "run"))
+
+
+# A store
+
+
+def test_a_sound_store_and_a_sound_run(trained: Trained, capsys):
+    place = f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={trained.workdir}"
+    path = pathlib.Path(store.path_for(trained.data_dir, trained.config))
+    for flags, directories in (
+        (place[:2], [path]),
+        (place[2:], [trained.workdir / "checkpoints"]),
+        (place, [path, trained.workdir / "checkpoints"]),
+    ):
+        assert main(["verify", *flags]) == 0
+        out, _ = capsys.readouterr()
+        assert out.endswith(" bytes: sound\n")
+        read = sum(f.stat().st_size for d in directories for f in files_below(d) if f.name != integrity.SUMS)
+        assert abs(int(out.split(" files, ")[1].split()[0]) - read) < 5000, out  # config.json and the vocabulary
+        assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["flip", "missing"])
+def test_damage_of_any_file_of_a_store_is_named(path, how, capsys):
+    notes = {file: file.read_bytes() for file in path.glob("*/shards/*.json")}
+    for file in damaged(path, how):
+        report = verify(store_dir=path)
+        (line,) = report.wrong
+        if how == "missing" and file in notes:
+            assert line == f"{file.parent.parent}: shards {int(file.stem)} are not finished; `flaxcap prepare` goes on"
+        elif how == "missing" and file.parts[-2:] == ("encoder", integrity.SUMS):
+            assert line == f"{file.parent}: missing; `flaxcap prepare` makes it anew"
+        else:
+            assert line.startswith(f"{file}: ")
+            assert "flaxcap prepare" in line
+        for note, whole in notes.items():
+            # Damaged shards, and no others, have become unfinished ones.
+            at_fault = file == note or file == note.parent.parent / "features" / "c" / str(int(note.stem)) / "0" / "0"
+            assert note.exists() != at_fault
+            note.write_bytes(whole)
+    assert verify(store_dir=path).wrong == []
+
+
+def read_everything(path: pathlib.Path) -> None:
+    """As training, captioning and preparing do."""
+    found = Store(path)
+    found.vocabulary()
+    for role in found.roles:
+        split = found.split(role)
+        _ = split.rows
+        split.read(split.present())
+    checkpoints_lib.load_params(path / "encoder")
+
+
+def test_damage_of_any_file_of_a_store_is_seen_by_who_reads_it(path):
+    read_everything(path)
+    for file in damaged(path):
+        if file.name == store.COPY:  # is read only where the other cannot be
+            continue
+        with pytest.raises(UserError) as error:
+            read_everything(path)
+        assert str(file) in str(error.value)
+
+
+def test_prepare_makes_anew_what_is_damaged_and_nothing_else(path, data_dir, trained: Trained, capsys):
+    before = snapshot(path)
+    shard = path / "train" / "features" / "c" / "1" / "0" / "0"
+    cut = path / "val" / "features" / "c" / "0" / "0" / "0"
+    params = max((path / "encoder").rglob("d/*"), key=lambda f: f.stat().st_size)
+    small = [path / name for name in ("manifest.json", "vocabulary.json", "val/captions.jsonl")]
+    small += [path / name for name in ("test/features/zarr.json", "test/shards/00000.json")]
+    for file in (shard, params, *small):
+        flip(file)
+    cut.write_bytes(cut.read_bytes()[:-100])  # is seen without being read whole
+    kept = path / "train" / "features" / "c" / "0" / "0" / "0"
+    modified = kept.stat().st_mtime_ns
+
+    place = [f"--config={trained.preset}", f"--data_dir={data_dir}"]
+    assert main(["verify", *place]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.partition(": ")[0] for line in lines[:-1]} == {str(f) for f in (shard, cut, params, *small)}
+    assert f"{shard}: damaged: found SHA-256" in lines[3] + lines[4] + lines[5]
+    assert lines[-1].endswith(" bytes: 8 to be mended")
+    assert main(["prepare", *place, "--num_workers=2"]) == 0
+    out = capsys.readouterr().out
+    images = 12 + 8 + 8  # shard 1 of train, and those of val and test
+    assert f"features of {images} images: " in out
+    assert kept.stat().st_mtime_ns == modified
+    assert main(["verify", *place]) == 0
+    assert snapshot(path) == before
+    expected = checkpoints_lib.load_params(store.path_for(trained.data_dir, trained.config) / "encoder")
+    jax.tree.map(np.testing.assert_array_equal, checkpoints_lib.load_params(path / "encoder"), expected)
+
+
+def test_prepare_sees_a_missing_and_a_cut_off_shard_by_itself(path, data_dir, trained: Trained, capsys):
+    before = snapshot(path)
+    shards = [path / "train" / "features" / "c" / str(number) / "0" / "0" for number in (0, 1)]
+    shards[0].unlink()
+    shards[1].write_bytes(shards[1].read_bytes()[:-1])
+    flip(path / store.COPY)
+    prepare(trained.config, data_dir, num_workers=2)
+    out = capsys.readouterr().out
+    assert f"{shards[0]}: missing; shard 0 of train is made anew" in out
+    assert f"{shards[1]}: damaged: found" in out
+    assert "features of 32 images: " in out
+    assert snapshot(path) == before
+
+
+def test_other_captions_or_another_encoder_are_not_put_in_place_of_damaged_ones(path, data_dir, trained, monkeypatch):
+    from flaxcap.encoders.inception_v3 import weights
+    from flaxcap.features import build
+
+    captions = path / "train" / "captions.jsonl"
+    whole = flip(captions)
+    with monkeypatch.context() as context:
+        found = Store(trained_path := store.path_for(trained.data_dir, trained.config)).split("train").rows
+        assert trained_path
+        context.setattr(build, "read_rows", lambda *_: found[:-1])
+        with pytest.raises(store.StoreError, match=rf"{captions}: damaged.*and the data set has other captions now"):
+            prepare(trained.config, data_dir)
+    captions.write_bytes(whole)
+    (path / "encoder" / integrity.SUMS).unlink()
+    load = weights.load
+    monkeypatch.setattr(weights, "load", lambda *a, **k: (load(*a, **k)[0], "f" * 64))
+    with pytest.raises(store.StoreError, match=r"encoder: missing, and the weights at hand \(f+\) are not those that"):
+        prepare(trained.config, data_dir)
+
+
+def without_checksums(path: pathlib.Path) -> None:
+    """As the version before checksums wrote it."""
+    manifest = store.read_manifest(epath.Path(path / "manifest.json"))
+    del manifest["files"]
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (path / "manifest.copy.json").unlink()
+    (path / "encoder" / integrity.SUMS).unlink()
+    for note in path.glob("*/shards/*.json"):
+        note.write_text(json.dumps({"skipped": json.loads(note.read_text())["skipped"]}) + "\n")
+
+
+def test_a_store_without_checksums_is_used_as_before_and_says_so(path, data_dir, trained: Trained, tmp_path, capsys):
+    expected = Store(path).split("train").read(range(32))
+    without_checksums(path)
+    place = [f"--config={trained.preset}", f"--data_dir={data_dir}"]
+    notes = sorted(map(str, path.glob("*/shards/*.json")))
+    for unknown in ([str(path / "manifest.json"), str(path / "encoder"), *notes], notes):
+        assert main(["verify", *place]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1].endswith(" bytes: sound")
+        found = lines[0].removeprefix("no checksum, being an older version's or unfinished: ").split(", ")
+        assert sorted(found) == sorted(unknown)
+        read_everything(path)
+        np.testing.assert_array_equal(Store(path).split("train").read(range(32)), expected)
+        train.train(trained.config, tmp_path / "run", data_dir)
+        prepare(trained.config, data_dir)  # from now on what is written once has sums
+        capsys.readouterr()
+    flip(path / "train" / "captions.jsonl")
+    assert len(verify(store_dir=path).wrong) == 1
+
+
+# A run
+
+
+@pytest.mark.parametrize("how", ["flip", "missing"])
+def test_damage_of_any_file_of_a_run_is_named(workdir, how):
+    steps = sorted((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    assert len(steps) > 1
+    for file in damaged(workdir / "checkpoints", how):
+        report = verify(workdir=workdir)
+        if how == "missing" and file.name == integrity.SUMS:
+            assert report.unknown == [epath.Path(file.parent)]
+            continue
+        (line,) = report.wrong
+        assert line.startswith(f"{file}: ")
+        assert "flaxcap train" in line
+    for file in (workdir / "config.json", workdir / "vocabulary.json"):
+        whole = flip(file)
+        (line,) = verify(workdir=workdir).wrong
+        assert line.startswith(f"{file}: ")
+        file.write_bytes(whole)
+    assert verify(workdir=workdir).wrong == []
+
+
+def test_damage_of_any_file_of_a_checkpoint_is_seen_by_who_restores_it(tmp_path):
+    saved = state_on(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, saved, {"best": 1.5}, 2.0)
+    checkpoints.close()
+    for file in damaged(tmp_path):
+        with pytest.raises(CheckpointError) as error:
+            Checkpoints(tmp_path).restore(saved)
+        assert str(file) in str(error.value)
+        if "rest" not in file.parts and "progress" not in file.parts:
+            with pytest.raises(CheckpointError, match="damaged"):
+                Checkpoints(tmp_path).restore_params(saved.params, 7)
+    checkpoints = Checkpoints(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(saved)[0], saved)
+    checkpoints.close()
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_nothing_had_been(
+    workdir, data_dir, trained: Trained, capsys
+):
+    before = sorted(step.name for step in (workdir / "checkpoints").iterdir())
+    assert len(before) > 1
+    newest = workdir / "checkpoints" / max(before, key=int)
+    file = max(newest.rglob("d/*"), key=lambda f: f.stat().st_size)
+    flip(file)
+    (workdir / "checkpoints" / "99.orbax-checkpoint-tmp").mkdir()
+    train.train(trained.config, workdir, data_dir)
+    out = capsys.readouterr().out
+    aside = workdir / "checkpoints-damaged" / newest.name
+    assert f"{file}: damaged: found SHA-256" in out
+    assert f"; the checkpoint is set aside: {aside}\n" in out
+    assert aside.is_dir()
+    assert f"going on at step {min(before, key=int)}\n" in out
+    assert sorted(step.name for step in (workdir / "checkpoints").iterdir()) == before
+    ours, theirs = (
+        [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in logs.read(w)]
+        for w in (workdir, trained.workdir)
+    )
+    assert ours == theirs
+    assert verify(workdir=workdir).wrong == []
+
+
+def test_damaged_checkpoints_alone_are_left_for_the_user(workdir, data_dir, trained: Trained):
+    for step in (workdir / "checkpoints").iterdir():
+        flip(step / "progress" / "metadata")
+    before = {f: f.read_bytes() for f in files_below(workdir / "checkpoints")}
+    with pytest.raises(CheckpointError, match=rf"no checkpoint is sound; delete {workdir}/checkpoints to begin anew"):
+        train.train(trained.config, workdir, data_dir)
+    assert {f: f.read_bytes() for f in files_below(workdir / "checkpoints")} == before
+    shutil.rmtree(workdir / "checkpoints")
+    train.train(trained.config, workdir, data_dir)
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_does_not_caption(workdir, data_dir):
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    best = workdir / "checkpoints" / str(checkpoints.best_step)
+    checkpoints.close()
+    file = max(best.rglob("params/**/d/*"), key=lambda f: f.stat().st_size)
+    flip(file)
+    with pytest.raises(CheckpointError, match=rf"^{file}: damaged"):
+        captioner.load(workdir=workdir, data_dir=data_dir)
+
+
+def test_what_is_not_there_is_said(tmp_path, capsys, trained: Trained):
+    with pytest.raises(UserError, match=f"--workdir={tmp_path}: found neither config.json nor checkpoints"):
+        verify(workdir=tmp_path)
+    assert main(["verify", f"--config={trained.preset}", f"--data_dir={tmp_path}"]) == 1
+    assert "no prepared features at" in capsys.readouterr().err
+    assert main(["verify"]) == 1
+    assert "verify what? give --workdir=RUN, or --config and --data_dir" in capsys.readouterr().err

@@ -1,0 +1,282 @@
+"""Beam search against a plain one, against all captions there are, and against the model's own account of a caption."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcap.config import Config, Decode, Model, Train
+from flaxcap.decoding import beam_search, generate
+from flaxcap.decoding.step import WORDS
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END, PAD, START, UNK
+from flaxcap.training import step
+
+F, V, I, T = 12, 20, 8, 9
+SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
+
+
+class Small:
+    """A decoder far enough from its start that its captions differ and end at various lengths."""
+
+    def __init__(self, vocabulary: int, seed: int = 26, end: float = 1.0, **options: Any):
+        precision = {name: options.pop(name) for name in ("dtype", "matmul_dtype") if name in options}
+        config = Config(model=Model(**SIZES | options), train=Train(**precision))
+        self.bind, init = recurrent.create(config, F, vocabulary)
+        leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        noise = [0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        self.params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+        self.params = self.biased(END=end)
+        self.runs: dict[str, Any] = {}
+
+        @jax.jit
+        def forced(params: recurrent.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+            captioner = self.bind(params)
+            states_TICS, alpha_TICP = captioner(feats_PF[None], tokens_T[None, None])
+            return jax.nn.log_softmax(captioner.logits(states_TICS[:, 0, 0])), alpha_TICP[:, 0, 0]
+
+        self.forced = forced
+
+    def biased(self, **bias: float) -> recurrent.Params:
+        """The parameters with biases added: `PAD=3.0`."""
+        ids = {"PAD": PAD, "UNK": UNK, "START": START, "END": END}
+        bias_V = self.params["vocabulary"]["bias"]
+        for name, value in bias.items():
+            bias_V = bias_V.at[ids[name]].add(value)
+        return self.params | {"vocabulary": self.params["vocabulary"] | {"bias": bias_V}}
+
+    def run(
+        self, feats_IPF: Any = FEATS_IPF, params: recurrent.Params | None = None, **options: Any
+    ) -> generate.Decoded:
+        config = Decode(**{"max_length": T, "method": "beam", "beam_width": 3, **options})
+        name = str(config)
+        if name not in self.runs:
+            self.runs[name] = generate.make_decode(self.bind, config)
+        params = self.params if params is None else params
+        decoded = self.runs[name]
+        return jax.device_get(decoded(decoded.fold(params), feats_IPF, jax.random.key(0)))
+
+    def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
+        """Teacher forcing: log-probabilities [tokens + 1, V] of what follows each prefix, attention [tokens + 1, P]."""
+        padded = np.full(length, PAD)
+        padded[: len(tokens) + 1] = START, *tokens
+        log_probs, alpha = self.forced(self.params, FEATS_IPF[image], padded)
+        return np.array(log_probs)[: len(tokens) + 1], np.array(alpha)[: len(tokens) + 1]
+
+
+@functools.cache
+def small(**options: Any) -> Small:
+    return Small(V, **options)
+
+
+class Ensemble:
+    """Several that decide together, each word's probability being the mean of theirs."""
+
+    def __init__(self, *members: Small):
+        self.members = members
+
+    def run(self, **options: Any) -> generate.Decoded:
+        config = Decode(**{"max_length": T, "method": "beam", **options})
+        decoded = generate.make_decode([m.bind for m in self.members], config)
+        return jax.device_get(decoded(decoded.fold(*(m.params for m in self.members)), FEATS_IPF, jax.random.key(0)))
+
+    def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
+        log_probs, alphas = zip(*(m.follow(image, tokens, length) for m in self.members), strict=True)
+        return np.log(np.mean(np.exp(log_probs), 0)), np.mean(alphas, 0)
+
+
+def caption(tokens_T: Any) -> tuple[int, ...]:
+    """The tokens with the first <end>."""
+    return tuple(tokens_T[: int(np.argmax(tokens_T == END)) + 1].tolist())
+
+
+def repeats(tokens: tuple[int, ...], n: int) -> bool:
+    runs = list(zip(*[tokens[k:] for k in range(n)], strict=False))
+    return len(set(runs)) < len(runs)
+
+
+def plain_beam_search(
+    of: Small | Ensemble, image: int, width: int, penalty: float = 0.0, n: int = 0
+) -> tuple[tuple[int, ...], float]:
+    """One image and one hypothesis at a time, to the end: the best caption and its log-probability."""
+    live, ended = [((), 0.0)], []
+    for t in range(T):
+        after = []
+        for tokens, log_prob in live:
+            next_V = of.follow(image, tokens)[0][-1]
+            for token in [END] if t == T - 1 else range(END, V):
+                if not (n and repeats((*tokens, token), n)):
+                    after.append(((*tokens, token), log_prob + float(next_V[token])))
+        after.sort(key=lambda x: -x[1])
+        ended += [x for x in after[:width] if x[0][-1] == END]
+        live = [x for x in after if x[0][-1] != END][:width]
+        if len(ended) >= width:
+            break
+    return max(ended, key=lambda x: x[1] / len(x[0]) ** penalty)
+
+
+MODELS = [{}, {"cell": "lstm", "initial_state": "mean", "attention_gate": True, "seed": 12, "end": 0.0}]
+
+
+@pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}])
+def test_a_beam_of_one_is_greedy(options):
+    of = small(**options)
+    greedy = of.run(method="greedy")
+    found = of.run(beam_width=1, length_penalty=1.5)
+    assert len({len(caption(t)) for t in greedy.tokens_IT}) > 2  # or the test would show little
+    assert (found.tokens_IT == greedy.tokens_IT).all()
+    np.testing.assert_allclose(found.log_prob_I, greedy.log_prob_I, rtol=1e-5)
+    np.testing.assert_allclose(found.alpha_ITP, greedy.alpha_ITP, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", MODELS)
+@pytest.mark.parametrize(("width", "penalty", "n"), [(2, 0.0, 0), (5, 0.6, 2)])
+def test_it_finds_what_a_plain_beam_search_finds(options, width, penalty, n):
+    of = small(**options)
+    found = of.run(beam_width=width, length_penalty=penalty, no_repeat_ngram=n)
+    for i in range(I):
+        tokens, log_prob = plain_beam_search(of, i, width, penalty, n)
+        assert caption(found.tokens_IT[i]) == tokens
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+
+
+def test_an_ensemble_finds_what_a_plain_beam_search_over_the_mean_probabilities_finds():
+    """And its attention is the mean of its members', on the way of the caption that is best."""
+    of = Ensemble(*(small(**options) for options in MODELS))
+    found = of.run(beam_width=3, length_penalty=1.0)
+    for i in range(I):
+        tokens, log_prob = plain_beam_search(of, i, 3, 1.0)
+        assert caption(found.tokens_IT[i]) == tokens
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], of.follow(i, tokens[:-1])[1], atol=1e-5)
+    alone = [m.run(beam_width=3, length_penalty=1.0).tokens_IT for m in of.members]
+    assert all((found.tokens_IT != tokens_IT).any() for tokens_IT in alone)
+
+
+def test_a_deep_and_tied_model_finds_what_a_plain_beam_search_finds():
+    of = small(output="deep", tied=True, head_dim=5, seed=4)
+    found = of.run(beam_width=3)
+    for i in range(I):
+        tokens, log_prob = plain_beam_search(of, i, 3)
+        assert caption(found.tokens_IT[i]) == tokens
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+    assert len({caption(t) for t in found.tokens_IT}) > 3
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_a_beam_as_wide_as_all_captions_finds_the_best_of_all(penalty):
+    length, words = 4, range(END + 1, 7)
+    of = Small(7, seed=22, end=0.0)
+    every = [(*some, END) for n in range(length) for some in itertools.product(words, repeat=n)]
+    narrow, wide = (of.run(beam_width=k, max_length=length, length_penalty=penalty) for k in (2, len(every)))
+    best = []
+    for i in range(I):
+        scores = {}
+        for tokens in every:
+            log_probs = of.follow(i, tokens[:-1], length)[0]
+            scores[tokens] = float(log_probs[range(len(tokens)), tokens].sum()) / len(tokens) ** penalty
+        best.append(max(scores, key=scores.__getitem__))
+        assert caption(wide.tokens_IT[i]) == best[-1]
+        np.testing.assert_allclose(wide.log_prob_I[i], scores[best[-1]] * len(best[-1]) ** penalty, rtol=1e-4)
+        assert scores[caption(narrow.tokens_IT[i])] <= scores[best[-1]]
+    assert len(set(best)) > 1
+
+
+def test_a_greater_length_penalty_finds_longer_captions():
+    lengths = [
+        sum(len(caption(t)) for t in small().run(beam_width=5, length_penalty=penalty).tokens_IT)
+        for penalty in (0.0, 1.0, 4.0)
+    ]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_width": 6, "length_penalty": 1.0, "no_repeat_ngram": 2}])
+def test_a_batch_is_its_images_one_by_one_and_over_devices(options):
+    together = small().run(**options)
+    assert len({len(caption(t)) for t in together.tokens_IT}) > 1
+    for i in range(I):
+        alone = small().run(FEATS_IPF[i : i + 1], **options)
+        assert (alone.tokens_IT[0] == together.tokens_IT[i]).all()
+        np.testing.assert_allclose(alone.log_prob_I[0], together.log_prob_I[i], rtol=1e-4)
+        np.testing.assert_allclose(alone.alpha_ITP[0], together.alpha_ITP[i], atol=1e-5)
+    mesh = step.make_mesh()
+    assert mesh.size == I
+    params = jax.device_put(small().params, step.replicated(mesh))
+    spread = small().run(jax.device_put(FEATS_IPF, step.over_images(mesh)), params, **options)
+    assert (spread.tokens_IT == together.tokens_IT).all()
+    np.testing.assert_allclose(spread.alpha_ITP, together.alpha_ITP, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", MODELS)
+def test_attention_and_log_probability_are_those_of_the_caption(options):
+    of = small(**options)
+    found = of.run(beam_width=4, length_penalty=1.0)
+    assert found.alpha_ITP.shape == (I, T, 64)
+    for i in range(I):
+        tokens = caption(found.tokens_IT[i])
+        log_probs, alpha = of.follow(i, tokens[:-1])
+        np.testing.assert_allclose(found.log_prob_I[i], log_probs[range(len(tokens)), tokens].sum(), rtol=1e-4)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], alpha, atol=1e-5)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)].sum(-1), 1, rtol=1e-5)
+        assert not found.alpha_ITP[i, len(tokens) :].any()
+    # The beams of an image look in different places: its attention is not that of whatever beam is first.
+    assert len({alpha.tobytes() for alpha in found.alpha_ITP[:, 1]}) == I
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_run_of_words_occurs_twice(n):
+    longer = small().biased(END=-1000.0)
+    free, blocked = (small().run(params=longer, max_length=16, no_repeat_ngram=k) for k in (0, n))
+    assert any(repeats(caption(t), n) for t in free.tokens_IT)
+    assert not any(repeats(caption(t), n) for t in blocked.tokens_IT)
+    assert {len(caption(t)) for t in blocked.tokens_IT} == {16}  # not for being short
+
+
+def test_where_every_word_would_repeat_the_caption_ends():
+    of = Small(6)
+    found = of.run(params=of.biased(END=-50.0), beam_width=1, no_repeat_ngram=1)
+    assert {len(caption(t)) for t in found.tokens_IT} == {3}  # both words, <end>
+
+
+def test_a_run_longer_than_any_caption_blocks_nothing():
+    for n in (T - 1, T, T + 1):
+        assert (small().run(no_repeat_ngram=n).tokens_IT == small().run().tokens_IT).all()
+
+
+@pytest.mark.parametrize("width", [1, 50])
+@pytest.mark.parametrize("bias", [{}, {"PAD": 1e4, "UNK": 1e4, "START": 1e4}, {"END": -1e4}])
+@pytest.mark.parametrize("length", [1, T])
+def test_captions_hold_words_then_one_end_then_padding(width, bias, length):
+    found = small().run(params=small().biased(**bias), beam_width=width, max_length=length)
+    assert found.tokens_IT.shape == (I, length)
+    for tokens_T in found.tokens_IT:
+        (end,) = np.flatnonzero(tokens_T == END)
+        assert (tokens_T[end + 1 :] == PAD).all()
+        assert not set(tokens_T[:end].tolist()) & {PAD, UNK, START}
+        if "END" in bias and width < V - 4:  # a wider beam holds the empty caption, which is no worse than the others
+            assert end == length - 1
+    assert np.isfinite(found.log_prob_I).all()
+
+
+@pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
+def test_a_broken_models_captions_hold_known_ids(method):
+    found = small().run(params=jax.tree.map(lambda x: x * jnp.nan, small().params), method=method)
+    assert 0 <= found.tokens_IT.min() <= found.tokens_IT.max() < V
+
+
+@pytest.mark.parametrize("size", [16, 64, 304])
+@pytest.mark.parametrize("k", [1, 2, 5, 12])
+def test_the_best_words_by_blocks_are_those_of_top_k(size, k):
+    for x_NV in (jax.random.normal(jax.random.key(1), (50, size)), jnp.full((2, size), -jnp.inf)):
+        # Rounded: many are equal, and of these the first are asked for.
+        for x in (x_NV, jnp.round(2 * x_NV)):
+            values, ids = beam_search._top_words(x, k, block=8)
+            expected, places = jax.lax.top_k(x[:, WORDS:], k)
+            np.testing.assert_array_equal(values, expected)
+            np.testing.assert_array_equal(ids, places + WORDS)

@@ -1,0 +1,266 @@
+"""Decoding goes through the same step as training; a batch is its images one by one."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcap.config import Config, Decode, Model
+from flaxcap.decoding import generate, sampling
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END, PAD, START, UNK
+from flaxcap.training import step
+
+F, V, I, T = 12, 20, 6, 9
+SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+BIND, INIT = recurrent.create(Config(model=Model(**SIZES)), F, V)
+FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
+
+
+def far(init: Any, seed: int = 37, end: float = 1.0) -> recurrent.Params:
+    """A decoder far enough from its start that its captions differ and end at various lengths."""
+    leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    found = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    return found | {"vocabulary": found["vocabulary"] | {"bias": found["vocabulary"]["bias"].at[END].add(end)}}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return far(INIT)
+
+
+@functools.cache
+def made(bind: Any = BIND, **options: Any) -> generate.Decode:
+    return generate.make_decode(bind, Decode(**{"max_length": T, **options}))
+
+
+def run(params, key: int = 0, feats_IPF=FEATS_IPF, bind: Any = BIND, **options: Any) -> generate.Decoded:
+    """`params`, and `bind`: of a model, or a tuple of several models'."""
+    of = made(bind, **options)
+    folded = of.fold(*params) if isinstance(params, tuple) else of.fold(params)
+    return jax.device_get(of(folded, feats_IPF, jax.random.key(key)))
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"), [({}, 37), ({"output": "deep", "cell": "lstm"}, 23), ({"tied": True, "head_dim": 5}, 22)]
+)
+def test_greedy_takes_the_most_probable_allowed_word_at_every_step(options, seed):
+    bind, init = recurrent.create(Config(model=Model(**SIZES | options)), F, V)
+    params = far(init, seed)
+    found = run(params, bind=bind)
+    assert len({t.tolist().index(END) for t in found.tokens_IT}) > 2  # or the test would show little
+    captioner = bind(params)
+    for i in range(I):
+        tokens = found.tokens_IT[i][: int(np.argmax(found.tokens_IT[i] == END)) + 1]
+        given = jnp.array([[[START, *tokens[:-1]]]])
+        hidden, alpha = captioner(FEATS_IPF[i : i + 1], given)
+        log_probs_TV = np.array(jax.nn.log_softmax(captioner.logits(hidden)[:, 0, 0]))
+        np.testing.assert_allclose(found.log_prob_I[i], log_probs_TV[np.arange(len(tokens)), tokens].sum(), rtol=1e-4)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], alpha[:, 0, 0], atol=1e-5)
+        log_probs_TV[:, [PAD, UNK, START]] = -np.inf
+        free = slice(0, min(len(tokens), T - 1))  # the last place is <end> in any case
+        assert tokens[free].tolist() == log_probs_TV.argmax(-1)[free].tolist()
+
+
+SAMPLED = {"method": "sample"}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, SAMPLED | {"top_k": 3, "temperature": 0.5}, SAMPLED | {"top_p": 0.7}])
+def test_captions_hold_words_then_one_end_then_padding(params, options):
+    for tokens_T in run(params, **options).tokens_IT:
+        (end,) = np.flatnonzero(tokens_T == END)
+        assert (tokens_T[end + 1 :] == PAD).all()
+        assert not set(tokens_T[:end].tolist()) & {PAD, UNK, START}
+
+
+def test_every_caption_ends_even_where_the_model_would_not(params):
+    bias_V = params["vocabulary"]["bias"].at[END].set(-1e4)
+    never = params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}}
+    assert (run(never).tokens_IT[:, -1] == END).all()
+
+
+def test_a_model_that_prefers_unknown_and_padding_says_neither(params):
+    bias_V = params["vocabulary"]["bias"].at[jnp.array([PAD, UNK, START])].set(1e4)
+    tokens_IT = run(params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}}).tokens_IT
+    assert not np.isin(tokens_IT, [UNK, START]).any()
+    assert (tokens_IT[:, 0] != PAD).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "sample", "top_k": 5}])
+def test_a_batch_is_its_images_one_by_one(params, options):
+    together = run(params, **options)
+    for i in range(I):
+        # Image i draws from fold_in(key, i): alone in place i it is the same.
+        alone = run(params, feats_IPF=jnp.repeat(FEATS_IPF[i : i + 1], i + 1, 0), **options)
+        assert alone.tokens_IT[-1].tolist() == together.tokens_IT[i].tolist()
+        np.testing.assert_allclose(alone.log_prob_I[-1], together.log_prob_I[i], rtol=1e-4)
+
+
+def test_sampling_follows_its_seed_and_the_model(params):
+    options = {"method": "sample", "temperature": 1.0}
+    many = jnp.repeat(FEATS_IPF[:1], 2000, 0)
+    found = run(params, key=1, feats_IPF=many, **options)
+    assert (found.tokens_IT == run(params, key=1, feats_IPF=many, **options).tokens_IT).all()
+    assert (found.tokens_IT != run(params, key=2, feats_IPF=many, **options).tokens_IT).any()
+    captioner = BIND(params)
+    hidden, _ = captioner(FEATS_IPF[:1], jnp.array([[[START]]]))
+    expected_V = np.array(jax.nn.softmax(captioner.logits(hidden)[0, 0, 0]))
+    expected_V[[PAD, UNK, START]] = 0
+    drawn_V = np.bincount(found.tokens_IT[:, 0], minlength=V) / 2000
+    np.testing.assert_allclose(drawn_V, expected_V / expected_V.sum(), atol=0.05)
+
+
+def test_top_k_and_temperature(params):
+    greedy = run(params).tokens_IT
+    assert (run(params, method="sample", top_k=1).tokens_IT == greedy).all()
+    assert (run(params, method="sample", temperature=1e-4).tokens_IT == greedy).all()
+    many = jnp.repeat(FEATS_IPF[:1], 500, 0)
+    for k in (2, 4):
+        assert len(set(run(params, feats_IPF=many, method="sample", top_k=k).tokens_IT[:, 0])) <= k
+    hot = run(params, feats_IPF=many, method="sample", temperature=10.0)
+    cold = run(params, feats_IPF=many, method="sample", temperature=0.5)
+    assert hot.log_prob_I.mean() < cold.log_prob_I.mean()
+
+
+# The nucleus
+
+
+def nucleus(logits_V: Any, top_p: float) -> set[int]:
+    """The most probable words, one by one until their probabilities reach top_p."""
+    p_V = np.exp(logits_V - np.max(logits_V))
+    p_V /= p_V.sum()
+    found, reached = set(), 0.0
+    for word in np.argsort(-p_V, kind="stable").tolist():
+        if reached >= top_p:
+            break
+        found.add(word)
+        reached += p_V[word]
+    return found
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.999])
+def test_the_nucleus_is_the_fewest_best_words_that_reach_top_p(top_p):
+    logits_NV = np.array(3 * jax.random.normal(jax.random.key(0), (40, V)))
+    logits_NV[:, :END] = -np.inf
+    logits_NV[0, END:] = 1.0  # all alike: none is better than another, so none is left out
+    kept_NV = np.asarray(sampling._nucleus(jnp.asarray(logits_NV), top_p))
+    for n in range(1, 40):
+        left = set(np.flatnonzero(kept_NV[n] > -np.inf).tolist())
+        assert left == nucleus(logits_NV[n].astype(np.float64), top_p)
+        np.testing.assert_array_equal(kept_NV[n][list(left)], logits_NV[n][list(left)])
+    assert (kept_NV[0] > -np.inf).sum() == V - END
+
+
+def test_a_nucleus_of_one_word_is_greedy(params):
+    assert (run(params, method="sample", top_p=1e-6).tokens_IT == run(params).tokens_IT).all()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_drawn_words_lie_in_the_nucleus_and_follow_its_probabilities(params, temperature):
+    """Of the logits over the temperature; the words that are never chosen have no part in it."""
+    many = jnp.repeat(FEATS_IPF[:1], 2000, 0)
+    found = run(params, feats_IPF=many, method="sample", top_p=0.8, temperature=temperature)
+    captioner = BIND(params)
+    logits_V = np.array(captioner.logits(captioner(FEATS_IPF[:1], jnp.array([[[START]]]))[0])[0, 0, 0]) / temperature
+    logits_V[[PAD, UNK, START]] = -np.inf
+    inside = sorted(nucleus(logits_V, 0.8))
+    assert 1 < len(inside) < V - END
+    drawn_V = np.bincount(found.tokens_IT[:, 0], minlength=V) / 2000
+    assert np.flatnonzero(drawn_V).tolist() == inside
+    expected = np.exp(logits_V[inside]) / np.exp(logits_V[inside]).sum()
+    np.testing.assert_allclose(drawn_V[inside], expected, atol=0.05)
+
+
+# Ensembles
+
+OTHER_BIND, OTHER_INIT = recurrent.create(
+    Config(model=Model(**SIZES | {"hidden_dim": 5, "cell": "lstm", "output": "deep"})), F, V
+)
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED, {"method": "beam", "beam_width": 3}])
+def test_a_model_twice_is_the_model(params, options):
+    found, alone = run((params, params), bind=(BIND, BIND), **options), run(params, **options)
+    assert (found.tokens_IT == alone.tokens_IT).all()
+    np.testing.assert_allclose(found.log_prob_I, alone.log_prob_I, rtol=1e-5)
+    np.testing.assert_allclose(found.alpha_ITP, alone.alpha_ITP, atol=1e-6)
+
+
+def test_models_together_give_each_word_the_mean_of_their_probabilities(params):
+    """Of two models that share nothing but features and words; their attention is averaged too."""
+    models = (BIND, OTHER_BIND)
+    trees = (params, far(OTHER_INIT, seed=5, end=0.0))
+    found = run(trees, bind=models)
+    apart = [run(tree, bind=bind).tokens_IT for bind, tree in zip(models, trees, strict=True)]
+    assert len({tokens.tobytes() for tokens in (found.tokens_IT, *apart)}) == 3
+    for i in range(I):
+        tokens = found.tokens_IT[i][: int(np.argmax(found.tokens_IT[i] == END)) + 1]
+        given = jnp.array([[[START, *tokens[:-1]]]])
+        p, alphas = [], []
+        for bind, tree in zip(models, trees, strict=True):
+            captioner = bind(tree)
+            states, alpha = captioner(FEATS_IPF[i : i + 1], given)
+            p.append(np.asarray(jax.nn.softmax(captioner.logits(states)[:, 0, 0])))
+            alphas.append(np.asarray(alpha[:, 0, 0]))
+        mean_TV = np.mean(p, 0)
+        log_prob = np.log(mean_TV[np.arange(len(tokens)), tokens]).sum()
+        np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
+        np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], np.mean(alphas, 0), atol=1e-5)
+        mean_TV[:, [PAD, UNK, START]] = 0
+        free = slice(0, min(len(tokens), T - 1))
+        assert tokens[free].tolist() == mean_TV.argmax(-1)[free].tolist()
+
+
+# Several captions of an image
+
+
+def drawn(params: Any, feats_IPF: Any, keys_I: Any, captions: int, **options: Any) -> np.ndarray:
+    config = Decode(**{"max_length": T, **SAMPLED, **options})
+    return np.asarray(
+        jax.jit(lambda *given: generate.draw(BIND, given[0], given[1], config, given[2], captions))(
+            params, feats_IPF, keys_I
+        )
+    )
+
+
+def test_an_images_drawn_captions_differ_and_are_whole(params):
+    keys_I = jax.random.split(jax.random.key(0), I)
+    found = drawn(params, FEATS_IPF, keys_I, 5)
+    assert found.shape == (I, 5, T)
+    for tokens_CT in found:
+        assert len(np.unique(tokens_CT, axis=0)) > 3
+        for tokens_T in tokens_CT:
+            (end,) = np.flatnonzero(tokens_T == END)
+            assert (tokens_T[end + 1 :] == PAD).all()
+            assert not set(tokens_T[:end].tolist()) & {PAD, UNK, START}
+    again, other = (drawn(params, FEATS_IPF, jax.random.split(jax.random.key(n), I), 5) for n in (0, 1))
+    assert (found == again).all()
+    assert (found != other).any(-1).mean() > 0.8
+
+
+def test_captions_are_drawn_from_the_image_and_its_key_whatever_the_devices(params):
+    keys_I = jax.random.split(jax.random.key(0), 8)
+    feats_IPF = jnp.concatenate([FEATS_IPF, FEATS_IPF[:2]])
+    together = drawn(params, feats_IPF, keys_I, 3)
+    alone = [drawn(params, feats_IPF[i : i + 1], keys_I[i : i + 1], 3)[0] for i in range(8)]
+    assert (together == alone).all()
+    assert (together[:2] != together[6:]).any()  # the same images with other keys
+    mesh = step.make_mesh()
+    feats_IPF, keys_I = jax.device_put((feats_IPF, keys_I), step.over_images(mesh))
+    assert (drawn(jax.device_put(params, step.replicated(mesh)), feats_IPF, keys_I, 3) == together).all()
+
+
+def test_drawn_captions_follow_the_model(params):
+    """The first word of many captions of many images that are alike, as the model says it."""
+    found = drawn(params, jnp.repeat(FEATS_IPF[:1], 200, 0), jax.random.split(jax.random.key(0), 200), 10)
+    captioner = BIND(params)
+    states, _ = captioner(FEATS_IPF[:1], jnp.array([[[START]]]))
+    expected_V = np.array(jax.nn.softmax(captioner.logits(states)[0, 0, 0]))
+    expected_V[[PAD, UNK, START]] = 0
+    drawn_V = np.bincount(found[..., 0].ravel(), minlength=V) / 2000
+    np.testing.assert_allclose(drawn_V, expected_V / expected_V.sum(), atol=0.05)

@@ -1,0 +1,178 @@
+"""A store's manifest, captions and vocabulary: what is missing or damaged is named."""
+
+import json
+
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flaxcap.config import Config
+from flaxcap.features import store
+from flaxcap.features.store import Row, Split, Store, StoreError
+from flaxcap.text.vocabulary import Vocabulary, VocabularyError
+
+VOCABULARY = Vocabulary.of_captions(["a dog “runs” in São Paulo 犬"], 10)
+TRAIN = [
+    Row(2**40, "a/0.jpg", ("A dog.", "runs")),
+    Row(7, "ü\u2028\x85.png", ("“in”", "\ud800", "São\nPaulo")),
+    Row(0, "", ()),
+]
+
+
+def make(path: epath.Path, config: Config) -> epath.Path:
+    """A finished store but for its features."""
+    for role, rows in (("train", TRAIN), ("val", TRAIN[:1])):
+        store.write_rows(path / role, rows)
+        split = Split(path / role, len(rows), 2)
+        for number in range(split.num_shards):
+            split.finish(number, [])
+    store.write_whole(path / "vocabulary.json", VOCABULARY.to_json())
+    manifest = {
+        "source": "made up",
+        "splits": {"train": {"split": "train", "images": 3}, "val": {"split": "val", "images": 1}},
+        "encoder": {"weights_sha256": "abc"},
+        "feature_dim": 4,
+        "shard_rows": 2,
+        "vocabulary": {"size": config.data.vocab_size, "words": len(VOCABULARY), "sha256": VOCABULARY.hash},
+    }
+    store.write_whole(path / "manifest.json", json.dumps(manifest))
+    return path
+
+
+@pytest.fixture
+def path(tmp_path) -> epath.Path:
+    return make(store.path_for(tmp_path, Config()), Config())
+
+
+def test_a_finished_store_has_everything(path, tmp_path):
+    found = Store.finished(tmp_path, Config())
+    assert found.path == path
+    assert found.roles == ("train", "val")
+    assert found.feature_dim == 4
+    assert found.vocabulary().tokens == VOCABULARY.tokens
+    assert found.split("train").rows == TRAIN
+    assert found.split("val").rows == TRAIN[:1]
+    with pytest.raises(StoreError, match=r"no split 'test'; there are train, val$"):
+        found.split("test")
+
+
+def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
+    with pytest.raises(StoreError, match=rf"no prepared features at {tmp_path}/x/.*`flaxcap prepare` makes them"):
+        Store.finished(tmp_path / "x", Config())
+    (path / "train" / "shards" / "00001.json").unlink()
+    with pytest.raises(StoreError, match=r"1 shards of split 'train' are not finished; run `flaxcap prepare`"):
+        Store.finished(tmp_path, Config())
+    assert Store(path).split("train").unfinished() == [1]
+    make(path, Config())
+    other = Config()
+    other.data.vocab_size = 7
+    with pytest.raises(StoreError, match=r"vocabulary was made with --config\.data\.vocab_size=5000, not 7; run"):
+        Store.finished(tmp_path, other)
+
+
+MANIFEST = ["source", "splits", "encoder", "feature_dim", "shard_rows", "vocabulary"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"drop": name} for name in MANIFEST),
+        *({name: None} for name in MANIFEST[1:]),
+        {"text": ""},
+        {"text": '{"source": '},
+        {"text": "[]"},
+        {"text": "null"},
+        {"text": "[" * 100_000},
+        {"text": "\0"},
+        {"feature_dim": "wide"},
+        {"feature_dim": 0},
+        {"shard_rows": 0},
+        {"shard_rows": -2},
+        {"splits": ["train"]},
+        {"splits": {"train": {}}},
+        {"splits": {"train": {"images": "many"}}},
+        {"splits": {"train": {"images": 0}}},
+        {"vocabulary": {"size": 5000}},
+        {"encoder": {}},
+    ],
+    ids=lambda damage: json.dumps(damage)[:40],
+)
+def test_a_broken_manifest_is_named(path, tmp_path, damage):
+    file = path / "manifest.json"
+    tree = json.loads(file.read_text())
+    if "drop" in damage:
+        del tree[damage["drop"]]
+    file.write_text(damage.get("text", json.dumps(tree | damage)))
+    with pytest.raises(
+        StoreError, match=rf"^{file}: not a manifest of features .*; delete {path}, and `flaxcap prepare`"
+    ):
+        Store.finished(tmp_path, Config())
+
+
+def test_a_manifest_that_is_not_text_is_named(path):
+    (path / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of features"):
+        Store(path)
+
+
+@pytest.mark.parametrize("change", [lambda lines: lines[:-1], lambda lines: [*lines, lines[0]], lambda lines: []])
+def test_a_wrong_number_of_captions_lines_is_named(path, change):
+    file = path / "train" / "captions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(change(lines)))
+    with pytest.raises(StoreError, match=rf"^{file}: found {len(change(lines))} images, expected 3$"):
+        _ = Store(path).split("train").rows
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "7", '{"id": 1, "file": "x"}', '{"id": 1, "file": "x", "captions": null}', "[" * 100_000, "\0"],
+)
+def test_a_damaged_captions_line_is_named(path, line):
+    file = path / "train" / "captions.jsonl"
+    file.write_text("".join([*file.read_text().splitlines(keepends=True)[:2], line + "\n"]))
+    with pytest.raises(StoreError, match=rf"^{file}: line 3 cannot be read"):
+        _ = Store(path).split("train").rows
+
+
+def test_captions_that_are_gone_are_named(path):
+    file = path / "train" / "captions.jsonl"
+    file.write_bytes(b"\xff")
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
+        _ = Store(path).split("train").rows
+    file.unlink()
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read \(.*No such file"):
+        _ = Store(path).split("train").rows
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"skipped": 3}', '{"skipped": [{"row": 1}]}', "[" * 100_000])
+def test_a_damaged_note_of_a_shard_is_named(path, text):
+    file = path / "train" / "shards" / "00001.json"
+    file.write_text(text)
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; `flaxcap prepare` makes this shard anew"):
+        Store(path).split("train").skipped()
+
+
+def test_another_vocabulary_than_the_manifest_names_is_not_used(path, tmp_path):
+    # As after a prepare that was stopped between the two files.
+    file = path / "vocabulary.json"
+    file.write_text(Vocabulary.of_captions(["a dog"], 10).to_json())
+    with pytest.raises(StoreError, match=rf"^{file}: not the vocabulary that the manifest names; `flaxcap prepare`"):
+        Store.finished(tmp_path, Config()).vocabulary()
+    file.write_text(file.read_text().replace("dog", "cat"))
+    with pytest.raises(VocabularyError, match=rf"^{file}: not a vocabulary: the words do not match"):
+        Store(path).vocabulary()
+    file.write_bytes(b"\xff")
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*`flaxcap prepare` makes it anew"):
+        Store(path).vocabulary()
+    file.unlink()
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
+        Store(path).vocabulary()
+
+
+@given(st.lists(st.builds(Row, st.integers(), st.text(), st.lists(st.text()).map(tuple)), min_size=1, max_size=5))
+def test_captions_come_back_as_they_were(tmp_path_factory, rows):
+    path = epath.Path(tmp_path_factory.mktemp("rows"))
+    store.write_rows(path, rows)
+    assert Split(path, len(rows), 10).rows == rows

@@ -1,0 +1,151 @@
+"""Files are known again, to the byte, and JSON tells itself whether it is what was written."""
+
+import json
+import pathlib
+
+import pytest
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flaxcap.files import integrity
+from flaxcap.files.integrity import DamagedError, Sum, WriteError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def path_of(path: pathlib.Path) -> epath.Path:
+    return epath.Path(path)
+
+
+@given(st.dictionaries(st.text(), JSON).filter(lambda tree: "sha256" not in tree), st.sampled_from([None, 1, 2]))
+def test_what_is_sealed_comes_back(tree, indent):
+    text = integrity.seal(tree, indent)
+    assert integrity.unseal(text.encode(), "files", indent) == (tree, True)
+    assert integrity.seal(json.loads(text), indent) == text  # sealed twice is sealed once
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_any_changed_byte_of_sealed_json_is_seen(indent):
+    tree = {"files": {"a/ü.json": {"size": 10, "sha256": "ab"}}, "skipped": [1.5, None, "犬 “x”"]}
+    whole = integrity.seal(tree, indent).encode()
+    for place in range(len(whole)):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            with pytest.raises((ValueError, RecursionError)):
+                integrity.unseal(bytes(data), "files", indent)
+        with pytest.raises((ValueError, RecursionError)):  # cut off there
+            integrity.unseal(whole[:place], "files", indent)
+
+
+def test_json_of_an_older_version_is_read_without_a_seal():
+    assert integrity.unseal(b'{"skipped": []}', "files") == ({"skipped": []}, False)
+    with pytest.raises(DamagedError, match="does not match the SHA-256 that it should end with"):
+        integrity.unseal(b'{"files": {}}', "files")
+    for other in (b"[]", b"null", b"7"):
+        with pytest.raises(ValueError, match="expected an object"):
+            integrity.unseal(other, "files")
+
+
+def test_sums_of_bytes_and_files_agree(tmp_path):
+    assert integrity.of_bytes(b"") == Sum(0, EMPTY)
+    for size in (0, 1, 1 << 20, (1 << 20) + 1):
+        data, heard = bytes(i % 251 for i in range(size)), []
+        (tmp_path / "f").write_bytes(data)
+        assert integrity.of_file(path_of(tmp_path / "f"), heard.append) == integrity.of_bytes(data)
+        assert sum(heard) == size
+
+
+def test_a_file_that_differs_says_how(tmp_path):
+    file, expected = path_of(tmp_path / "f"), integrity.of_bytes(b"abc")
+    with pytest.raises(DamagedError, match=r"^missing$"):
+        integrity.check(file, expected)
+    with pytest.raises(DamagedError, match=r"^missing$"):
+        integrity.check_size(file, expected)
+    for data, found in (
+        (b"ab", "damaged: found 2 bytes, expected 3"),
+        (b"abd", "damaged: found SHA-256 a52d159f262b…"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(DamagedError, match=f"^{found}"):
+            integrity.check(file, expected)
+        with pytest.raises(DamagedError, match=f"^{found}"):
+            integrity.check_bytes(data, expected)
+    integrity.check_size(file, expected)  # of the content it knows nothing
+    file.write_bytes(b"ab")
+    with pytest.raises(DamagedError, match="found 2 bytes, expected 3"):
+        integrity.check_size(file, expected)
+    file.write_bytes(b"abc")
+    integrity.check(file, expected)
+
+
+@pytest.fixture
+def directory(tmp_path) -> epath.Path:
+    for name in ("a", "b/c", "b/d/e", "b/empty"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"" if name == "b/empty" else name.encode() * 9)
+    integrity.write_sums(path_of(tmp_path))
+    return path_of(tmp_path)
+
+
+def test_a_directory_that_is_whole(directory):
+    assert list(integrity.damages(directory)) == []
+    sums = integrity.read_sums(directory)
+    assert sums
+    assert set(sums) == {"a", "b/c", "b/d/e", "b/empty"}
+    (directory / "new").write_text("is not known, and not damage")
+    assert list(integrity.damages(directory)) == []
+    integrity.write_sums(directory, ["b/c"])
+    assert set(integrity.read_sums(directory) or {}) == {"b/c"}
+
+
+@pytest.mark.parametrize("name", ["a", "b/c", "b/d/e", "b/empty"])
+def test_every_file_of_a_directory_counts(directory, name):
+    file, heard = directory / name, []
+    whole = file.read_bytes()
+    for data in (whole + b"x", whole[:-1], b"X" + whole[1:], None):
+        if data == whole:
+            continue
+        if data is None:
+            file.unlink()
+        else:
+            file.write_bytes(data)
+        ((path, found),) = integrity.damages(directory, heard.append)
+        assert path == file
+        assert found.startswith("missing" if data is None else "damaged: found")
+        assert not list(integrity.damages(directory, among=lambda other: other != name))
+        file.write_bytes(whole)
+    assert sum(heard)
+
+
+def test_damaged_sums_are_named(directory):
+    file = directory / integrity.SUMS
+    whole = file.read_bytes()
+    outside = integrity.seal({"files": {"../f": {"size": 1, "sha256": "a"}}}, indent=1).encode()
+    for data in (whole.replace(b"size", b"sice", 1), whole[:-9], b"", b"{}", b'{"files": 3}', b"\xff", outside):
+        file.write_bytes(data)
+        ((path, found),) = integrity.damages(directory)
+        assert path == file
+        assert found.startswith("damaged")
+    file.unlink()
+    assert integrity.read_sums(directory) is None
+    assert list(integrity.damages(directory)) == []
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "..", "../x", "a/../../x", "a/.."])
+def test_names_that_lead_out_are_not_followed(name):
+    assert not integrity.is_inside(name)
+    assert integrity.is_inside(f"a{name.replace('..', '.')}/...")
+
+
+def test_a_part_that_cannot_be_finished_leaves_nothing_behind(tmp_path):
+    (tmp_path / "f").mkdir()  # a file cannot take its place
+    with pytest.raises(WriteError, match=r"f: cannot be written \(.*is a directory\)"):
+        integrity.write_whole(path_of(tmp_path / "f"), "text")
+    assert [file.name for file in tmp_path.iterdir()] == ["f"]

@@ -1,0 +1,244 @@
+"""Pictures from files, directories and the web: what is read, what is refused, and when it is given up."""
+
+import ipaddress
+import os
+import socket
+
+import pytest
+from web_server import BODY, Server
+
+from flaxcap.images import fetch
+from flaxcap.images.fetch import FetchError
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def read(url: str) -> bytes:
+    return fetch.read(url, private=True)
+
+
+# Files
+
+
+def test_sources_are_files_directories_and_addresses(tmp_path, server):
+    for name in ("b.PNG", "a.png", "notes.txt", "c.jpeg"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "folder.jpg").mkdir()
+    url = f"{server.url}/x y/ü.png?a=%20b"
+    found = list(fetch.names([url, str(tmp_path), str(tmp_path / "notes.txt")]))
+    names = ["a.png", "b.PNG", "c.jpeg", "notes.txt"]
+    assert found == [url, *(str(tmp_path / name) for name in names)]
+    assert [read(name) for name in found] == [BODY, *(name.encode() for name in names)]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothere", "no such file or directory"),
+        ("", "holds no picture (.bmp, "),
+        ("here.png/x", "no such file"),
+        ("x" * 5000, "no such file"),
+        ("a\0b", "no such file"),
+        ("fifo.png", "no such file"),
+    ],
+)
+def test_what_is_no_source_is_named(source, message, tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")  # to open it would wait for ever
+    path = str(tmp_path / source)
+    with pytest.raises(FetchError) as error:
+        list(fetch.names([path]))
+    assert str(error.value).startswith(f"{path}: ")
+    assert message in str(error.value)
+
+
+def test_no_ones_home_is_no_source():
+    with pytest.raises(FetchError, match=r"^~nobody-of-this-name/a\.png: no such file"):
+        list(fetch.names(["~nobody-of-this-name/a.png"]))
+
+
+def test_too_large_a_file_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(bytes(101))
+    (tmp_path / "b.png").write_bytes(bytes(100))
+    with pytest.raises(FetchError, match=r"a\.png: cannot be read: more than the 100 bytes allowed"):
+        read(str(tmp_path / "a.png"))
+    assert read(str(tmp_path / "b.png")) == bytes(100)
+    with pytest.raises(FetchError, match=r"gone\.png: cannot be read: No such file"):
+        read(str(tmp_path / "gone.png"))
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file:///etc/hostname", "start with http:// or https://, not file://"),
+        ("ftp://127.0.0.1/a.png", "start with http:// or https://, not ftp://"),
+        ("data://image", "start with http:// or https://, not data://"),
+        ("{server}/redirect?file:///etc/hostname", "cannot be fetched|the server answers 302 .*file:///etc/hostname"),
+        ("{server}/redirect?ftp://127.0.0.1/a.png", "redirected to ftp://127.0.0.1/a.png: .* not ftp://"),
+        ("{server}/redirect?/redirect?/redirect?/nothere", "the server answers 404 Not Found"),
+        ("{server}/round?", "the server answers 302 .*infinite loop"),
+        ("{server}/nothere.jpg", "the server answers 404 Not Found"),
+        ("{server}/rubbish", "cannot be fetched"),
+        ("http://127.0.0.1:1/a.png", "cannot be fetched: .*refused"),
+        ("http://[::1/a.png", "cannot be fetched: .*IPv6"),
+        ("http://127.0.0.1:port/a.png", "cannot be fetched: nonnumeric port"),
+        ("http:///a.png", "cannot be fetched: no host given"),
+        ("http://" + "x" * 70 + ".example/a.png", "cannot be fetched: "),
+    ],
+)
+def test_an_address_that_gives_nothing_says_why(url, message, server):
+    url = url.format(server=server.url)
+    with pytest.raises(FetchError, match=message) as error:
+        read(url)
+    assert url.rpartition("?")[2] in str(error.value)
+
+
+def test_a_redirection_on_the_web_is_followed(server):
+    assert read(f"{server.url}/redirect?{server.url}/a.png") == BODY
+
+
+@pytest.mark.parametrize("path", ["escape", "rubbish"])
+def test_what_a_server_says_moves_no_cursor(path, server):
+    with pytest.raises(FetchError, match=r"\\x1b") as error:
+        read(f"{server.url}/{path}")
+    assert str(error.value).isprintable()
+
+
+def test_too_large_a_body_is_not_read_to_its_end(server, monkeypatch):
+    monkeypatch.setattr(fetch, "MAX_BYTES", 1 << 20)
+    with pytest.raises(FetchError, match=r"/endless: more than the 1048576 bytes allowed"):
+        read(f"{server.url}/endless")
+    assert server.sent < 1 << 25  # what the sockets hold comes on top
+
+
+@pytest.mark.parametrize(
+    ("path", "limit", "message"),
+    [
+        ("silent", "TIMEOUT_S", "timed out"),
+        ("drip", "TOTAL_S", "not whole after the 0.3 s allowed"),
+        ("drip-header", "TOTAL_S", "not whole after the 0.3 s allowed"),
+        ("continue", "TOTAL_S", "not whole after the 0.3 s allowed"),
+    ],
+)
+def test_a_slow_server_is_given_up(path, limit, message, server, monkeypatch):
+    monkeypatch.setattr(fetch, limit, 0.3)
+    with pytest.raises(FetchError, match=message):
+        read(f"{server.url}/{path}")
+
+
+# What is not for everyone
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.9.9.9", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254"),
+        *("100.64.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.2.1"),
+        *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd12::1", "fec0::1", "ff02::1", "2001:db8::1"),
+        # IPv4 within IPv6
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::"),
+    ],
+)
+def test_addresses_that_are_not_public(address):
+    assert not fetch.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["8.8.8.8", "93.184.215.14", "172.15.0.1", "2606:2800:21f:cb07::1", "::ffff:8.8.8.8", "64:ff9b::808:808"],
+)
+def test_addresses_that_are_public(address):
+    assert fetch.is_public(address)
+    ipaddress.ip_address(address)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1"]
+)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_no_way_to_write_a_private_address_gets_through(host, scheme, server):
+    before = len(server.asked)
+    url = f"{scheme}://{host}:{server.server_port}/a.png"
+    with pytest.raises(FetchError, match=r"is no public address; --allow_private|cannot be") as error:
+        fetch.read(url)
+    assert str(error.value).startswith(f"{url}: ")
+    assert len(server.asked) == before
+
+
+def looked_up(monkeypatch, answers: dict[str, list[str]]) -> list[str]:
+    """Has names mean these addresses, a list's first at the first look-up; the names that are looked up."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host, port, *args, **kwargs):
+        asked.append(host)
+        if host not in answers:
+            return real(host, port, *args, **kwargs)
+        address = answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
+        return real(address, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_a_name_is_looked_up_once_and_that_address_is_taken(server, monkeypatch):
+    """The name means a public address when it is checked, and this machine when it is asked for again."""
+    taken = []
+
+    def connect(self, address):
+        taken.append(address[0])
+        raise ConnectionRefusedError("as if nobody listened there")
+
+    asked = looked_up(monkeypatch, {"rebound.example": ["93.184.215.14", "127.0.0.1"]})
+    before = len(server.asked)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(FetchError, match="cannot be fetched: as if nobody listened there"):
+        fetch.read(f"http://rebound.example:{server.server_port}/a.png")
+    assert (asked, taken) == (["rebound.example"], ["93.184.215.14"])
+    assert len(server.asked) == before
+    with pytest.raises(FetchError, match=r"rebound\.example \(127\.0\.0\.1\) is no public address"):
+        fetch.read(f"http://rebound.example:{server.server_port}/a.png")
+
+
+def test_a_redirection_from_the_open_web_to_a_private_address_is_refused(server, monkeypatch):
+    """A public name (here this server's, judged to be public once) sends to an address of this machine."""
+    public = fetch.is_public
+    verdicts = iter([True])
+    monkeypatch.setattr(fetch, "is_public", lambda address: next(verdicts, public(address)))
+    url = f"{server.url}/redirect?http://localhost:{server.server_port}/a.png"
+    before = list(server.asked)
+    with pytest.raises(FetchError, match=r"/redirect\?.*: localhost \(.*127\.0\.0\.1.*\) is no public address"):
+        fetch.read(url)
+    assert server.asked == [*before, "/redirect"]
+
+
+def test_a_public_address_is_read(server, monkeypatch):
+    """Through the same door as the open web, which tests do not enter."""
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    assert fetch.read(f"http://localhost:{server.server_port}/a.png") == BODY
+    with pytest.raises(FetchError, match=r"cannot be fetched: .*(SSL|ssl)"):
+        fetch.read(f"https://localhost:{server.server_port}/a.png")
+
+
+def test_a_proxy_which_looks_names_up_itself_is_used_only_when_private_addresses_are_allowed(server, monkeypatch):
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    before = len(server.asked)
+    with pytest.raises(FetchError):
+        fetch.read("http://10.255.255.1/a.png")
+    assert len(server.asked) == before
+    assert fetch.read("http://10.255.255.1/a.png", private=True) == BODY
+    assert server.asked[before:] == ["http://10.255.255.1/a.png"]

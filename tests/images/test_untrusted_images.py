@@ -1,0 +1,221 @@
+"""Pictures from strangers: broken ones and bombs, through the decoder, and through `prepare` and `caption`."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from torture_cases import bombs as torture_bombs
+from torture_cases import images as torture_images
+from torture_cases import programs as torture_programs
+from trained import Trained
+from web_server import Server
+
+from flaxcap.commands import caption
+from flaxcap.commands.main import main
+from flaxcap.commands.prepare import prepare
+from flaxcap.config import Config, Data, Encoder
+from flaxcap.files import size_limits
+from flaxcap.images import decode, headers
+from flaxcap.images.decode import ImageError
+from flaxcap.inference import captioner as captioner_lib
+
+
+@pytest.mark.parametrize("name", sorted(torture_images.sound()))
+def test_sound_pictures_of_every_kind_are_decoded(name):
+    data = torture_images.sound()[name]
+    assert decode.decode(data, 40).shape == (40, 40, 3)
+    assert decode.upright(data, 40).shape in ((30, 40, 3), (40, 30, 3))
+
+
+def test_broken_pictures_are_decoded_or_refused_with_a_reason():
+    reasons = {name: reason_of(data) for name, data in torture_images.mutations(400, seed=1)}
+    refused = [name for name, reason in reasons.items() if reason]
+    assert 100 < len(refused) < 300
+    assert not [name for name in refused if "-none-" in name]
+
+
+def reason_of(data: bytes) -> str:
+    """Why a picture is refused; empty of one that is decoded."""
+    try:
+        assert decode.decode(data, 16).shape == (16, 16, 3)
+    except ImageError as error:
+        return str(error) or "none"
+    return ""
+
+
+def test_broken_pictures_get_features_and_captions_or_reasons(trained: Trained, tmp_path):
+    """What `prepare` reads is what `caption` reads, and all is accounted for."""
+    files = dict(torture_images.mutations(60, seed=2))
+    rows = [{"image": name, "caption": "a picture", "split": "train"} for name in files]
+    for name, data in (files | {"val.png": torture_images.sound()["plain.png"]}).items():
+        (tmp_path / name).write_bytes(data)
+    rows.append({"image": "val.png", "caption": "a picture", "split": "val"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    encoder = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=25)
+    config = Config(dataset="folder", data=Data(test_split=""), encoder=encoder)
+    store = prepare(config, tmp_path / "data", manual_dir=tmp_path, num_workers=2, max_bad_fraction=1)
+    split = store.split("train")
+    skipped = {s.filename: s.reason for s in split.skipped()}
+    present = {split.rows[row].filename for row in split.present()}
+    assert present | set(skipped) == set(files)
+    assert not present & set(skipped)
+    assert min(len(present), len(skipped)) > 10
+    assert all(skipped.values())
+    assert not [name for name in skipped if "-none-" in name]
+    assert np.isfinite(split.read(split.present()).astype(np.float32)).all()
+
+    captioner = captioner_lib.load(workdir=trained.workdir, data_dir=trained.data_dir)
+    sources = caption.from_sources([str(tmp_path / name) for name in files])
+    found = {f.name.rpartition("/")[2]: f for f in caption.caption(captioner, sources)}
+    assert {name for name, f in found.items() if f.caption} == present
+    assert {name: f.reason for name, f in found.items() if f.reason} == skipped
+
+
+def test_names_that_cannot_be_printed_and_private_addresses_through_the_program(trained: Trained, tmp_path, capsys):
+    """A terminal that knows ASCII alone; a name that would clear it, in bytes that are no text."""
+    run = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
+    name = os.fsencode(tmp_path) + b"/\xff\x1b[2J\xc3\xa9.png"
+    with open(name, "wb") as file:
+        file.write(torture_images.sound()["plain.png"])
+    with Server() as server:
+        url = f"{server.url}/a.png"
+        ended = torture_programs.flaxcap("caption", tmp_path, url, *run, PYTHONIOENCODING="ascii", XLA_FLAGS="")
+        assert ended.status == 1
+        assert re.fullmatch(rf"{tmp_path}/\\udcff\\x1b\[2J\\xe9\.png: [a-z ]+  \(log-probability .*\)\n", ended.out)
+        assert ended.err == f"{url}: 127.0.0.1 is no public address; --allow_private_urls would allow it\n"
+        assert server.asked == []
+        assert main(["caption", url, *run, "--allow_private_urls"]) == 1
+        assert capsys.readouterr().err.startswith(f"{url}: not an image")  # it was read: this server has no pictures
+        assert server.asked == ["/a.png"]
+
+
+SLOW = ("text.png", "tiles.tif", "12000x12000.png", "8000x8001.png")  # to make
+REFUSED_BOMBS = [name for name, (_, read) in torture_bombs.BOMBS.items() if not read and name not in SLOW]
+
+
+@pytest.mark.parametrize("name", REFUSED_BOMBS)
+def test_bombs_are_refused_before_they_are_unpacked(name, monkeypatch):
+    """Pillow's `load`, which unpacks, is not reached."""
+    monkeypatch.setattr(decode, "_resized", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ImageError, match=r"pixels|allowed|over|of text|values|too large"):
+        decode.decode(torture_bombs.BOMBS[name][0]())
+
+
+def tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    return torture_bombs._tiff(list(entries))
+
+
+SIZE = [(256, 3, 1, 10), (257, 3, 1, 10)]
+BIG_TIFF = b"II+\0\x08\0\0\0" + struct.pack("<QQHHQQ", 16, 1, 258, 3, 300_000, 0)
+CUT_OFF = (b"II*\0", b"II*\0\xff\xff\xff\xff", BIG_TIFF[:20], b"\x89PNG", b"GIF89a", b"\xff\xd8", b"MM\0*" + bytes(4))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(*SIZE, (322, 4, 1, 40_000), (323, 4, 1, 40_000)), "10x10 pixels in tiles of 40000x40000"),
+        (tiff(*SIZE, (322, 3, 1, 40_000), (323, 4, 1, 2), (323, 4, 1, 40_000)), "tiles of 40000x40000"),
+        (tiff((258, 3, 300_000, 8)), "300000 values of its tag 258"),
+        (tiff((273, 1, 300_000, 8)), "300000 values of its tag 273"),
+        (tiff((34675, 3, 300_000, 8)), "300000 values of its tag 34675"),
+        (b"MM\0*\0\0\0\x08\0\x01\x01\x02\0\x03\0\x04\x93\xe0\0\0\0\0", "300000 values of its tag 258"),
+        (
+            b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\x01\x03\0\xe0\x93\x04" + bytes(13),
+            "of its tag 258",
+        ),
+    ],
+)
+def test_tiffs_out_of_all_proportion_are_refused(data, reason):
+    with pytest.raises(ImageError, match=reason):
+        headers.check(data)
+
+
+def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
+    """What honest files have."""
+    headers.check(tiff((34675, 7, 3_000_000, 8), (270, 2, 300_000, 8), *SIZE, (322, 3, 1, 512), (323, 3, 1, 512)))
+    headers.check(tiff((256, 4, 1, 8000), (257, 4, 1, 8000), (322, 4, 1, 8000), (323, 4, 1, 8000)))
+    for cut_off in CUT_OFF:
+        assert headers.check(cut_off) == 1
+    progressive = torture_images.sound()["progressive.jpg"]
+    assert 5 < headers.check(progressive) < 20
+    # After the picture's end anything may follow, as a phone's moving pictures do.
+    video = np.random.default_rng(0).bytes(8 << 20)
+    assert video.count(b"\xff\xda") > 100
+    assert headers.check(progressive + video) == headers.check(progressive)
+    for name, limit in (("plain.jpg", "MAX_SEGMENTS"), ("progressive.jpg", "MAX_SCANS"), ("plain.png", "MAX_CHUNKS")):
+        with monkeypatch.context() as patch:
+            patch.setattr(headers, limit, 2)
+            with pytest.raises(ImageError, match="of over 2"):
+                decode.decode(torture_images.sound()[name])
+
+
+def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
+    data = torture_images.sound()["plain.png"]
+    monkeypatch.setattr(size_limits, "PICTURE", len(data))
+    assert decode.decode(data, 4).shape == (4, 4, 3)
+    with pytest.raises(ImageError, match=f"more than the {len(data)} bytes allowed"):
+        decode.decode(data + b"x", 4)
+
+
+DAMAGED = """
+import io, os, pathlib
+import pytest
+from PIL import Image
+from flaxcap.encoders import images
+
+def resident_mb():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+out = io.BytesIO()
+Image.new("RGBA", (3000, 3000), "gray").save(out, "PNG")  # 36 MB unpacked
+errors, before = [], resident_mb()
+for _ in range(8):
+    with pytest.raises(images.ImageError, match="damaged") as found:
+        images.decode(out.getvalue()[:-1000])
+    errors.append(found.value)
+print(resident_mb() - before)
+"""
+
+
+def test_the_error_of_a_damaged_picture_does_not_keep_its_pixels():
+    """In a process of its own: one that has freed gigabytes may take them from there, and does not grow."""
+    done = subprocess.run([sys.executable, "-c", DAMAGED], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 100
+
+
+def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):
+    """Of four threads two at a time decode what takes half of what is allowed; small pictures do not wait."""
+    monkeypatch.setattr(decode, "_MEMORY", decode._Memory(2 * 90 * 120 * decode.BYTES_A_PIXEL))
+    resized, inside, most = decode._resized, set(), []
+    two = threading.Barrier(2)
+    lock = threading.Lock()
+
+    def watched(image, *args):
+        with lock:
+            inside.add(threading.get_ident())
+            most.append(len(inside))
+        two.wait(60)  # both are here, or it breaks
+        with lock:
+            inside.discard(threading.get_ident())
+        return resized(image, *args)
+
+    monkeypatch.setattr(decode, "_resized", watched)
+    results: list[np.ndarray] = []
+    data = torture_images.sound()["plain.png"]
+    threads = [threading.Thread(target=lambda: results.append(decode.decode(data, 8))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert max(most) == 2
+    with decode._MEMORY.take(10**12):  # what would take more than all goes alone
+        assert decode._MEMORY._free == 0
+    assert decode._MEMORY._free == decode._MEMORY._most

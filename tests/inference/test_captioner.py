@@ -1,0 +1,256 @@
+"""An export is all that a captioner needs, and a damaged one is refused by name."""
+
+import ast
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from trained import Trained
+
+from flaxcap import presets
+from flaxcap.decoding import generate
+from flaxcap.errors import UserError
+from flaxcap.inference import captioner as captioner_lib
+from flaxcap.text.vocabulary import Vocabulary
+from flaxcap.training import checkpoints
+from flaxcap.training.checkpoints import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def captioner(trained: Trained) -> captioner_lib.Captioner:
+    return captioner_lib.load(workdir=trained.workdir, data_dir=trained.data_dir)
+
+
+@pytest.fixture(scope="module")
+def exported(captioner, tmp_path_factory) -> pathlib.Path:
+    """An export, only to be read."""
+    path = tmp_path_factory.mktemp("export") / "made" / "here"
+    captioner_lib.write(captioner, path)
+    return path
+
+
+@pytest.fixture
+def copy(exported, tmp_path) -> pathlib.Path:
+    """An export to be damaged."""
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+def edit(file: pathlib.Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(same)
+
+
+def test_what_is_written_comes_back_to_the_bit(captioner, exported):
+    found = captioner_lib.load(model_dir=exported)
+    assert equal(found.params, jax.device_get(captioner.params))
+    assert equal(found.encoder, captioner.encoder)
+    assert found.config == captioner.config
+    assert found.vocabulary.tokens == captioner.vocabulary.tokens
+    assert found.about.items() > captioner.about.items()
+    assert found.about["step"] == captioner.about["step"]
+    feats_IPF = jax.random.normal(jax.random.key(0), (4, 64, 256))
+    key = jax.random.key(0)
+    drawn = [dataclasses.replace(c.config.decode, method="sample") for c in (captioner, found)]
+    runs = [(c, generate.make_decode(c.bind, options)) for c, options in zip((captioner, found), drawn, strict=True)]
+    captions = [run(run.fold(c.params), feats_IPF, key) for c, run in runs]
+    assert equal(*captions)
+    assert len(np.unique(captions[0].tokens_IT)) > 5
+
+
+ELSEWHERE = """
+import sys
+from flaxcap.commands import caption
+from flaxcap.inference import captioner as export
+captioner = export.load(model_dir=sys.argv[1])
+for found in caption.caption(captioner, caption.from_sources(sys.argv[2:])):
+    assert not found.reason, found.reason
+    print([found.caption, found.log_prob.hex()])
+"""
+
+
+def test_it_needs_neither_the_run_nor_the_data(trained: Trained, tmp_path):
+    """Three processes on one device: two load the run, export it and caption; one has the moved export alone."""
+    here = tmp_path / "here"
+    for path in (trained.data_dir, trained.workdir):
+        shutil.copytree(path, here / path.name)
+    pictures = [tmp_path / f"{n}.png" for n in range(3)]
+    for n, path in enumerate(pictures):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (99, 77, 3), np.uint8)).save(path)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+    def python(code: str, *args) -> str:
+        command = [sys.executable, "-c", code, *map(str, args)]
+        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
+
+    loaded = f"export.load(workdir={str(here / 'run')!r}, data_dir={str(here / 'data')!r})"
+    in_run = ELSEWHERE.replace("export.load(model_dir=sys.argv[1])", f"{loaded}\nexport.write(captioner, sys.argv[1])")
+    expected = python(in_run, here / "export", *pictures)
+    elsewhere = tmp_path / "elsewhere" / "model"
+    elsewhere.parent.mkdir()
+    (here / "export").rename(elsewhere)
+    shutil.rmtree(here)
+    assert python(ELSEWHERE, elsewhere, *pictures) == expected
+    captions = [ast.literal_eval(line)[0] for line in expected.splitlines()]
+    assert len(captions) == 3
+    assert all(captions)
+
+
+def test_no_file_is_a_pickle(exported):
+    files = [file for file in exported.rglob("*") if file.is_file()]
+    assert {file.name for file in exported.iterdir()} == {
+        "config.json",
+        "vocabulary.json",
+        "about.json",
+        "decoder",
+        "encoder",
+    }
+    assert len(files) > 10
+    for file in files:
+        assert "pickle" not in file.name
+        assert file.suffix not in (".pkl", ".pickle", ".pt", ".npy")
+        assert not file.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+
+
+@pytest.mark.parametrize("there", ["an export", "another file", "a file itself"])
+def test_nothing_is_written_over(there, captioner, tmp_path, copy):
+    out = copy if there == "an export" else tmp_path / "out"
+    if there == "another file":
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+    elif there == "a file itself":
+        out.write_text("mine")
+    before = {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()}
+    with pytest.raises(CheckpointError, match=f"--out={out}: not empty; an export goes to a new directory"):
+        captioner_lib.write(captioner, out)
+    assert {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()} == before
+
+
+def test_an_empty_directory_will_do(captioner, tmp_path):
+    captioner_lib.write(captioner, tmp_path)
+    assert captioner_lib.load(model_dir=tmp_path).about["step"] == captioner.about["step"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "about.json", "decoder", "encoder"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_damaged_part_is_named(copy, name, damage):
+    target = copy / name
+    if target.is_dir() and damage == "missing":
+        shutil.rmtree(target)
+    else:
+        file = target if target.is_file() else max(target.rglob("d/*"), key=lambda f: f.stat().st_size)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
+        if damage == "missing":
+            file.unlink()
+    with pytest.raises(UserError) as error:
+        captioner_lib.load(model_dir=copy)
+    assert str(error.value).startswith(str(copy))
+    assert name in str(error.value)
+    if damage == "missing":
+        assert isinstance(error.value, CheckpointError)
+
+
+def test_a_flipped_bit_in_any_file_of_parameters_is_seen(copy):
+    files = [file for part in ("decoder", "encoder") for file in (copy / part).rglob("*") if file.is_file()]
+    for file in files:
+        whole = file.read_bytes()
+        middle = len(whole) // 2
+        file.write_bytes(whole[:middle] + bytes([*(b ^ 1 for b in whole[middle : middle + 1])]) + whole[middle + 1 :])
+        if whole:
+            with pytest.raises(CheckpointError, match=f"{file.name}: (damaged|missing, or not as it was written)"):
+                captioner_lib.load(model_dir=copy)
+        file.write_bytes(whole)
+    captioner_lib.load(model_dir=copy)
+
+
+def test_another_vocabulary_is_refused(copy):
+    file = copy / "vocabulary.json"
+    words = list(Vocabulary.from_json(file.read_text(), "").tokens)
+    words[-1], words[-2] = words[-2], words[-1]
+    file.write_text(Vocabulary(words).to_json())
+    with pytest.raises(CheckpointError, match=r"vocabulary\.json: not the vocabulary that the model was trained with"):
+        captioner_lib.load(model_dir=copy)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"vocabulary\.json"):
+        captioner_lib.load(model_dir=copy)
+
+
+def test_a_config_of_another_model_is_refused(copy):
+    file = copy / "config.json"
+    config = presets.load(str(file))
+    for group, field, value, message in (
+        (
+            "model",
+            "hidden_dim",
+            33,
+            r"decoder: 6 parameters .*: cell/context/kernel has shape \(16, 96\), expected .*99",
+        ),
+        ("model", "cell", "lstm", r"decoder: \d+ parameters do not fit the preset: cell/context/kernel has shape"),
+        (
+            "model",
+            "attention_gate",
+            True,
+            r"decoder: 2 parameters do not fit the preset: cell/gate/bias has shape none",
+        ),
+        ("encoder", "block", "mixed1", r"encoder: .* has shape none \(it is missing\), expected \("),
+        ("encoder", "block", "mixed99", r"encoder\.block=mixed99: expected one of"),
+    ):
+        tree = json.loads(presets.to_json(config))
+        tree[group][field] = value
+        file.write_text(json.dumps(tree))
+        with pytest.raises(UserError, match=message):
+            captioner_lib.load(model_dir=copy)
+
+
+def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
+    params = jax.device_get(captioner.params) | {"head": {"bias": np.zeros(32), "kernel": np.zeros((32, 31))}}
+    captioner_lib.write(captioner._replace(params=params), tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"1 param.*head/kernel has shape \(32, 31\), expected \(32, 32\)"):
+        captioner_lib.load(model_dir=tmp_path / "a")
+    name = next(iter(captioner.encoder))
+    encoder = {k: v for k, v in captioner.encoder.items() if k != name}
+    captioner_lib.write(captioner._replace(encoder=encoder), tmp_path / "b")
+    with pytest.raises(CheckpointError, match=rf"encoder: 4 parameters .*: {name}/beta has shape none"):
+        captioner_lib.load(model_dir=tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preprocessing": "cropped"}, "trained with pictures prepared as 'cropped', this version prepares them as"),
+        ({"feature_dim": "wide"}, "cannot be read"),
+        ({"feature_dim": 2048}, r"image/kernel has shape \(256, 16\), expected \(2048, 16\)"),
+        ({"files": 3}, "cannot be read"),
+        ({"vocabulary_sha256": None}, "not the vocabulary"),
+    ],
+)
+def test_another_preprocessing_or_origin_is_refused(copy, changes, message):
+    edit(copy / "about.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        captioner_lib.load(model_dir=copy)
+
+
+def test_what_is_no_model_is_named(tmp_path, trained: Trained):
+    with pytest.raises(CheckpointError, match="no model is named: give --workdir=RUN or --model=EXPORT"):
+        captioner_lib.load()
+    for place in ({"workdir": tmp_path}, {"model_dir": tmp_path / "nothere"}):
+        with pytest.raises(CheckpointError, match=r"no config\.json: neither a run nor an export"):
+            captioner_lib.load(**place)
+    shutil.copy(trained.workdir / "config.json", tmp_path)
+    shutil.copy(trained.workdir / "vocabulary.json", tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` makes them"):
+        captioner_lib.load(workdir=tmp_path, data_dir=trained.data_dir)
+    with pytest.raises(CheckpointError, match="nothere: no parameters"):
+        checkpoints.load_params(tmp_path / "nothere")

@@ -1,0 +1,131 @@
+"""Features held on the devices and features streamed from the store give the same batches."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import small_step
+from etils import epath
+
+from flaxcap.bench import synthetic
+from flaxcap.config import ConfigError
+from flaxcap.features.store import Row, Split, write_rows
+from flaxcap.input_pipeline.batching import Plan
+from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.text.vocabulary import END, START, Tokens
+from flaxcap.training import step as step_lib
+
+N, F = 21, 3
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Split:
+    """A store of N images whose features are their row's number."""
+    path = epath.Path(tmp_path_factory.mktemp("store"))
+    found = Split(path, N, shard_rows=8)
+    write_rows(path, (Row(r, f"{r}.jpg", ("a b",) * (1 + r % 7)) for r in range(N)))
+    feats_NPF = np.broadcast_to(np.arange(N, dtype=np.float32)[:, None, None], (N, 64, F))
+    found.create_array(F, "bfloat16")[:].write(feats_NPF.astype(ml_dtypes.bfloat16)).result()
+    return found
+
+
+def plan(images: int = 8, run: int = 1) -> Plan:
+    rows = [r for r in range(N) for _ in range(1 + r % 7)]
+    lengths = [3 + (7 * m) % 5 for m in range(len(rows))]
+    ids = [t for n in lengths for t in [START, *[5] * (n - 2), END]]
+    tokens = Tokens(np.array(ids, np.int32), np.cumsum([0, *lengths]), np.array(rows, np.int32))
+    return Plan(tokens, batch_images=images, captions_per_image=2, num_buckets=2, run=run, seed=1)
+
+
+def features(inputs: step_lib.Inputs, batch: int) -> np.ndarray:
+    """`feats_IPF` of one of the batches, each device looking at its own part of the bank."""
+    index_I = np.asarray(inputs.index_KI)[batch]
+    parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
+    found = zip(parts, np.split(index_I, len(parts)), strict=True)
+    return np.concatenate([np.asarray(step_lib.rows(part, jnp.asarray(index)), np.float32) for part, index in found])
+
+
+@pytest.mark.parametrize("run", [1, 3])
+@pytest.mark.parametrize("mode", ["device", "stream"])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_each_image_meets_its_own_features_and_captions(split, devices, mode, run):
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    batches = plan(run=run)
+    feed = Feed(split, batches, mesh, mode)
+    assert feed.resident == (mode == "device")
+    last = 2 * batches.steps_per_epoch
+    shapes = set()
+    step = 0
+    for sent, inputs in feed.ahead(batches.dispatches(0, last)):
+        assert int(inputs.count) == len(sent)
+        shapes.add(inputs.tokens_KICT.shape)
+        assert inputs.weight_KIC.shape == inputs.tokens_KICT.shape[:3]
+        assert (np.asarray(inputs.weight_KIC) == 1).all()
+        for k in range(len(sent)):
+            batch = batches.batch(step)
+            np.testing.assert_array_equal(inputs.tokens_KICT[k], batch.tokens_ICT)
+            np.testing.assert_array_equal(sent[k].tokens_ICT, batch.tokens_ICT)
+            present = batch.rows_I >= 0
+            feats_IPF = features(inputs, k)
+            np.testing.assert_array_equal(feats_IPF[present, 63, 0], batch.rows_I[present])
+            assert np.isfinite(feats_IPF).all()  # also where no image is: a NaN would spread through the gradients
+            step += 1
+        spec = feed.spec(inputs.tokens_KICT.shape[-1])
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inputs)
+        assert spec == like
+    assert step == last
+    assert len(shapes) == len(batches.buckets)  # one compilation a bucket, however many batches are sent together
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_other_captions_take_the_place_of_the_true_ones(split, devices):
+    """Of the same images: what comes back from the devices is what was sent there, in the batch's order."""
+    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    batches = plan(run=3)
+    feed = Feed(split, batches, mesh, "stream")
+    assert feed.lengths == batches.buckets.tolist()
+    sent, inputs = next(iter(feed.ahead(batches.dispatches(0, 9))))
+    assert len(sent) > 1
+    np.testing.assert_array_equal(feed.local(inputs.tokens_KICT), inputs.tokens_KICT)
+    np.testing.assert_array_equal(feed.local_rows(sent), [batch.rows_I for batch in sent])
+
+    rng = np.random.default_rng(0)
+    tokens_KICT = rng.integers(0, 9, (*inputs.tokens_KICT.shape[:3], 4), dtype=np.int32)
+    weight_KIC = rng.standard_normal(tokens_KICT.shape[:3]).astype(np.float32)
+    other = feed.replace(inputs, tokens_KICT, weight_KIC)
+    np.testing.assert_array_equal(feed.local(other.tokens_KICT), tokens_KICT)
+    np.testing.assert_array_equal(feed.local(other.weight_KIC), weight_KIC)
+    assert other.bank_NPF is inputs.bank_NPF
+    assert other.index_KI is inputs.index_KI
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
+    assert feed.spec(4) == like  # a step compiled for that length takes them
+
+
+def test_each_device_holds_only_what_its_columns_need(split):
+    mesh = step_lib.make_mesh(jax.devices()[:8])
+    bank = Feed(split, plan(), mesh, "device")([plan().batch(0)]).bank_NPF
+    rows = max(len(plan().column_rows(d, d + 1)) for d in range(8))
+    assert {s.data.shape for s in bank.addressable_shards} == {(rows, 64, F)}
+    assert rows < N
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused(split):
+    with pytest.raises(ConfigError, match=r"batch_images=4.*multiple of the 8 devices"):
+        Feed(split, plan(4), step_lib.make_mesh(jax.devices()[:8]))
+
+
+def test_what_the_reading_thread_meets_reaches_the_loop(split):
+    feed = Feed(split, plan(), step_lib.make_mesh(jax.devices()[:1]), "stream")
+    bad = plan().batch(0)._replace(rows_I=np.full(8, N + 5, np.int32))
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(feed.ahead([[plan().batch(0)], [bad]]))
+
+
+def test_a_step_makes_no_copy_of_the_features_in_another_type():
+    images, mesh = 1024, step_lib.make_mesh(jax.devices()[:1])
+    source = synthetic.MadeUp(images, small_step.F, np.dtype(ml_dtypes.bfloat16))
+    feed = Feed(source, synthetic.plan(images, small_step.changed(batch_images=8)), mesh, "device")
+    train_step, state = small_step.made(mesh)
+    compiled = train_step.lower(state, feed.spec(8)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < images * 64 * small_step.F * source.dtype.itemsize / 2

@@ -1,0 +1,70 @@
+"""The caption-health report on captions whose numbers are counted by hand."""
+
+import pytest
+
+from flaxcap.errors import UserError
+from flaxcap.metrics.diagnostics import health
+
+REFERENCES = [["A dog leaps.", "Dogs leap far!"], ["the cat sleeps on"]]
+VOCABULARY = ["a", "dog", "on", "cat", "the", "runs", "very", "sleeps"]
+
+
+def report(*captions: str) -> dict[str, float]:
+    return health(captions, REFERENCES, VOCABULARY)
+
+
+def test_a_whole_report():
+    assert report("A dog on the", "a dog on the", "the cat cat sleeps.", "") == {
+        "empty": 1 / 4,
+        "function_word_end": 2 / 4,
+        "unique": 3 / 4,
+        "words_used": 6,
+        "vocabulary_used": 6 / 8,
+        "repeats_1": 1 / 4,
+        "repeats_2": 0,
+        "repeats_3": 0,
+        "repeats_4": 0,
+        "length": 12 / 4,
+        "reference_length": 10 / 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("caption", "repeats"),
+    [
+        ("a dog and a cat", [0, 0, 0, 0]),
+        ("a dog dog runs", [1, 0, 0, 0]),
+        ("a dog and a dog", [0, 1, 0, 0]),
+        ("on on on", [1, 1, 0, 0]),
+        ("a dog runs and a dog runs", [0, 1, 1, 0]),
+        ("a dog runs on a dog runs on", [0, 1, 1, 1]),
+        ("a", [0, 0, 0, 0]),
+    ],
+)
+def test_repeats(caption, repeats):
+    found = report(caption)
+    assert [found[f"repeats_{n}"] for n in (1, 2, 3, 4)] == repeats
+
+
+def test_words_outside_the_vocabulary_are_used_but_not_of_it():
+    found = report("zebra zebra a")
+    assert found["words_used"] == 2
+    assert found["vocabulary_used"] == 1 / 8
+
+
+@pytest.mark.parametrize("end", ["a", "the", "of", "with", "in", "on", "and"])
+def test_ends(end):
+    assert report(f"a dog {end}.")["function_word_end"] == 1
+    assert report(f"a dog {end} runs.")["function_word_end"] == 0
+
+
+def test_all_values_are_floats():
+    assert all(isinstance(value, float) for value in report("a dog").values())
+
+
+@pytest.mark.parametrize(
+    ("captions", "references", "vocabulary"), [([], [["a"]], ["a"]), (["a"], [[]], ["a"]), (["a"], [["a"]], [])]
+)
+def test_nothing_to_report(captions, references, vocabulary):
+    with pytest.raises(UserError, match="needs captions, references and a vocabulary"):
+        health(captions, references, vocabulary)

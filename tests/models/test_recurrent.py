@@ -1,0 +1,181 @@
+"""The decoder against a plain reference, and what teacher forcing must and must not see."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+
+from flaxcap.config import Config, Model
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import START
+from flaxcap.training import losses
+
+F, V, P = 12, 30, 64
+# Each option with each value, and with each cell.
+OPTIONS = [
+    {"cell": cell, "attention_gate": gate, "initial_state": state, "positions": gate != (state == "mean")}
+    | {"output": output, "tied": tied}
+    for cell, gate, state, output, tied in (
+        ("gru", False, "zeros", "state", False),
+        ("gru", True, "mean", "state", False),
+        ("lstm", True, "zeros", "state", False),
+        ("lstm", False, "mean", "state", False),
+        ("gru", False, "zeros", "state", True),
+        ("lstm", True, "mean", "deep", False),
+        ("gru", True, "zeros", "deep", True),
+    )
+]
+
+
+def small(**options: Any) -> Config:
+    sizes: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+    if options.get("tied"):
+        sizes["head_dim"] = sizes["embedding_dim"]
+    return Config(model=Model(**sizes | options))
+
+
+@pytest.fixture(params=OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def case(request):
+    """A small decoder with every parameter away from zero, and inputs for it."""
+    config = small(**request.param)
+    bind, init = recurrent.create(config, F, V)
+    params = init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V).at[..., 0].set(START)
+    return config, bind, jax.tree.unflatten(tree, noisy), feats_IPF, tokens_ICT
+
+
+def test_logits_are_the_papers_formulas(case):
+    config, bind, params, feats_IPF, tokens_ICT = case
+    captioner = bind(params)
+    logits_TICV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
+    for i, c in np.ndindex(2, 3):
+        expected = reference.in_float64(
+            functools.partial(reference.logits, config.model), params, feats_IPF[i], tokens_ICT[i, c]
+        )
+        np.testing.assert_allclose(logits_TICV[:, i, c], expected, atol=2e-5)
+
+
+def test_teacher_forced_logits_equal_stepwise_logits(case):
+    _, bind, params, feats_IPF, tokens_ICT = case
+    captioner = bind(params)
+    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
+    memory = captioner.remember(feats_IPF)
+    carry = captioner.start(memory, 3)
+    for t in range(tokens_ICT.shape[-1]):
+        words_ICE = captioner.embedding(tokens_ICT[..., t])
+        carry, alpha_ICP, context_ICE = captioner.cell(memory, carry, captioner.word(words_ICE))
+        states_ICS = captioner.deep(carry.hidden_ICH, context_ICE, words_ICE)
+        np.testing.assert_allclose(states_ICS, states_TICS[t], atol=1e-6)
+        np.testing.assert_allclose(alpha_ICP, alpha_TICP[t], atol=1e-6)
+
+
+def test_logits_ignore_later_tokens_and_other_captions(case):
+    """By gradient: the logits at (image 0, caption 1, t) depend on the embeddings of tokens 0 … t of that caption."""
+    _, bind, params, feats_IPF, _ = case
+    distinct_ICT = jnp.arange(30).reshape(2, 3, 5)
+
+    def logits_at(params, t):
+        captioner = bind(params)
+        # Tied, the embedding is also the output layer's: that is not what is asked.
+        output = jax.lax.stop_gradient(captioner.output_weights())
+        return losses.logits(output, captioner(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
+
+    gradient = jax.jit(jax.grad(logits_at))
+    for t in range(5):
+        grad_VE = gradient(params, t)["embedding"]["embedding"]
+        assert set(np.flatnonzero(np.abs(grad_VE).sum(1))) == set(distinct_ICT[0, 1, : t + 1].tolist())
+
+
+def test_the_state_carries_from_step_to_step(case):
+    """TensorFlow's tutorial calls its GRU without the state: there, the same token always gives the same logits."""
+    _, bind, params, feats_IPF, _ = case
+    captioner = bind(params)
+    same = jnp.full((2, 1, 4), 7)
+    states_TICS, _ = captioner(feats_IPF, same)
+    steps = np.abs(np.diff(np.asarray(states_TICS), axis=0)).max((1, 2, 3))
+    assert (steps > 1e-3).all()
+    changed = captioner(feats_IPF, same.at[..., 0].set(8))[0]
+    assert np.abs(changed[-1] - states_TICS[-1]).max() > 1e-4
+
+
+def test_attention_weights_sum_to_one_and_follow_the_image(case):
+    _, bind, params, feats_IPF, tokens_ICT = case
+    _, alpha_TICP = bind(params)(feats_IPF, tokens_ICT)
+    np.testing.assert_allclose(alpha_TICP.sum(-1), 1, atol=1e-5)
+    assert alpha_TICP.shape == (5, 2, 3, P)
+    assert np.abs(alpha_TICP[:, 0] - alpha_TICP[:, 1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("output", ["state", "deep"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
+    """It keeps a bias of its own; what the output layers take is as wide as `states` says."""
+    config = small(output=output, tied=tied)
+    bind, init = recurrent.create(config, F, V)
+    params = init(jax.random.key(0))
+    sizes = config.model
+    width = sizes.hidden_dim + (sizes.image_dim + sizes.embedding_dim if output == "deep" else 0)
+    assert bind(params).states == width == params["head"]["kernel"].shape[0]
+    assert set(params["vocabulary"]) == ({"bias"} if tied else {"kernel", "bias"})
+    assert params["vocabulary"]["bias"].shape == (V,)
+    weights = bind(params).output_weights()
+    assert weights.tanh == (output == "deep")
+    assert weights.vocabulary["kernel"].shape == (sizes.head_dim, V)
+    assert np.array_equal(weights.vocabulary["kernel"], params["embedding"]["embedding"].T) == tied
+
+
+def test_a_deep_output_sees_the_word_and_the_place_as_well_as_the_state():
+    """Show, Attend and Tell, equation 7: what the output takes is the state, the context and the word side by side."""
+    config = small(output="deep")
+    bind, init = recurrent.create(config, F, V)
+    captioner = bind(init(jax.random.key(0)))
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
+    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
+    hidden, image = config.model.hidden_dim, config.model.image_dim
+    context_TICE = jnp.einsum("ticp,ipe->tice", alpha_TICP, captioner.remember(feats_IPF).values_IPE)
+    np.testing.assert_allclose(states_TICS[..., hidden : hidden + image], context_TICE, atol=1e-5)
+    words_ICTE = captioner.embedding(tokens_ICT)
+    np.testing.assert_array_equal(states_TICS[..., hidden + image :], jnp.moveaxis(words_ICTE, 2, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"output": "deep", "tied": True}])
+def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits(options):
+    config = small(**options)
+    _, init = recurrent.create(config, F, V)
+    params = init(jax.random.key(0))
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
+    feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
+    tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
+    logits = []
+    for c in (config, half):
+        bind, init_c = recurrent.create(c, F, V)
+        assert {x.dtype for x in jax.tree.leaves(init_c(jax.random.key(0)))} == {jnp.dtype("float32")}
+        captioner = bind(params)
+        states_TICS, _ = captioner(feats_IPF, tokens_ICT)
+        assert states_TICS.dtype == c.train.dtype
+        logits.append(captioner.logits(states_TICS))
+    assert logits[1].dtype == jnp.float32
+    np.testing.assert_allclose(logits[0], logits[1], atol=0.03)
+    assert np.abs(logits[0] - logits[1]).max() > 0
+
+
+def test_gradients_are_those_of_finite_differences(case):
+    """Also through the attention, whose forward pass is computed again for them."""
+    _, bind, params, feats_IPF, tokens_ICT = case
+
+    def loss(params):
+        captioner = bind(params)
+        return (captioner.logits(captioner(feats_IPF, tokens_ICT)[0]) ** 2).mean()
+
+    check_grads(loss, (params,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)

@@ -1,0 +1,49 @@
+"""How the cores of a CPU are taken: as devices."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from command import succeed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flaxcap.runtime import devices as devices_lib
+
+
+@given(st.integers(1, 40), st.integers(1, 2000), st.integers(1, 20))
+def test_devices_divide_the_images_and_each_has_enough(cores, images, least):
+    possible = [n for n in range(1, min(cores, 16) + 1) if images % n == 0 and images // n >= least]
+    assert devices_lib.devices_of(cores, images, least) == max([1, *possible])
+
+
+@pytest.mark.parametrize(
+    ("told", "devices"),
+    [
+        ({}, devices_lib.devices_of(devices_lib.usable_cores(), 48, 16)),
+        ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_cores_are_devices_unless_told_otherwise(told, devices):
+    program = "import jax; from flaxcap.runtime import devices; devices.share_cores(48, 16); print(jax.device_count())"
+    assert _printed(program, **told) == devices
+
+
+def test_devices_stay_where_jax_is_in_use_already():
+    use = "import jax; from flaxcap.runtime import devices; jax.devices(); devices.share_cores(8, 1)"
+    assert _printed(f"{use}; print(jax.device_count())") == 1
+
+
+def _printed(program: str, **told: str) -> int:
+    """By a process that is told nothing of devices but this."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | told
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_a_command_takes_the_cores_that_its_batch_is_for():
+    batch = ["--config.train.batch_images=48", "--config.encoder.block=mixed0"]
+    out = succeed("bench", "input", *batch, "--images=96", "--steps=1", "--repeats=1", devices=None)
+    assert f"input: {devices_lib.devices_of(devices_lib.usable_cores(), 48, 16)} x cpu" in out

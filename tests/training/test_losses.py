@@ -1,0 +1,278 @@
+"""The packed loss, whose gradients are computed on the way forward, is -log softmax summed over the real tokens."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcap.text.vocabulary import PAD
+from flaxcap.training import losses as losses_lib
+
+H, D, V = 5, 6, 11
+PLACES = 400
+
+
+def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[losses_lib.Weights, Any, Any]:
+    """Weights, hidden_NH and targets_N, `real` of which are no <pad>, at random places."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    head = {"kernel": normal(H, D), "bias": normal(D)}
+    weights = losses_lib.Weights(head, {"kernel": normal(D, V), "bias": normal(V)}, tanh)
+    targets_N = rng.integers(PAD + 1, V, places)
+    targets_N[rng.permutation(places)[real:]] = PAD
+    return weights, normal(places, H), jnp.asarray(targets_N, jnp.int32)
+
+
+def plain(
+    weights: Any, hidden_NH: Any, targets_N: Any, weight_N: Any = None, smoothing: float = 0.0
+) -> losses_lib.Losses:
+    """By log_softmax, of all places, those of <pad> thrown away."""
+    head, vocabulary = weights.head, weights.vocabulary
+    states_ND = hidden_NH @ head["kernel"] + head["bias"][None]
+    states_ND = jnp.tanh(states_ND) if weights.tanh else states_ND
+    log_p_NV = jax.nn.log_softmax(states_ND @ vocabulary["kernel"] + vocabulary["bias"][None])
+    real_N = targets_N != PAD
+    nats_N = -jnp.where(real_N, log_p_NV[jnp.arange(len(targets_N)), targets_N], 0)
+    right = (log_p_NV.argmax(-1) == targets_N) & real_N
+    # Szegedy et al. 2015: the cross-entropy with the target mixed with a word of any kind.
+    target_NV = (1 - smoothing) * jax.nn.one_hot(targets_N, V) + smoothing / V
+    smooth_N = -jnp.where(real_N, (target_NV * log_p_NV).sum(-1), 0)
+    weight_N = jnp.ones(len(targets_N)) if weight_N is None else weight_N
+    sums = losses_lib.Sums(nats_N.sum(), *(x.sum(dtype=jnp.float32) for x in (real_N, right)))
+    return losses_lib.Losses((weight_N * smooth_N).sum(), sums, nats_N)
+
+
+def fast(
+    weights: Any, hidden_NH: Any, targets_N: Any, weight_N: Any = None, smoothing: float = 0.0
+) -> losses_lib.Losses:
+    weight_N = jnp.ones(len(targets_N)) if weight_N is None else weight_N
+    return losses_lib.token_losses(weights, hidden_NH, targets_N, weight_N, smoothing)
+
+
+def gradients(function: Any, weights: Any, hidden_NH: Any, targets_N: Any, *more: Any) -> tuple[Any, losses_lib.Losses]:
+    def objective(weights: Any, hidden_NH: Any) -> tuple[jax.Array, losses_lib.Losses]:
+        losses = function(weights, hidden_NH, targets_N, *more)
+        return losses.objective, losses
+
+    return jax.grad(objective, (0, 1), has_aux=True)(weights, hidden_NH)
+
+
+fast_gradients = jax.jit(lambda *arguments: gradients(fast, *arguments))
+
+
+def assert_same(ours: losses_lib.Losses, expected: losses_lib.Losses, tolerance: float = 5e-6) -> None:
+    np.testing.assert_allclose(ours.sums, expected.sums, rtol=tolerance)
+    np.testing.assert_allclose(ours.objective, expected.objective, rtol=tolerance)
+    assert_near(ours.nats_N, expected.nats_N, tolerance)
+
+
+def assert_near(ours: Any, expected: Any, tolerance: float = 5e-6) -> None:
+    """Every leaf within `tolerance` of its largest value."""
+
+    def compare(a: jax.Array, b: jax.Array) -> None:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, 0, tolerance * max(np.abs(b).max(), 1e-6))
+
+    jax.tree.map(compare, ours, expected)
+
+
+@pytest.mark.parametrize("places", [1, 2, 65, 130, PLACES])
+def test_sums_and_gradients_are_those_of_log_softmax(places):
+    """At no real token, one, each size that tokens are packed to, one fewer and one more, all."""
+    slow, alone = jax.jit(functools.partial(gradients, plain)), jax.jit(fast)
+    counts = {0, 1, *(size + more for size in losses_lib.sizes(places) for more in (-1, 0, 1))}
+    for real in sorted(counts - {places + 1}):
+        arguments = make(places, real, seed=real)
+        (grads, losses), (expected_grads, expected) = fast_gradients(*arguments), slow(*arguments)
+        assert_same(losses, expected)
+        assert_same(alone(*arguments), expected)
+        assert_near(grads, expected_grads)
+        assert losses.sums.tokens == real
+        assert (np.asarray(grads[1])[np.asarray(arguments[2]) == PAD] == 0).all()
+
+
+def packed_sizes() -> list[int]:
+    """How many places are computed, for each number of real tokens."""
+    weights, hidden_NH, _ = make(PLACES, 0)
+
+    def losses(_w: Any, hidden: Any, targets: Any, _weight: Any) -> tuple:
+        return losses_lib.Losses(jnp.float32(len(hidden)), losses_lib.no_tokens(), targets * 0.0), None, None
+
+    @jax.jit
+    def size(targets_N: jax.Array) -> Any:
+        return losses_lib._packed(losses, weights, hidden_NH, targets_N, jnp.ones(PLACES))[0].objective
+
+    return [int(size(make(PLACES, real)[2])) for real in range(PLACES + 1)]
+
+
+def rows_of_logits() -> tuple[int, list[int]]:
+    """The most rows that an array of vocabulary width has: outside of the packed computations, and in each of them."""
+    found = jax.make_jaxpr(fast_gradients)(*make(PLACES, PLACES)).jaxpr
+    switches: list = []
+
+    def most(jaxpr: Any) -> int:
+        rows = 0
+        for eqn in jaxpr.eqns:
+            rows = max([rows, *(v.aval.shape[0] for v in eqn.outvars if v.aval.shape[1:] == (V,))])
+            if eqn.primitive.name == "cond":
+                switches.append([most(branch.jaxpr) for branch in eqn.params["branches"]])
+                continue
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(inner, "jaxpr", inner)
+                rows = max(rows, most(inner) if hasattr(inner, "eqns") else 0)
+        return rows
+
+    outside = most(found)
+    assert len(switches) == 1
+    return outside, switches[0]
+
+
+def test_no_logits_are_computed_but_of_the_packed_size():
+    """And none outside of the packed computations: of that width there is only the kernel's own gradient, D rows."""
+    outside, packed = rows_of_logits()
+    assert packed == losses_lib.sizes(PLACES)
+    assert outside <= D
+
+
+def test_tokens_are_packed_to_the_least_size_that_holds_them():
+    sizes = losses_lib.sizes(PLACES)
+    assert len(sizes) > 2
+    assert sizes[0] < 0.75 * PLACES
+    assert packed_sizes() == [min(size for size in sizes if size >= real) for real in range(PLACES + 1)]
+
+
+@pytest.mark.parametrize("places", [1, 63, 64, 65, 127, 128, 129, 1000, 16 * 5 * 24])
+def test_sizes_are_few_and_rise_to_all_places(places):
+    sizes = losses_lib.sizes(places)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == places
+    assert len(sizes) <= 6
+    assert sizes[0] <= places / 2 + 64
+    assert max(np.diff(sizes), default=0) <= 0.15 * places + 64
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("real", [5, 256, 257, 399])
+def test_what_the_states_of_padded_places_hold_never_matters(real, bad):
+    """Not even NaN, and whatever the packed size: neither in the sums nor in any gradient."""
+    weights, hidden_NH, targets_N = make(PLACES, real)
+    spoilt_NH = jnp.where((targets_N == PAD)[:, None], bad, hidden_NH)
+    assert not np.array_equal(spoilt_NH, hidden_NH)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        fast_gradients(weights, spoilt_NH, targets_N),
+        fast_gradients(weights, hidden_NH, targets_N),
+    )
+
+
+def test_gradients_scale_with_that_of_the_loss():
+    """Of a mean over tokens, and of a loss that this is one term of; counts have no gradient."""
+    weights, hidden_NH, targets_N = make(PLACES, 300)
+    (grads, losses) = fast_gradients(weights, hidden_NH, targets_N)
+
+    def scaled(weights: Any, hidden_NH: Any) -> jax.Array:
+        losses = fast(weights, hidden_NH, targets_N)
+        return -3 * losses.objective / losses.sums.tokens + 5 * losses.sums.right
+
+    expected = jax.tree.map(lambda x: x * (-3 / losses.sums.tokens), grads)
+    assert_near(jax.jit(jax.grad(scaled, (0, 1)))(weights, hidden_NH), expected, 1e-6)
+
+    def counts(weights: Any) -> jax.Array:
+        losses = fast(weights, hidden_NH, targets_N)
+        return losses.sums.tokens + losses.sums.right + losses.sums.nats + losses.nats_N.sum()
+
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(counts))(weights)))
+
+
+def test_right_counts_tokens_that_are_most_likely_one_of_several_included():
+    """Where logits tie, a token among the largest is right: bfloat16's often do."""
+    weights, hidden_NH, _ = make(PLACES, PLACES)
+    best_N = losses_lib.logits(weights, hidden_NH).argmax(-1)
+    targets_N = jnp.where(jnp.arange(PLACES) < 7, best_N, (best_N + 1) % V)
+    right = ((targets_N == best_N) & (targets_N != PAD)).sum()
+    assert 0 < right <= 7
+    assert fast(weights, hidden_NH, targets_N).sums.right == right
+
+    equal = jax.tree.map(jnp.zeros_like, weights)
+    assert fast(equal, hidden_NH, jnp.arange(PLACES) % V).sums.right == (jnp.arange(PLACES) % V != PAD).sum()
+
+
+def test_large_logits_overflow_nothing():
+    weights, hidden_NH, targets_N = make(PLACES, 300)
+    weights.vocabulary["kernel"] = 300 * weights.vocabulary["kernel"]
+    grads, losses = fast_gradients(weights, hidden_NH, targets_N)
+    expected_grads, expected = gradients(plain, weights, hidden_NH, targets_N)
+    assert_same(losses, expected)
+    assert_near(grads, expected_grads, 2e-5)
+
+
+def test_bfloat16_states_give_float32_sums_near_those_of_float32():
+    """Within 0.5%; gradients within 3% of their largest, of the type of what they are gradients of."""
+    weights, hidden_NH, targets_N = make(PLACES, 300)
+    half_NH = hidden_NH.astype(jnp.bfloat16)
+    (d_weights, d_half_NH), losses = fast_gradients(weights, half_NH, targets_N)
+    (expected, d_hidden_NH), expected_losses = gradients(plain, weights, half_NH.astype(jnp.float32), targets_N)
+    assert {x.dtype for x in jax.tree.leaves((losses, d_weights))} == {jnp.dtype("float32")}
+    assert d_half_NH.dtype == jnp.bfloat16
+    np.testing.assert_allclose(losses.sums.nats, expected_losses.sums.nats, rtol=5e-3)
+    np.testing.assert_allclose(losses.objective, expected_losses.objective, rtol=5e-3)
+    assert_near((d_weights, d_half_NH.astype(jnp.float32)), (expected, d_hidden_NH), 0.03)
+
+
+@pytest.mark.parametrize(("smoothing", "tanh"), [(0.1, False), (0.7, True)])
+def test_label_smoothing_mixes_the_target_with_all_words(smoothing, tanh):
+    """Objective and gradients; what is reported, of each token and of all, is the plain cross-entropy."""
+    ours, slow = (jax.jit(lambda *args, f=f: gradients(f, *args, None, smoothing)) for f in (fast, plain))
+    without = jax.jit(fast)
+    for real in (0, 1, 256, 399):
+        arguments = make(PLACES, real, tanh=tanh)
+        (grads, losses), (expected_grads, expected) = ours(*arguments), slow(*arguments)
+        assert_same(losses, expected)
+        assert_near(grads, expected_grads)
+        unsmoothed = without(*arguments)
+        assert_same(losses._replace(objective=unsmoothed.objective), unsmoothed, 1e-6)
+        assert (real == 0) or abs(losses.objective - unsmoothed.objective) > 1e-3 * unsmoothed.objective
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_are_of_the_tokens_in_the_objective_alone(smoothing):
+    """Positive, zero and negative ones; the sums and the tokens' own losses do not see them."""
+    weights, hidden_NH, targets_N = make(PLACES, 300)
+    weight_N = jnp.asarray(np.random.default_rng(1).choice([-1.5, 0.0, 0.5, 2.0], PLACES), jnp.float32)
+    ours, slow = (jax.jit(lambda *args, f=f: gradients(f, *args, smoothing)) for f in (fast, plain))
+    arguments = weights, hidden_NH, targets_N, weight_N
+    (grads, losses), (expected_grads, expected) = ours(*arguments), slow(*arguments)
+    assert_same(losses, expected, 1e-5)
+    assert_near(grads, expected_grads)
+    unweighted = jax.jit(fast)(weights, hidden_NH, targets_N)
+    assert_same(losses._replace(objective=unweighted.objective), unweighted, 1e-6)
+    d_hidden_NH = np.asarray(grads[1])
+    assert (d_hidden_NH[(weight_N == 0) | (targets_N == PAD)] == 0).all()
+    assert (np.abs(d_hidden_NH[(weight_N != 0) & (targets_N != PAD)]).max(-1) > 0).all()
+
+
+def test_a_negative_weight_turns_the_gradient_around():
+    weights, hidden_NH, targets_N = make(PLACES, 300)
+    grads, _ = fast_gradients(weights, hidden_NH, targets_N, jnp.ones(PLACES))
+    turned, _ = fast_gradients(weights, hidden_NH, targets_N, -jnp.ones(PLACES))
+    assert_near(turned, jax.tree.map(jnp.negative, grads), 1e-6)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_folded_layers_give_the_same_logits(tanh):
+    """One layer where nothing stands between the two, the same two else; to fold once more changes nothing."""
+    weights, hidden_NH, _ = make(PLACES, 0, tanh=tanh)
+    folded = losses_lib.fold(weights)
+    assert (folded.head is None) == (not tanh)
+    logits_NV = losses_lib.logits(weights, hidden_NH)
+    np.testing.assert_allclose(losses_lib.logits(folded, hidden_NH), logits_NV, atol=1e-5)
+    again = losses_lib.fold(folded)
+    assert jax.tree.structure(again) == jax.tree.structure(folded)
+    jax.tree.map(np.testing.assert_array_equal, again, folded)
+    assert logits_NV.dtype == jnp.float32

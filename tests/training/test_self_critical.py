@@ -1,0 +1,257 @@
+"""Self-critical training: captions that the model draws, weighed by their worth, teach it to draw better ones."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_store import tiny_config, write_store
+
+from flaxcap.config import Config, Dropout
+from flaxcap.features.store import Split, Store
+from flaxcap.metrics import scorer as scorer_lib
+from flaxcap.models import recurrent
+from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
+from flaxcap.training import self_critical, validation
+from flaxcap.training import step as step_lib
+
+CONFIG = tiny_config(captions_per_image=4, schedule="constant", warmup_steps=0, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("data")
+    write_store(path, CONFIG, images=11)
+    return path
+
+
+class Run:
+    """What a run has at hand, on so many devices."""
+
+    def __init__(self, data_dir: pathlib.Path, config: Config = CONFIG, devices: int = 2, run: int = 2):
+        prepared = Store.finished(data_dir, config)
+        self.split: Split = prepared.split("train")
+        self.vocabulary: Vocabulary = prepared.vocabulary()
+        self.captions = [row.captions for row in self.split.rows]
+        self.mesh = step_lib.make_mesh(jax.devices()[:devices])
+        self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
+        bind, init = recurrent.create(config, prepared.feature_dim, len(self.vocabulary))
+        schedule = step_lib.learning_rate(config.train, 10)
+        optimizer = step_lib.make_optimizer(config.train)
+        self.state = step_lib.init_state(init, optimizer, 0, self.mesh)
+        self.draw = self_critical.SelfCritical(bind, config, self.mesh, self.feed, self.vocabulary, self.captions)
+        self.step = self_critical.make_train_step(bind, optimizer, schedule, self.mesh, config.train)
+        self.plain_step = step_lib.make_train_step(bind, optimizer, schedule, self.mesh, CONFIG.train, 1)
+
+    def dispatches(self, first: int, last: int) -> Any:
+        return self.feed.ahead(self.plan.dispatches(first, last))
+
+    def drawn(self) -> tuple[Any, step_lib.Inputs, step_lib.Inputs]:
+        """An epoch's only dispatch: its batches, what was fed, and what the model made of it."""
+        batches, inputs = next(iter(self.dispatches(0, self.plan.steps_per_epoch)))
+        return batches, inputs, self.draw(self.state, inputs, batches)[0]
+
+    def texts(self, tokens_ICT: Any) -> list[str]:
+        return [self.vocabulary.decode(t[1:]) for t in np.asarray(tokens_ICT).reshape(-1, np.shape(tokens_ICT)[-1])]
+
+
+@pytest.fixture(scope="module")
+def two(data_dir) -> Run:
+    return Run(data_dir)
+
+
+def encoded(run: Run, texts: list[str], length: int = 10) -> np.ndarray:
+    """Captions as the model draws them: words, <end>, <pad>."""
+    tokens_BT = np.full((len(texts), length), PAD, np.int32)
+    for tokens_T, text in zip(tokens_BT, texts, strict=True):
+        ids = run.vocabulary.encode(text, length + 1)[1:]
+        tokens_T[: len(ids)] = ids
+    return tokens_BT
+
+
+def test_a_captions_weight_is_its_reward_above_the_mean_of_its_images_others(two):
+    """So an image's weights add up to nothing, and its better captions have positive ones."""
+    rows_I = np.array([3, 7])
+    texts = [[two.captions[row][0], "a", f"{two.captions[row][0]} mat mat", "under under big"] for row in rows_I]
+    tokens_ICT = np.stack([encoded(two, some) for some in texts])
+    weight_IC, mean = two.draw._advantages(tokens_ICT, rows_I)
+    np.testing.assert_allclose(weight_IC.sum(1), 0, atol=1e-6)
+    assert (weight_IC.argmax(1) == 0).all()
+    assert (weight_IC[:, 0] > 0.5).all()
+    assert (weight_IC[:, 3] < 0).all()
+
+    # CIDEr-D of the captions with their ends, which are a word of each here.
+    scorer = scorer_lib.Scorer([[f"{text} theend" for text in some] for some in two.captions])
+    flat = [f"{text} theend" for some in texts for text in some]
+    rewards_IC = scorer.cider(flat, np.repeat(rows_I, 4)).reshape(2, 4)
+    expected_IC = [[r - (sum(some) - r) / 3 for r in some] for some in rewards_IC]
+    np.testing.assert_allclose(weight_IC, expected_IC, atol=1e-5)
+    np.testing.assert_allclose(mean, rewards_IC.mean(), rtol=1e-5)
+
+
+def test_a_caption_that_breaks_off_is_worth_less_than_one_that_ends(two):
+    """Its end is a word: without, the one that stops before its last word would lose little."""
+    row = max(range(11), key=lambda row: len(two.captions[row][0].split()))
+    whole = two.captions[row][0].split()
+    assert len(whole) > 3
+    tokens_1CT = encoded(two, [" ".join(whole), " ".join(whole[:-1])])[None]
+    assert np.diff(two.draw._advantages(tokens_1CT, np.array([row]))[0])[0, 0] < -0.5
+
+
+def test_captions_that_are_alike_and_empty_places_have_no_weight(two):
+    tokens_ICT = np.stack([encoded(two, ["a dog runs"] * 4), encoded(two, ["a dog", "a", "a cat", "mat"])])
+    np.testing.assert_array_equal(two.draw._advantages(tokens_ICT, np.array([2, -1]))[0], 0)
+
+
+def test_drawn_captions_take_the_place_of_the_true_ones(two):
+    """<start>, words, <end>, <pad>, to one of few lengths; an image's differ; weights add up to nothing."""
+    batches, inputs, found = two.drawn()
+    assert len(batches) == 2 == two.plan.steps_per_epoch
+    tokens_KICT, weight_KIC = np.asarray(found.tokens_KICT), np.asarray(found.weight_KIC)
+    assert tokens_KICT.shape[:3] == inputs.tokens_KICT.shape[:3] == (2, 8, 4)
+    assert tokens_KICT.shape[-1] in [*two.plan.buckets, 11]
+    assert (tokens_KICT != PAD).sum(-1).max() <= tokens_KICT.shape[-1]
+    rows_KI = np.stack([batch.rows_I for batch in batches])
+    assert (rows_KI < 0).sum() == 5  # empty places, which have no weight
+    for k, i in zip(*np.nonzero(rows_KI >= 0), strict=True):
+        assert len(np.unique(tokens_KICT[k, i], axis=0)) == 4
+        for tokens_T in tokens_KICT[k, i]:
+            (end,) = np.flatnonzero(tokens_T == END)
+            assert tokens_T[0] == START
+            assert (tokens_T[end + 1 :] == PAD).all()
+            assert (tokens_T[1:end] > END).all()
+    np.testing.assert_allclose(weight_KIC.sum(-1), 0, atol=1e-5)
+    assert (weight_KIC[rows_KI < 0] == 0).all()
+    assert np.abs(weight_KIC[rows_KI >= 0]).max() > 0.05
+    # Each caption is weighed as one of its own image.
+    scorer = scorer_lib.Scorer([[f"{text} theend" for text in some] for some in two.captions])
+    for k, i in zip(*np.nonzero(rows_KI >= 0), strict=True):
+        texts = [f"{text} theend" for text in two.texts(tokens_KICT[k, i])]
+        rewards_C = scorer.cider(texts, np.repeat(rows_KI[k, i], 4))
+        np.testing.assert_allclose(weight_KIC[k, i], (rewards_C - rewards_C.mean()) * 4 / 3, atol=1e-4)
+    assert found.bank_NPF is inputs.bank_NPF
+    assert found.index_KI is inputs.index_KI
+    assert int(found.count) == 2
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_any_number_of_devices_draws_the_same_captions(data_dir, two, devices):
+    batches, _, expected = two.drawn()
+    *_, found = Run(data_dir, devices=devices).drawn()
+    present_KI = np.stack([batch.rows_I for batch in batches]) >= 0
+    ours, others = (np.asarray(x.tokens_KICT)[present_KI] for x in (found, expected))
+    np.testing.assert_array_equal(ours, others)
+    np.testing.assert_allclose(found.weight_KIC, expected.weight_KIC)
+
+
+def test_each_step_and_each_batch_draws_anew(two):
+    batches, inputs, found = two.drawn()
+    again, _ = two.draw(two.state, inputs, batches)
+    np.testing.assert_array_equal(again.tokens_KICT, found.tokens_KICT)
+    later, _ = two.draw(two.state._replace(step=two.state.step + 1), inputs, batches)
+    assert later.tokens_KICT.shape != found.tokens_KICT.shape or (later.tokens_KICT != found.tokens_KICT).any()
+    same = inputs._replace(index_KI=jax.device_put(np.zeros_like(inputs.index_KI), inputs.index_KI.sharding))
+    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2)[0].tokens_KICT)
+    assert (first != second).any()  # of the same images
+
+
+def test_a_batch_that_is_not_meant_has_no_weight(two):
+    batches, inputs, _ = two.drawn()
+    found, cider_K = two.draw(two.state, inputs, batches[:1])
+    assert np.abs(found.weight_KIC[0]).max() > 0
+    assert len(cider_K) == 1
+    assert (np.asarray(found.weight_KIC[1]) == 0).all()
+
+
+NOISY: dict[str, Any] = {
+    "dropout": Dropout(0.5, 0.5, 0.5, 0.5, 0.5),
+    "label_smoothing": 0.3,
+    "doubly_stochastic": 1.0,
+    "scheduled_sampling": 1.0,
+}
+
+
+def words_only(params: Any, temperature: float = 1.0) -> Any:
+    """What is never drawn has no probability; logits are divided by the temperature."""
+    kernel, bias_V = (params["vocabulary"][name] for name in ("kernel", "bias"))
+    return params | {"vocabulary": {"kernel": kernel / temperature, "bias": bias_V.at[:END].set(-1e9) / temperature}}
+
+
+def test_captions_are_drawn_and_learned_at_the_temperature(data_dir, two):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, cider_temperature=0.5))
+    cool, plain = Run(data_dir, config), Run(data_dir)
+    cooled = plain.state._replace(params=words_only(plain.state.params, 0.5))
+    batches, inputs = next(iter(plain.dispatches(0, plain.plan.steps_per_epoch)))
+    ours, expected = cool.draw(cool.state, inputs, batches)[0], plain.draw(cooled, inputs, batches)[0]
+    assert (np.asarray(ours.tokens_KICT) == expected.tokens_KICT).all()
+    assert (
+        ours.tokens_KICT.shape != two.drawn()[2].tokens_KICT.shape
+        or (np.asarray(ours.tokens_KICT) != two.drawn()[2].tokens_KICT).any()
+    )
+    _, found = cool.step(cool.state, ours)
+    _, of_plain = plain.plain_step(cooled, ours)
+    np.testing.assert_allclose(found["loss"][0], of_plain["loss"][0], rtol=1e-5)
+    assert abs(float(found["loss"][0])) > 1e-3
+
+
+def test_the_step_has_nothing_of_a_recipe_but_the_weighted_cross_entropy(data_dir, two):
+    """Neither masks nor terms: the gradient is the reward's."""
+    _, _, found = two.drawn()
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **NOISY))
+    noisy = Run(data_dir, config)
+    ours, metrics_of_ours = as_for_users(noisy.step, noisy.state, found)
+    # What is never drawn has none of the gradient.
+    state = Run(data_dir).state
+    state = state._replace(params=words_only(state.params))
+    expected, expected_metrics = as_for_users(noisy.plain_step, state, found)
+    jax.tree.map(np.testing.assert_array_equal, words_only(ours.params), expected.params)
+    jax.tree.map(np.testing.assert_array_equal, metrics_of_ours, expected_metrics)
+
+
+def as_for_users(step: Any, *args: Any) -> Any:
+    """Not quick to compile (see command.py): that would round two programs of the same sums differently."""
+    return step.lower(*args).compile({"xla_cpu_use_fusion_emitters": True})(*args)
+
+
+@pytest.mark.parametrize("attention", ["soft", "hard"])
+def test_captions_without_weight_teach_nothing(data_dir, attention):
+    """Whatever is drawn: where no caption is better than the others, the parameters stay as they are."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention=attention))
+    run = Run(data_dir, config)
+    _, _, found = run.drawn()
+    before = jax.device_get(run.state.params)
+    weight_KIC = jax.device_put(np.zeros_like(found.weight_KIC), found.weight_KIC.sharding)
+    state, step_metrics = run.step(run.state, found._replace(weight_KIC=weight_KIC))
+    assert float(step_metrics["tokens"][0]) > 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_what_stands_in_empty_places_is_not_counted(data_dir):
+    """Neither as a caption nor among the tokens that the gradient is divided by."""
+    run = Run(data_dir)
+    batches, _, found = run.drawn()
+    _, step_metrics = run.step(run.state, found)
+    present_KI = np.stack([batch.rows_I for batch in batches]) >= 0
+    words_KIC = (np.asarray(found.tokens_KICT)[..., 1:] != PAD).sum(-1)
+    np.testing.assert_array_equal(step_metrics["captions"], 4 * present_KI.sum(1))
+    np.testing.assert_array_equal(step_metrics["tokens"], (words_KIC.sum(-1) * present_KI).sum(1))
+
+
+def test_a_model_learns_to_draw_captions_of_greater_reward(data_dir):
+    """From nothing, by its own captions alone: the mean CIDEr-D of those that it draws doubles."""
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, learning_rate=5e-3))
+    run = Run(data_dir, config)
+    scorer = scorer_lib.Scorer(run.captions)
+    state, rewards, told = run.state, [], []
+    for batches, inputs in run.dispatches(0, 600):
+        found, cider_K = run.draw(state, inputs, batches)
+        for k, batch in enumerate(batches):
+            present = batch.rows_I >= 0
+            texts = run.texts(np.asarray(found.tokens_KICT)[k, present])
+            rewards.append(scorer.cider(texts, np.repeat(batch.rows_I[present], 4)).mean())
+            told.append(cider_K[k])
+        state, _ = run.step(state, found)
+    assert np.mean(rewards[-40:]) > 2 * np.mean(rewards[:4]) > 0.2
+    assert np.mean(told[-40:]) > 2 * np.mean(told[:4]) > 0
