@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flaxcap.models import output_layer
 from flaxcap.models.cell import Carry
 from flaxcap.models.recurrent import Bind, Captioner, Params
 from flaxcap.text.vocabulary import END
-from flaxcap.training import losses
 
 WORDS = END + 1  # the least id of a word: no caption holds the special tokens, but for its <end>
 BLOCK = 32  # logits are made of a multiple of so many words
@@ -29,7 +29,7 @@ class Folded(NamedTuple):
 
     params: Params
     words_VG: jax.Array  # each word's part of the cell's gates
-    output: losses.Weights  # of whole blocks of words: the last of them may be none, with logits of -inf
+    output: output_layer.Weights  # of whole blocks of words: the last of them may be none, with logits of -inf
 
 
 def fold(bind: Bind, params: Params) -> Folded:
@@ -39,7 +39,7 @@ def fold(bind: Bind, params: Params) -> Folded:
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(model.dtype), tree)
 
-    output = losses.fold(model.output_weights())
+    output = output_layer.fold(model.output_weights())
     lacking = -len(output.vocabulary["bias"]) % BLOCK
     vocabulary = {
         "kernel": jnp.pad(output.vocabulary["kernel"], ((0, 0), (0, lacking))),
@@ -74,7 +74,7 @@ class Step:
             carry, alpha_IKP, context_IKE = model.cell(memory, carry, f.words_VG[tokens_IK])
             states_IKS = model.deep(carry.hidden_ICH, context_IKE, model.embedding(tokens_IK))
             after.append(carry)
-            logits.append(losses.logits(f.output, states_IKS.reshape(-1, states_IKS.shape[-1])))
+            logits.append(output_layer.logits(f.output, states_IKS.reshape(-1, states_IKS.shape[-1])))
             alphas.append(alpha_IKP)
         if len(logits) == 1:  # of which only the differences matter: nobody needs their normalisation yet
             return tuple(after), logits[0], alphas[0]

@@ -16,10 +16,9 @@ from jax.nn import initializers
 
 from flaxcap import config as config_lib
 from flaxcap.encoders.inception_v3 import network
-from flaxcap.models import attention
+from flaxcap.models import attention, output_layer
 from flaxcap.models.cell import NO_NOISE, Carry, Cell, Memory, Noise, unroll
 from flaxcap.models.matmul import dot_general
-from flaxcap.training import losses
 
 Params = dict[str, Any]
 ENCODER = "encoder"  # of the parameters those that are trained of the encoder, which are no part of the decoder
@@ -110,17 +109,17 @@ class Captioner(nnx.Module):
         """What the output layers take, [..., S]: the states, and of a deep output also what was seen and the word."""
         return jnp.concatenate([hidden, context, words], -1) if self.config.output == "deep" else hidden
 
-    def output_weights(self) -> losses.Weights:
+    def output_weights(self) -> output_layer.Weights:
         """Of the two layers between states and logits."""
         head, vocabulary = (nnx.to_pure_dict(nnx.state(layer)) for layer in (self.head, self.vocabulary))
         if self.config.tied:
             vocabulary["kernel"] = self.embedding.embedding[...].T
         vocabulary = {name: x / self.temperature for name, x in vocabulary.items()}
-        return losses.Weights(head, vocabulary, self.config.output == "deep", self.matmul_dtype)
+        return output_layer.Weights(head, vocabulary, self.config.output == "deep", self.matmul_dtype)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """States [..., S] -> float32 logits [..., V]."""
-        return losses.logits(self.output_weights(), states)
+        return output_layer.logits(self.output_weights(), states)
 
     def __call__(
         self, feats_IPF: jax.Array, tokens_ICT: jax.Array, dropped: Dropped = NOTHING_DROPPED

@@ -4,30 +4,15 @@ The vocabulary's product is half the arithmetic of a training step, and its logi
 once attention keeps nothing: padding must not enter it, and nothing of it should outlive it.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from flaxcap.models import matmul
+from flaxcap.models import output_layer
+from flaxcap.models.output_layer import Weights
 from flaxcap.text.vocabulary import PAD
-
-Layer = dict[str, jax.Array]  # {"kernel", "bias"}
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("head", "vocabulary"), meta_fields=("tanh", "matmul_dtype")
-)
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Of the two layers between a decoder's states and its logits; once folded they may be one, and `head` None."""
-
-    head: Layer | None
-    vocabulary: Layer
-    tanh: bool = False  # between the two
-    matmul_dtype: str = ""  # of the numbers that products multiply; "": as the states
 
 
 class Sums(NamedTuple):
@@ -48,33 +33,6 @@ class Losses(NamedTuple):
 
 def no_tokens() -> Sums:
     return Sums(*[jnp.zeros(())] * 3)
-
-
-def fold(weights: Weights) -> Weights:
-    """The same function with one layer, where nothing stands between the two."""
-    head, vocabulary = weights.head, weights.vocabulary
-    if head is None or weights.tanh:
-        return weights
-    multiply = functools.partial(jnp.matmul, precision="highest")
-    folded = {
-        "kernel": multiply(head["kernel"], vocabulary["kernel"]),
-        "bias": multiply(head["bias"], vocabulary["kernel"]) + vocabulary["bias"],
-    }
-    return dataclasses.replace(weights, head=None, vocabulary=folded)
-
-
-def logits(weights: Weights, states: jax.Array) -> jax.Array:
-    """Decoder states [..., S] -> float32 logits [..., V], in the states' dtype and `matmul_dtype`."""
-    dtype = weights.matmul_dtype or str(states.dtype)
-    if weights.head is not None:
-        states = _linear(weights.head, states, dtype)
-        states = jnp.tanh(states) if weights.tanh else states
-    return _linear(weights.vocabulary, states, dtype).astype(jnp.float32)
-
-
-def _linear(layer: Layer, x: jax.Array, dtype: str) -> jax.Array:
-    y = matmul.product(x, layer["kernel"], dtype)
-    return y + layer["bias"].astype(x.dtype).reshape(*[1] * (x.ndim - 1), -1)
 
 
 @jax.custom_vjp
@@ -98,7 +56,7 @@ def _losses(
     Label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7): the target has the probability 1 - smoothing,
     and all words share the rest.
     """
-    logits_NV = logits(weights, states_NS)
+    logits_NV = output_layer.logits(weights, states_NS)
     target_N = _pick(logits_NV, targets_N)
     max_N = jax.lax.stop_gradient(logits_NV.max(-1))
     normaliser_N = jnp.log(jnp.exp(logits_NV - max_N[:, None]).sum(-1)) + max_N
@@ -156,7 +114,11 @@ def _packed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def token_losses(
-    weights: Weights, states_NS: jax.Array, targets_N: jax.Array, weight_N: jax.Array, smoothing: float = 0.0
+    weights: Weights,
+    states_NS: jax.Array,
+    targets_N: jax.Array,
+    weight_N: jax.Array,
+    smoothing: float = 0.0,
 ) -> Losses:
     """What `states_NS` makes of the tokens `targets_N` that follow; <pad> does not count.
 

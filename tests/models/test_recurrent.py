@@ -12,9 +12,8 @@ import reference
 from jax.test_util import check_grads
 
 from flaxcap.config import Config, Model
-from flaxcap.models import recurrent
+from flaxcap.models import output_layer, recurrent
 from flaxcap.text.vocabulary import START
-from flaxcap.training import losses
 
 F, V, P = 12, 30, 64
 # Each option with each value, and with each cell.
@@ -88,7 +87,7 @@ def test_logits_ignore_later_tokens_and_other_captions(case):
         captioner = bind(params)
         # Tied, the embedding is also the output layer's: that is not what is asked.
         output = jax.lax.stop_gradient(captioner.output_weights())
-        return losses.logits(output, captioner(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
+        return output_layer.logits(output, captioner(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
 
     gradient = jax.jit(jax.grad(logits_at))
     for t in range(5):

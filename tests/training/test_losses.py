@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxcap.models import output_layer
 from flaxcap.text.vocabulary import PAD
 from flaxcap.training import losses as losses_lib
 
@@ -15,7 +16,7 @@ H, D, V = 5, 6, 11
 PLACES = 400
 
 
-def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[losses_lib.Weights, Any, Any]:
+def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[output_layer.Weights, Any, Any]:
     """Weights, hidden_NH and targets_N, `real` of which are no <pad>, at random places."""
     rng = np.random.default_rng(seed)
 
@@ -23,7 +24,7 @@ def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[los
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     head = {"kernel": normal(H, D), "bias": normal(D)}
-    weights = losses_lib.Weights(head, {"kernel": normal(D, V), "bias": normal(V)}, tanh)
+    weights = output_layer.Weights(head, {"kernel": normal(D, V), "bias": normal(V)}, tanh)
     targets_N = rng.integers(PAD + 1, V, places)
     targets_N[rng.permutation(places)[real:]] = PAD
     return weights, normal(places, H), jnp.asarray(targets_N, jnp.int32)
@@ -193,7 +194,7 @@ def test_gradients_scale_with_that_of_the_loss():
 def test_right_counts_tokens_that_are_most_likely_one_of_several_included():
     """Where logits tie, a token among the largest is right: bfloat16's often do."""
     weights, hidden_NH, _ = make(PLACES, PLACES)
-    best_N = losses_lib.logits(weights, hidden_NH).argmax(-1)
+    best_N = output_layer.logits(weights, hidden_NH).argmax(-1)
     targets_N = jnp.where(jnp.arange(PLACES) < 7, best_N, (best_N + 1) % V)
     right = ((targets_N == best_N) & (targets_N != PAD)).sum()
     assert 0 < right <= 7
@@ -268,11 +269,11 @@ def test_a_negative_weight_turns_the_gradient_around():
 def test_folded_layers_give_the_same_logits(tanh):
     """One layer where nothing stands between the two, the same two else; to fold once more changes nothing."""
     weights, hidden_NH, _ = make(PLACES, 0, tanh=tanh)
-    folded = losses_lib.fold(weights)
+    folded = output_layer.fold(weights)
     assert (folded.head is None) == (not tanh)
-    logits_NV = losses_lib.logits(weights, hidden_NH)
-    np.testing.assert_allclose(losses_lib.logits(folded, hidden_NH), logits_NV, atol=1e-5)
-    again = losses_lib.fold(folded)
+    logits_NV = output_layer.logits(weights, hidden_NH)
+    np.testing.assert_allclose(output_layer.logits(folded, hidden_NH), logits_NV, atol=1e-5)
+    again = output_layer.fold(folded)
     assert jax.tree.structure(again) == jax.tree.structure(folded)
     jax.tree.map(np.testing.assert_array_equal, again, folded)
     assert logits_NV.dtype == jnp.float32
