@@ -16,8 +16,8 @@ from flaxcap.commands.verify import verify
 from flaxcap.errors import UserError
 from flaxcap.features.shards import Split
 from flaxcap.features.store import COPY, Store, StoreError
+from flaxcap.files.params import load_params
 from flaxcap.inference import captioner
-from flaxcap.training import checkpoints
 from flaxcap.training.checkpoints import Checkpoints
 
 IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.*/**/*")
@@ -93,7 +93,7 @@ def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
 def read_store(path: pathlib.Path) -> None:
     found = Store(path)
     found.vocabulary()
-    checkpoints.load_params(path / "encoder")
+    load_params(path / "encoder")
     for role in found.roles:
         split: Split = found.split(role)
         _ = split.rows

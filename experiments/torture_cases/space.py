@@ -20,6 +20,7 @@ from torture_cases.bench import Bench, differences, result, times
 
 from flaxcap.commands.verify import verify
 from flaxcap.features.store import path_for
+from flaxcap.files.params import load_params
 from flaxcap.inference import captioner
 from flaxcap.training import checkpoints
 
@@ -54,7 +55,7 @@ def other_store(bench: Bench, data_dir: pathlib.Path, label: str) -> list[str]:
     )
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     lost = [f"{label}: {len(wrong)} files differ, {wrong[0]} first"] if wrong else []
-    encoders = (checkpoints.load_params(d / "encoder") for d in (ours, theirs))
+    encoders = (load_params(d / "encoder") for d in (ours, theirs))
     if not jax.tree.all(jax.tree.map(np.array_equal, *encoders)):
         lost.append(f"{label}: another encoder")
     return lost + [f"{label}: left behind: {left}" for pattern in LEFTOVERS for left in data_dir.rglob(pattern)]

@@ -19,10 +19,10 @@ from flaxcap.features import build, extract, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.store import Row, Store, StoreError
 from flaxcap.files import integrity, locks
+from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.runtime import multihost
 from flaxcap.text.vocabulary import Vocabulary, words
-from flaxcap.training import checkpoints
 
 
 def prepare(
@@ -187,7 +187,7 @@ def _extract(
     """The features of every split that are not there yet."""
     encoder = config.encoder
     if npy_dir is None:
-        encode = extract.make_encode(checkpoints.load_params(store.path / build.ENCODER), encoder, many=True)
+        encode = extract.make_encode(load_params(store.path / build.ENCODER), encoder, many=True)
     for role in store.roles:
         split = store.split(role)
         if npy_dir is None:

@@ -9,6 +9,7 @@ from flaxcap import data, presets
 from flaxcap.config import Config, ConfigError
 from flaxcap.features import store
 from flaxcap.files import integrity
+from flaxcap.files.params import check_shapes
 from flaxcap.inference import captioner
 from flaxcap.input_pipeline.device_feed import FEATURES, Stage
 from flaxcap.models import word_vectors
@@ -16,7 +17,7 @@ from flaxcap.models.recurrent import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
 from flaxcap.training import step as step_lib
-from flaxcap.training.checkpoints import Checkpoints, check_shapes
+from flaxcap.training.checkpoints import Checkpoints
 
 # What a run cannot change on its way: the meaning of its parameters, and of its steps.
 FIXED = (

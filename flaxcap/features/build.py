@@ -15,8 +15,8 @@ from flaxcap.features import extract, store
 from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import Sum
+from flaxcap.files.params import save_params
 from flaxcap.images import decode
-from flaxcap.training import checkpoints
 
 MEASURED_ON = 64  # pictures that a random encoder's batch norm is measured on
 ENCODER = "encoder"  # its directory
@@ -101,7 +101,7 @@ def _write_encoder(
         feats = extract.read_npy(epath.Path(npy_dir), first.filename)
         return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
-    checkpoints.save_params(path / ENCODER, params)
+    save_params(path / ENCODER, params)
     return network.FEATURES[encoder.block], described | {"weights_sha256": digest}
 
 

@@ -11,7 +11,7 @@ from flaxcap.features.build import ENCODER
 from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
-from flaxcap.training import checkpoints
+from flaxcap.files.params import save_params
 
 
 def restore_manifest(path: epath.Path) -> None:
@@ -109,4 +109,4 @@ def _mend_encoder(
             f"{where}: {what}, and the weights at hand ({digest}) are not those that made the features ({made_by});"
             " name these with --encoder_weights"
         )
-    checkpoints.save_params(directory, params)
+    save_params(directory, params)

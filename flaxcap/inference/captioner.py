@@ -23,13 +23,13 @@ from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.errors import cut, quoted
 from flaxcap.features import store
 from flaxcap.files import integrity, size_limits
+from flaxcap.files.params import CheckpointError, load_params, save_params
 from flaxcap.images import decode
 from flaxcap.models import recurrent
 from flaxcap.models.recurrent import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
-from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import finetune
-from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+from flaxcap.training.checkpoints import Checkpoints
 
 PARAMS = ("decoder", "encoder")  # directories of an export
 MAX_FEATURES = 1 << 16  # InceptionV3's are 2048 wide at most
@@ -78,7 +78,7 @@ def load_any(path: epath.PathLike, data_dir: epath.PathLike) -> Captioner:
 def encoder_of(prepared: store.Store, config: config_lib.Config) -> network.Params:
     """The network, unfolded, that made a store's features."""
     if (prepared.path / "encoder").exists():
-        return checkpoints_lib.load_params(prepared.path / "encoder")
+        return load_params(prepared.path / "encoder")
     # Features made elsewhere: their encoder is taken to be the preset's.
     return weights.load(config.encoder.weights, block=config.encoder.block)[0]
 
@@ -184,7 +184,7 @@ def _load_export(path: epath.Path) -> Captioner:
 
 def _params(path: epath.Path, expected: Any) -> Any:
     """The parameters saved there. CheckpointError if their names or shapes are not the expected ones."""
-    return checkpoints_lib.load_params(path, expected)
+    return load_params(path, expected)
 
 
 def _check_files(path: epath.Path) -> None:
@@ -218,7 +218,7 @@ def write(captioner: Captioner, out: epath.PathLike) -> None:
         raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
     path.mkdir(parents=True, exist_ok=True)
     for name, params in zip(PARAMS, (captioner.params, captioner.encoder), strict=True):
-        checkpoints_lib.save_params(path / name, params)
+        save_params(path / name, params)
     # Each is the sum of all sums of its directory.
     files = {name: integrity.of_file(path / name).sha256 for name in (f"{d}/{integrity.SUMS}" for d in PARAMS)}
     about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"

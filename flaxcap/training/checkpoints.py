@@ -4,28 +4,20 @@ Beside Orbax's files each directory holds their SHA-256 (see checksums.py): Orba
 """
 
 import math
-import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from flaxcap.errors import UserError
 from flaxcap.files import integrity
+from flaxcap.files import params as params_lib
+from flaxcap.files.params import CheckpointError
 from flaxcap.runtime import multihost
 from flaxcap.training.step import TrainState
-
-_MARGIN_BYTES = 1 << 20  # what is around the arrays, in some forty small files
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing or damaged, does not hold what is asked for, or cannot be written."""
 
 
 class Checkpoints:
@@ -54,9 +46,9 @@ class Checkpoints:
             "progress": ocp.JsonCheckpointHandler(),
         }
         for step in steps(path):  # what the manager reads of every step
-            _check(step, lambda name: not name.startswith(("params/", "rest/", "progress/")))
+            params_lib.check_files(step, lambda name: not name.startswith(("params/", "rest/", "progress/")))
         try:
-            self._manager = ocp.CheckpointManager(_absolute(path), options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(params_lib.absolute(path), options=options, item_handlers=handlers)
         except (ValueError, KeyError, TypeError, OSError) as e:
             raise CheckpointError(f"{path}: cannot be opened ({e})") from e
         self._pool = ThreadPoolExecutor(1, "checksums")
@@ -79,7 +71,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.wait()
-        _check_space(self.path, state)
+        params_lib.check_space(self.path, state)
         params, rest = _apart(state)
         # Orbax ranks every checkpoint: one between validations comes last.
         metrics = {"score": -math.inf if score is None else score}
@@ -126,10 +118,10 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         self.wait()
-        multihost.first_does(lambda: _check(self.path / str(step)))
+        multihost.first_does(lambda: params_lib.check_files(self.path / str(step)))
         saved = self._manager.item_metadata(step)["params"]
         # Beforehand: Orbax's own complaint leaves half-started reads behind.
-        check_shapes(self.path / str(step), saved.tree if saved else {}, items["params"].item)
+        params_lib.check_shapes(self.path / str(step), saved.tree if saved else {}, items["params"].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as e:
@@ -157,7 +149,7 @@ class Checkpoints:
 
 def steps(path: epath.PathLike) -> list[epath.Path]:
     """The directories of the checkpoints below `path` that were written to their end, the newest last."""
-    found = ocp.path.step.standard_name_format().find_all(_absolute(path))
+    found = ocp.path.step.standard_name_format().find_all(params_lib.absolute(path))
     return [metadata.path for metadata in sorted(found, key=lambda metadata: metadata.step)]
 
 
@@ -166,7 +158,7 @@ def mend(path: epath.PathLike) -> None:
 
     CheckpointError if there are only damaged ones: they are left where they are. For the process that alone writes.
     """
-    path = _absolute(path)
+    path = params_lib.absolute(path)
     if not path.exists():
         return
     for left in path.glob("*.orbax-checkpoint-tmp*"):
@@ -185,24 +177,6 @@ def mend(path: epath.PathLike) -> None:
         step.rename(aside)
 
 
-def _check_space(path: epath.Path, arrays: Any) -> None:
-    """CheckpointError if a disk has no room for them: Orbax would notice in the midst of its work, and say too much."""
-    if integrity.is_remote(path):
-        return
-    needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _MARGIN_BYTES
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        raise CheckpointError(
-            f"{path}: a checkpoint needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there (No space"
-            " left on device); the one before is kept"
-        )
-
-
-def _check(directory: epath.Path, among: Callable[[str], bool] = lambda name: True) -> None:
-    for file, what in integrity.damages(directory, among=among):
-        raise CheckpointError(f"{file}: {what}")
-
-
 def _apart(state: TrainState) -> tuple[Any, TrainState]:
     """The parameters to caption with, and the rest."""
     if state.average is None:
@@ -210,81 +184,5 @@ def _apart(state: TrainState) -> tuple[Any, TrainState]:
     return state.average, state._replace(average=None)
 
 
-def check_shapes(where: object, found: Any, expected: Any) -> None:
-    """CheckpointError, naming the first that differs, unless two trees have leaves of the same names and shapes."""
-    shapes, right = (
-        {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
-    )
-    wrong = [name for name in sorted(shapes | right) if shapes.get(name) != right.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{where}: {len(wrong)} parameters do not fit the preset: {name} has shape"
-            f" {shapes.get(name, 'none (it is missing)')}, expected {right.get(name, 'none')}"
-        )
-
-
-def save_params(path: epath.PathLike, params: Any) -> None:
-    """Arrays alone (a dict of dicts), in place of what is at `path`. Of several processes one may call it.
-
-    CheckpointError or WriteError if they cannot be written.
-    """
-    path = _absolute(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*"):
-        left.rmtree()
-    _check_space(path.parent, params)
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-        try:
-            checkpointer.save(path, params, force=True)
-            checkpointer.wait_until_finished()
-        except (ValueError, OSError) as e:
-            raise CheckpointError(f"{path}: cannot be written ({e})") from e
-    integrity.write_sums(path)
-
-
-def load_params(path: epath.PathLike, expected: Any = None) -> Any:
-    """What `save_params` wrote, on this host, as NumPy arrays. CheckpointError if there is none, or it is damaged.
-
-    With `expected` (a tree of arrays, or of their shapes) also, before anything large is read, unless these are floats
-    of the same names and shapes: a stranger's file may say any.
-    """
-    if not epath.Path(path).exists():
-        raise CheckpointError(f"{path}: no parameters")
-    _check(epath.Path(path))
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-        try:
-            found = checkpointer.metadata(_absolute(path)).item_metadata
-            if found is None:
-                raise ValueError("its files are missing or damaged")
-            if expected is not None:
-                check_shapes(path, found.tree, expected)
-                for x in jax.tree.leaves(found.tree):
-                    whole = math.prod(x.storage.chunk_shape) <= math.prod(x.shape)
-                    if not whole or not jnp.issubdtype(x.dtype, jnp.floating):
-                        raise ValueError(f"found {x.dtype} in chunks of {x.storage.chunk_shape}, expected floats")
-            to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
-            return checkpointer.restore(_absolute(path), restore_args=to_numpy)
-        except CheckpointError:
-            raise
-        except Exception as e:  # for damaged files Orbax raises many kinds
-            raise CheckpointError(f"{path}: cannot be read: {e}") from e
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For Orbax, which otherwise waits for all processes: this one acts alone."""
-    here = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
-    )
-
-
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=x.sharding)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    text = str(path)
-    return epath.Path(text) if "://" in text else epath.Path(text).expanduser().resolve()

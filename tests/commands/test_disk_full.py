@@ -19,9 +19,10 @@ from flaxcap.commands.main import main
 from flaxcap.commands.verify import verify
 from flaxcap.config import Config
 from flaxcap.features import store
+from flaxcap.files.params import CheckpointError
 from flaxcap.inference import captioner
 from flaxcap.training import checkpoints, logs
-from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+from flaxcap.training.checkpoints import Checkpoints
 
 FULL = "No space left on device"
 
@@ -164,7 +165,8 @@ CUT_OFF = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from small_step import state_on
-from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+from flaxcap.files.params import CheckpointError
+from flaxcap.training.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[2])
 checkpoints.save(1, state_on(1, width=2000), {"best": 1.5}, 2.0)
 checkpoints.wait()

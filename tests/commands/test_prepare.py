@@ -20,8 +20,8 @@ from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.features import extract, store
 from flaxcap.features.store import Store, StoreError
+from flaxcap.files.params import load_params
 from flaxcap.images import decode
-from flaxcap.training import checkpoints
 
 ENCODER = {"block": "mixed0", "image_size": 160, "batch_size": 8}
 
@@ -73,7 +73,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     assert found.roles == ("train", "val", "test")
     assert found.feature_dim == 256
     builder = data.of_preset(config, undisturbed)
-    encode = extract.make_encode(checkpoints.load_params(found.path / "encoder"), config.encoder, many=False)
+    encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
     for role, count in (("train", 48), ("val", 4), ("test", 3)):
         split, examples = found.split(role), list(data.read(builder, role))
         assert split.images == len(examples) == count

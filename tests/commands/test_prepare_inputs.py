@@ -18,9 +18,9 @@ from flaxcap.data import DataError
 from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.features import extract
 from flaxcap.features.store import Store, StoreError
+from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.text.vocabulary import UNK, Tokens, VocabularyError
-from flaxcap.training import checkpoints
 
 RANDOM = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=4)
 WIDTH = 3
@@ -114,7 +114,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     assert [s.filename for s in found.split("test").skipped()] == ["broken.jpg"]
     assert "train: 6 images with features, 5 skipped" in capsys.readouterr().out
 
-    encode = extract.make_encode(checkpoints.load_params(found.path / "encoder"), config.encoder, many=False)
+    encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
     pixels = np.stack([decode.decode(GOOD[name], 160) for name in GOOD])
     expected = np.asarray(encode(np.concatenate([pixels, pixels[:2]])))[: len(GOOD)].astype(float)
     rows = [list(mixed).index(name) for name in GOOD]

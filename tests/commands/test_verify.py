@@ -21,10 +21,10 @@ from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.store import Store
 from flaxcap.files import integrity
+from flaxcap.files.params import CheckpointError, load_params
 from flaxcap.inference import captioner
-from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs
-from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+from flaxcap.training.checkpoints import Checkpoints
 
 
 def files_below(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -124,7 +124,7 @@ def read_everything(path: pathlib.Path) -> None:
         split = found.split(role)
         _ = split.rows
         split.read(split.present())
-    checkpoints_lib.load_params(path / "encoder")
+    load_params(path / "encoder")
 
 
 def test_damage_of_any_file_of_a_store_is_seen_by_who_reads_it(path):
@@ -163,8 +163,8 @@ def test_prepare_makes_anew_what_is_damaged_and_nothing_else(path, data_dir, tra
     assert kept.stat().st_mtime_ns == modified
     assert main(["verify", *place]) == 0
     assert snapshot(path) == before
-    expected = checkpoints_lib.load_params(store.path_for(trained.data_dir, trained.config) / "encoder")
-    jax.tree.map(np.testing.assert_array_equal, checkpoints_lib.load_params(path / "encoder"), expected)
+    expected = load_params(store.path_for(trained.data_dir, trained.config) / "encoder")
+    jax.tree.map(np.testing.assert_array_equal, load_params(path / "encoder"), expected)
 
 
 def test_prepare_sees_a_missing_and_a_cut_off_shard_by_itself(path, data_dir, trained: Trained, capsys):

@@ -18,10 +18,9 @@ from trained import Trained
 from flaxcap import presets
 from flaxcap.decoding import generate
 from flaxcap.errors import UserError
+from flaxcap.files.params import CheckpointError, load_params
 from flaxcap.inference import captioner as captioner_lib
 from flaxcap.text.vocabulary import Vocabulary
-from flaxcap.training import checkpoints
-from flaxcap.training.checkpoints import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -253,4 +252,4 @@ def test_what_is_no_model_is_named(tmp_path, trained: Trained):
     with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` makes them"):
         captioner_lib.load(workdir=tmp_path, data_dir=trained.data_dir)
     with pytest.raises(CheckpointError, match="nothere: no parameters"):
-        checkpoints.load_params(tmp_path / "nothere")
+        load_params(tmp_path / "nothere")

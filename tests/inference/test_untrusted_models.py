@@ -15,9 +15,9 @@ from flaxcap.config import ConfigError
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.encoders.inception_v3.weights import WeightsError
 from flaxcap.files import size_limits
+from flaxcap.files.params import CheckpointError
 from flaxcap.inference import captioner
 from flaxcap.text.vocabulary import VocabularyError
-from flaxcap.training.checkpoints import CheckpointError
 
 # Where one array cannot be read, Orbax closes its event loop while TensorStore reads the others, which complain.
 pytestmark = pytest.mark.filterwarnings(

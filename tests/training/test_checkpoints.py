@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_step import state_on
 
-from flaxcap.training import checkpoints as checkpoints_lib
-from flaxcap.training.checkpoints import CheckpointError, Checkpoints
+from flaxcap.files.params import CheckpointError, load_params, save_params
+from flaxcap.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -87,10 +87,10 @@ def test_nothing_to_restore(tmp_path):
 
 def test_params_round_trip_and_overwrite(tmp_path):
     for params in ({"x": {"k": np.arange(6.0).reshape(2, 3)}}, {"y": np.ones(3, np.float32)}):
-        checkpoints_lib.save_params(tmp_path / "p", params)
-        found = checkpoints_lib.load_params(tmp_path / "p")
+        save_params(tmp_path / "p", params)
+        found = load_params(tmp_path / "p")
         assert jax.tree.structure(found) == jax.tree.structure(params)
         jax.tree.map(np.testing.assert_array_equal, found, params)
         assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
     with pytest.raises(CheckpointError, match="no parameters"):
-        checkpoints_lib.load_params(tmp_path / "absent")
+        load_params(tmp_path / "absent")
