@@ -16,6 +16,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from flaxcap.input_pipeline.device_feed import Inputs
+from flaxcap.runtime import sharding
+
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 import jax
@@ -63,20 +66,20 @@ def devices(topology: str) -> list:
 def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     config = config_lib.Config()
     config.train.dtype = "bfloat16"
-    mesh = step_lib.make_mesh(devices(a.topology))
+    mesh = sharding.make_mesh(devices(a.topology))
     bind, init = recurrent.create(config, 2048, a.vocabulary)
     schedule = step_lib.learning_rate(config.train, 1000)
     optimizer = step_lib.make_optimizer(config.train)
     step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)
-    state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, step_lib.make_mesh(jax.devices())))
-    everywhere, images, later = step_lib.replicated(mesh), step_lib.over_images(mesh), step_lib.over_images(mesh, 1)
+    state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, sharding.make_mesh(jax.devices())))
+    everywhere, images, later = sharding.replicated(mesh), sharding.over_images(mesh), sharding.over_images(mesh, 1)
     bank = (-(-a.bank // mesh.size) * mesh.size, 64, 2048), jnp.bfloat16, images
     shapes = ((), jnp.int32), ((a.captions, a.time), jnp.int32), ((a.captions,), jnp.float32)
     batches = [((1, a.images, *rest), dtype, later) for rest, dtype in shapes]
     state = jax.tree.map(lambda x: x.update(sharding=everywhere), state)
     count = (), jnp.int32, everywhere
     arrays: Any = (jax.ShapeDtypeStruct(s, d, sharding=on) for s, d, on in (bank, *batches, count))
-    inputs = step_lib.Inputs(*arrays)
+    inputs = Inputs(*arrays)
     options = {"xla_gpu_enable_triton_gemm": False} if a.topology.startswith("h100") else {}
     return step.lower(state, inputs).compile(compiler_options=options)
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcap.config import Config, Dropout, Model, Train
+from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import step as step_lib
 
@@ -48,21 +50,21 @@ def batch(seed: int = 0) -> tuple[Any, Any]:
     return rng.standard_normal((I, 64, F)).astype(np.float32), tokens_ICT
 
 
-Inputs: Any = step_lib.Inputs  # also of NumPy arrays and of shardings
+AnyInputs: Any = Inputs  # also of NumPy arrays and of shardings
 
 
-def inputs_on(mesh, feats_IPF, tokens_ICT) -> step_lib.Inputs:
+def inputs_on(mesh, feats_IPF, tokens_ICT) -> Inputs:
     """The batch with each device's features in its own part of the bank, in another order."""
     width = I // mesh.size
     order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
     index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
     weight_IC = np.ones(tokens_ICT.shape[:2], np.float32)
-    inputs = Inputs(feats_IPF[order], index_I[None], tokens_ICT[None], weight_IC[None], np.int32(1))
+    inputs = AnyInputs(feats_IPF[order], index_I[None], tokens_ICT[None], weight_IC[None], np.int32(1))
     return jax.device_put(inputs, shardings(mesh))
 
 
 def shardings(mesh) -> Any:
-    return Inputs(step_lib.over_images(mesh), *[step_lib.over_images(mesh, 1)] * 3, step_lib.replicated(mesh))
+    return AnyInputs(sharding.over_images(mesh), *[sharding.over_images(mesh, 1)] * 3, sharding.replicated(mesh))
 
 
 def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
@@ -76,7 +78,7 @@ def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
 
 def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
     """State and metrics after some steps on so many devices."""
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     train_step, state = made(mesh, config)
     metrics = []
     for seed in range(steps):
@@ -90,7 +92,7 @@ def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T)
     train_step, state = made(mesh, config)
     feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
     weight_KIC = np.ones((1, images, C), np.float32)
-    inputs = Inputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], weight_KIC, np.int32(1))
+    inputs = AnyInputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], weight_KIC, np.int32(1))
     return train_step.lower(state, jax.device_put(inputs, shardings(mesh))).compile()
 
 
@@ -108,7 +110,7 @@ def assert_same(ours: Any, expected: Any) -> None:
 
 def state_on(devices: int, width: int = 3, ema: float = 0.0) -> step_lib.TrainState:
     """A state with every leaf of its own; with an average that is no longer the parameters."""
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
 
     def init(key):
         return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}

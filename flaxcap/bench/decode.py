@@ -13,18 +13,18 @@ from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.decoding import generate
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END
-from flaxcap.training import step as step_lib
 
 
 @contextlib.contextmanager
 def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition decodes `steps` batches, then `steps` single images, each to the preset's greatest length."""
-    mesh = step_lib.make_mesh()
+    mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
     source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
     bind, init = recurrent.create(config, given.feature_dim, synthetic.vocabulary_size(config.data))
-    params = jax.jit(init, out_shardings=step_lib.replicated(mesh))(jax.random.key(config.seed))
+    params = jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
     # No caption ends before its last token: every run does the same work.
     params["vocabulary"]["bias"] = params["vocabulary"]["bias"].at[END].set(-1e9)
     run = generate.make_decode(bind, config.decode)
@@ -32,7 +32,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
     def place(images: int) -> jax.Array:
         """Features where the model is: reading them is not decoding (`flaxcap bench input` measures it)."""
-        placed = step_lib.over_images(mesh) if images % mesh.size == 0 else step_lib.replicated(mesh)
+        placed = sharding.over_images(mesh) if images % mesh.size == 0 else sharding.replicated(mesh)
         return jax.device_put(source.read(np.arange(images)), placed)
 
     batch, compile_s = config.decode.batch_size, {}

@@ -18,7 +18,7 @@ from flaxcap.config import Config
 from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.input_pipeline.device_feed import Feed
-from flaxcap.training import step as step_lib
+from flaxcap.runtime import sharding
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     The store was just written, so the system may have it in memory: what is measured is the way, not the disk.
     """
     plan = synthetic.plan(given.images, config)
-    mesh = step_lib.make_mesh()
+    mesh = sharding.make_mesh()
     dispatches = synthetic.sample(plan, given.steps)
     counted = synthetic.counts(dispatches)
     with tempfile.TemporaryDirectory(prefix="flaxcap-bench-") as folder:

@@ -13,7 +13,7 @@ from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.models import recurrent
-from flaxcap.runtime import device_memory
+from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import step as step_lib
 
 
@@ -21,7 +21,7 @@ from flaxcap.training import step as step_lib
 def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition is the loop over the timed steps: batches made ahead, dispatched, metrics fetched at its end."""
     plan = synthetic.plan(given.images, config)
-    mesh = step_lib.make_mesh()
+    mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
     source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
     feed = Feed(source, plan, mesh, config.train.features)

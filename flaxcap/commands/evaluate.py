@@ -19,6 +19,7 @@ from flaxcap.features import store
 from flaxcap.features.store import Row
 from flaxcap.inference import captioner as captioner_lib
 from flaxcap.inference import coco_results
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import SPECIAL, words
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
@@ -125,10 +126,10 @@ def _prepared(captioner: captioner_lib.Captioner, data_dir: epath.PathLike) -> s
 
 
 def _likelihood(captioner: captioner_lib.Captioner, split: store.Split) -> dict[str, float]:
-    config, mesh = captioner.config, step_lib.make_mesh()
+    config, mesh = captioner.config, sharding.make_mesh()
     plan, feed = validation.make_feed(config, split, captioner.vocabulary, mesh)
     eval_step = step_lib.make_eval_step(captioner.bind, mesh, config.train)
-    params = jax.device_put(captioner.params, step_lib.replicated(mesh))
+    params = jax.device_put(captioner.params, sharding.replicated(mesh))
     loss, accuracy = validation.cross_entropy(eval_step, params, plan, feed)
     return {"loss": loss, "perplexity": float(np.exp(loss)), "accuracy": accuracy}
 

@@ -17,7 +17,7 @@ from flaxcap.files import locks
 from flaxcap.inference import plots
 from flaxcap.input_pipeline.batching import Plan
 from flaxcap.models import recurrent
-from flaxcap.runtime import device_memory, multihost
+from flaxcap.runtime import device_memory, multihost, sharding
 from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs, loop, self_critical, validation
 from flaxcap.training import step as step_lib
@@ -73,7 +73,7 @@ def _train(
     vocabulary = prepared.vocabulary()
     start.claim(workdir, config, vocabulary, resume)
 
-    mesh = step_lib.make_mesh()
+    mesh = sharding.make_mesh()
     stage = start.stage(config, prepared, data_dir, init_from)
     plan, feed = validation.make_feed(
         config,

@@ -15,7 +15,32 @@ from flaxcap.config import ConfigError
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.models.recurrent import Params
 from flaxcap.runtime import device_memory
-from flaxcap.training.step import Inputs, over_images, replicated
+from flaxcap.runtime.sharding import over_images, replicated
+
+
+class Inputs(NamedTuple):
+    """K batches on the devices, sharded over their images.
+
+    `bank_NPF` holds features, a part on each device; those of image i of batch k are at `index_KI[k, i]` of its own
+    device's part, see `rows`. Only the first `count` batches are meant.
+    """
+
+    bank_NPF: jax.Array
+    index_KI: jax.Array  # int32
+    tokens_KICT: jax.Array  # int32
+    weight_KIC: jax.Array  # float32: of each caption in the objective
+    count: jax.Array  # int32 []
+    frozen: Any = None  # parameters that the bank's rows are encoded with, where these are pictures
+
+
+def rows(bank_NPF: jax.Array, index_I: jax.Array) -> jax.Array:
+    """`feats_IPF` [I, P, F] of a device's part of the bank. On a CPU, uint16 are the bits of bfloat16.
+
+    A gather of bfloat16 itself is one of float32 to XLA there, which makes all of the bank float32 for it first; for a
+    TPU it would copy a bank of uint16.
+    """
+    found_IPF = bank_NPF[index_I]
+    return jax.lax.bitcast_convert_type(found_IPF, jnp.bfloat16) if bank_NPF.dtype == jnp.uint16 else found_IPF
 
 
 class Source(Protocol):
@@ -31,7 +56,7 @@ class Source(Protocol):
 
 
 class _Bits:
-    """A source of bfloat16, read as the uint16 that `train_step.rows` takes for it."""
+    """A source of bfloat16, read as the uint16 that `rows` takes for it."""
 
     dtype = np.dtype(np.uint16)
 
@@ -65,7 +90,7 @@ class Feed:
         images = plan.table_SI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
-        bits = source.dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu"  # see `train_step.rows`
+        bits = source.dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu"  # see `rows`
         self._source = _Bits(source) if bits else source
         self._plan, self._mesh = plan, mesh
         self._frozen = jax.device_put(frozen, replicated(mesh))

@@ -19,14 +19,14 @@ from jax.sharding import PartitionSpec as P
 from flaxcap import config as config_lib
 from flaxcap.decoding import generate
 from flaxcap.input_pipeline.batching import Batch
-from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.input_pipeline.device_feed import Feed, Inputs, rows
 from flaxcap.metrics.cider import Cider
 from flaxcap.metrics.ngrams import References
 from flaxcap.metrics.ptb import tokenize
 from flaxcap.models.recurrent import Bind, Captioner, Params
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import step as step_lib
-from flaxcap.training.step import Inputs, TrainState
+from flaxcap.training.step import TrainState
 
 _END = "<end>"
 
@@ -129,7 +129,7 @@ def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
         def batch(k_index: tuple[jax.Array, jax.Array]) -> jax.Array:
             k, index_I = k_index
             keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
-            return generate.draw(bind, params, step_lib.rows(bank_NPF, index_I), options, keys_I, captions)
+            return generate.draw(bind, params, rows(bank_NPF, index_I), options, keys_I, captions)
 
         tokens_KICT = jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
         return tokens_KICT, jax.lax.pmax((tokens_KICT != PAD).sum(-1).max(), "data")

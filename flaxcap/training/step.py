@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
+from flaxcap.input_pipeline.device_feed import Inputs, rows
 from flaxcap.models.recurrent import ENCODER, Bind, Params
 from flaxcap.runtime import devices as devices_lib
+from flaxcap.runtime.sharding import replicated
 from flaxcap.training import objective as objective_lib
 from flaxcap.training.losses import Sums
 from flaxcap.training.objective import Moment, Part
@@ -34,47 +36,6 @@ class TrainState(NamedTuple):
     def best_params(self) -> Params:
         """Those to caption with."""
         return self.params if self.average is None else self.average
-
-
-class Inputs(NamedTuple):
-    """K batches on the devices, sharded over their images.
-
-    `bank_NPF` holds features, a part on each device; those of image i of batch k are at `index_KI[k, i]` of its own
-    device's part, see `rows`. Only the first `count` batches are meant.
-    """
-
-    bank_NPF: jax.Array
-    index_KI: jax.Array  # int32
-    tokens_KICT: jax.Array  # int32
-    weight_KIC: jax.Array  # float32: of each caption in the objective
-    count: jax.Array  # int32 []
-    frozen: Any = None  # parameters that the bank's rows are encoded with, where these are pictures
-
-
-def rows(bank_NPF: jax.Array, index_I: jax.Array) -> jax.Array:
-    """`feats_IPF` [I, P, F] of a device's part of the bank. On a CPU, uint16 are the bits of bfloat16.
-
-    A gather of bfloat16 itself is one of float32 to XLA there, which makes all of the bank float32 for it first; for a
-    TPU it would copy a bank of uint16.
-    """
-    found_IPF = bank_NPF[index_I]
-    return jax.lax.bitcast_convert_type(found_IPF, jnp.bfloat16) if bank_NPF.dtype == jnp.uint16 else found_IPF
-
-
-def make_mesh(devices: list | None = None) -> Mesh:
-    """One axis, "data", over all devices of all processes."""
-    devices = jax.devices() if devices is None else devices
-    # make_mesh's default became Explicit axes, under which emb[ids] and scan carries need sharding types.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
-
-
-def over_images(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Of an array whose axis `axis` is images."""
-    return NamedSharding(mesh, P(*[None] * axis, "data"))
 
 
 def learning_rate(config: config_lib.Train, steps: int, cider_steps: int = 0) -> optax.Schedule:

@@ -17,9 +17,8 @@ from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.input_pipeline.device_feed import Feed, Source, Stage
 from flaxcap.metrics import scorer
 from flaxcap.models.recurrent import Params
-from flaxcap.runtime import devices
+from flaxcap.runtime import devices, sharding
 from flaxcap.text.vocabulary import Tokens, Vocabulary
-from flaxcap.training import step as step_lib
 
 Read = Callable[[Sequence[int]], np.ndarray]  # rows -> features [len(rows), P, F]
 
@@ -89,9 +88,9 @@ def captions_of(
     seed: int = 0,
 ) -> Captions:
     """Captions of images, whose features `read` gives. Of several processes each makes its share, and all get all."""
-    mesh = step_lib.make_mesh(jax.local_devices())
+    mesh = sharding.make_mesh(jax.local_devices())
     size = -(-batch_size // mesh.size) * mesh.size
-    folded = jax.device_put(jax.tree.map(_here, folded), step_lib.replicated(mesh))
+    folded = jax.device_put(jax.tree.map(_here, folded), sharding.replicated(mesh))
     starts = range(0, len(rows), size)
     mine = [n for n in range(len(starts)) if n % jax.process_count() == jax.process_index()]
     found, running = [], None
@@ -99,7 +98,7 @@ def captions_of(
         for n in tqdm.tqdm(mine, "caption", unit=" batches", disable=None, leave=False):
             some = list(rows[starts[n] : starts[n] + size])
             feats_IPF = read(some + some[-1:] * (size - len(some)))
-            placed = jax.device_put(feats_IPF, step_lib.over_images(mesh))
+            placed = jax.device_put(feats_IPF, sharding.over_images(mesh))
             key = jax.random.fold_in(jax.random.key(seed), starts[n])
             out = run(folded, placed, key)
             if running is not None:  # the batch before; this one keeps the device busy meanwhile

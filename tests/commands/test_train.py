@@ -16,7 +16,7 @@ from tiny_store import tiny_config, write_store
 from flaxcap.commands import train
 from flaxcap.config import Config, ConfigError, Dropout, Train
 from flaxcap.features.store import StoreError
-from flaxcap.runtime import device_memory
+from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import logs, loop, validation
 from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
@@ -242,7 +242,7 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
 
 def state_with(rate: float) -> step_lib.TrainState:
     state: Any = step_lib.TrainState
-    place = step_lib.replicated(step_lib.make_mesh())
+    place = sharding.replicated(sharding.make_mesh())
     return state(*[None] * 5, rate=jax.device_put(np.float32(rate), place), baseline=None)
 
 

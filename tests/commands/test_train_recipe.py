@@ -10,6 +10,7 @@ from small_step import CONFIG, INIT, NOISY, F, V, assert_same, batch, changed, i
 
 from flaxcap.config import Dropout, Train
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.training import step as step_lib
 
 
@@ -38,7 +39,7 @@ STILL: dict[str, Any] = {"learning_rate": 0.0, "schedule": "constant", "warmup_s
 def test_each_step_draws_its_own_masks(kind):
     """The same batch with the same parameters has another loss at each step; where nothing is dropped, the same."""
     config = changed(**STILL, dropout=Dropout(**{kind: 0.5} if kind else {}))
-    mesh = step_lib.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     train_step, state = made(mesh, config)
     losses = []
     for _ in range(3):
@@ -50,8 +51,8 @@ def test_each_step_draws_its_own_masks(kind):
 
 def test_evaluation_draws_nothing():
     """Neither masks nor places nor words; and what a recipe adds is not in the cross-entropy."""
-    mesh = step_lib.make_mesh(jax.devices()[:2])
-    params = jax.device_put(INIT(jax.random.key(0)), step_lib.replicated(mesh))
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
     found = [
         step_lib.make_eval_step(recurrent.create(c, F, V)[0], mesh, c.train)(params, inputs_on(mesh, *batch()))
         for c in (CONFIG, NOISY)
@@ -61,7 +62,7 @@ def test_evaluation_draws_nothing():
 
 def test_the_average_of_the_parameters_follows_its_formula():
     """a = d a + (1 - d) p, d = min(ema, (1 + step) / (10 + step)): half after eight steps, and then no more."""
-    mesh = step_lib.make_mesh(jax.devices()[:2])
+    mesh = sharding.make_mesh(jax.devices()[:2])
     train_step, state = made(mesh, changed(ema=0.5, schedule="constant"))
     expected = jax.device_get(state.params)
     jax.tree.map(np.testing.assert_array_equal, state.average, expected)
@@ -77,14 +78,14 @@ def test_the_average_of_the_parameters_follows_its_formula():
 
 
 def test_without_an_average_the_newest_parameters_are_the_best():
-    _, state = made(step_lib.make_mesh(jax.devices()[:1]))
+    _, state = made(sharding.make_mesh(jax.devices()[:1]))
     assert state.average is None
     assert state.best_params is state.params
 
 
 def test_the_rate_multiplies_the_step():
     """What a schedule that follows validation sets: of the update, weight decay included, and of what is reported."""
-    mesh = step_lib.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     config = changed(schedule="constant", warmup_steps=0, weight_decay=0.5)
     moved, rates = [], []
     train_step, _ = made(mesh, config)

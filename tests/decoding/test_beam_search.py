@@ -13,8 +13,8 @@ from flaxcap.config import Config, Decode, Model, Train
 from flaxcap.decoding import beam_search, generate
 from flaxcap.decoding.step import WORDS
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
-from flaxcap.training import step
 
 F, V, I, T = 12, 20, 8, 9
 SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
@@ -205,10 +205,10 @@ def test_a_batch_is_its_images_one_by_one_and_over_devices(options):
         assert (alone.tokens_IT[0] == together.tokens_IT[i]).all()
         np.testing.assert_allclose(alone.log_prob_I[0], together.log_prob_I[i], rtol=1e-4)
         np.testing.assert_allclose(alone.alpha_ITP[0], together.alpha_ITP[i], atol=1e-5)
-    mesh = step.make_mesh()
+    mesh = sharding.make_mesh()
     assert mesh.size == I
-    params = jax.device_put(small().params, step.replicated(mesh))
-    spread = small().run(jax.device_put(FEATS_IPF, step.over_images(mesh)), params, **options)
+    params = jax.device_put(small().params, sharding.replicated(mesh))
+    spread = small().run(jax.device_put(FEATS_IPF, sharding.over_images(mesh)), params, **options)
     assert (spread.tokens_IT == together.tokens_IT).all()
     np.testing.assert_allclose(spread.alpha_ITP, together.alpha_ITP, atol=1e-5)
 

@@ -11,8 +11,8 @@ import pytest
 from flaxcap.config import Config, Decode, Model
 from flaxcap.decoding import generate, sampling
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
-from flaxcap.training import step
 
 F, V, I, T = 12, 20, 6, 9
 SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
@@ -250,9 +250,9 @@ def test_captions_are_drawn_from_the_image_and_its_key_whatever_the_devices(para
     alone = [drawn(params, feats_IPF[i : i + 1], keys_I[i : i + 1], 3)[0] for i in range(8)]
     assert (together == alone).all()
     assert (together[:2] != together[6:]).any()  # the same images with other keys
-    mesh = step.make_mesh()
-    feats_IPF, keys_I = jax.device_put((feats_IPF, keys_I), step.over_images(mesh))
-    assert (drawn(jax.device_put(params, step.replicated(mesh)), feats_IPF, keys_I, 3) == together).all()
+    mesh = sharding.make_mesh()
+    feats_IPF, keys_I = jax.device_put((feats_IPF, keys_I), sharding.over_images(mesh))
+    assert (drawn(jax.device_put(params, sharding.replicated(mesh)), feats_IPF, keys_I, 3) == together).all()
 
 
 def test_drawn_captions_follow_the_model(params):

@@ -12,9 +12,9 @@ from flaxcap.bench import synthetic
 from flaxcap.config import ConfigError
 from flaxcap.features.store import Row, Split, write_rows
 from flaxcap.input_pipeline.batching import Plan
-from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.input_pipeline.device_feed import Feed, Inputs, rows
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, START, Tokens
-from flaxcap.training import step as step_lib
 
 N, F = 21, 3
 
@@ -38,19 +38,19 @@ def plan(images: int = 8, run: int = 1) -> Plan:
     return Plan(tokens, batch_images=images, captions_per_image=2, num_buckets=2, run=run, seed=1)
 
 
-def features(inputs: step_lib.Inputs, batch: int) -> np.ndarray:
+def features(inputs: Inputs, batch: int) -> np.ndarray:
     """`feats_IPF` of one of the batches, each device looking at its own part of the bank."""
     index_I = np.asarray(inputs.index_KI)[batch]
     parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
     found = zip(parts, np.split(index_I, len(parts)), strict=True)
-    return np.concatenate([np.asarray(step_lib.rows(part, jnp.asarray(index)), np.float32) for part, index in found])
+    return np.concatenate([np.asarray(rows(part, jnp.asarray(index)), np.float32) for part, index in found])
 
 
 @pytest.mark.parametrize("run", [1, 3])
 @pytest.mark.parametrize("mode", ["device", "stream"])
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_each_image_meets_its_own_features_and_captions(split, devices, mode, run):
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     batches = plan(run=run)
     feed = Feed(split, batches, mesh, mode)
     assert feed.resident == (mode == "device")
@@ -81,7 +81,7 @@ def test_each_image_meets_its_own_features_and_captions(split, devices, mode, ru
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_other_captions_take_the_place_of_the_true_ones(split, devices):
     """Of the same images: what comes back from the devices is what was sent there, in the batch's order."""
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     batches = plan(run=3)
     feed = Feed(split, batches, mesh, "stream")
     assert feed.lengths == batches.buckets.tolist()
@@ -103,7 +103,7 @@ def test_other_captions_take_the_place_of_the_true_ones(split, devices):
 
 
 def test_each_device_holds_only_what_its_columns_need(split):
-    mesh = step_lib.make_mesh(jax.devices()[:8])
+    mesh = sharding.make_mesh(jax.devices()[:8])
     bank = Feed(split, plan(), mesh, "device")([plan().batch(0)]).bank_NPF
     rows = max(len(plan().column_rows(d, d + 1)) for d in range(8))
     assert {s.data.shape for s in bank.addressable_shards} == {(rows, 64, F)}
@@ -112,18 +112,18 @@ def test_each_device_holds_only_what_its_columns_need(split):
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused(split):
     with pytest.raises(ConfigError, match=r"batch_images=4.*multiple of the 8 devices"):
-        Feed(split, plan(4), step_lib.make_mesh(jax.devices()[:8]))
+        Feed(split, plan(4), sharding.make_mesh(jax.devices()[:8]))
 
 
 def test_what_the_reading_thread_meets_reaches_the_loop(split):
-    feed = Feed(split, plan(), step_lib.make_mesh(jax.devices()[:1]), "stream")
+    feed = Feed(split, plan(), sharding.make_mesh(jax.devices()[:1]), "stream")
     bad = plan().batch(0)._replace(rows_I=np.full(8, N + 5, np.int32))
     with pytest.raises(ValueError, match="cannot be read"):
         list(feed.ahead([[plan().batch(0)], [bad]]))
 
 
 def test_a_step_makes_no_copy_of_the_features_in_another_type():
-    images, mesh = 1024, step_lib.make_mesh(jax.devices()[:1])
+    images, mesh = 1024, sharding.make_mesh(jax.devices()[:1])
     source = synthetic.MadeUp(images, small_step.F, np.dtype(ml_dtypes.bfloat16))
     feed = Feed(source, synthetic.plan(images, small_step.changed(batch_images=8)), mesh, "device")
     train_step, state = small_step.made(mesh)

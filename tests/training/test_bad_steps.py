@@ -14,15 +14,15 @@ from tiny_store import tiny_config, write_store
 
 from flaxcap.commands import train
 from flaxcap.features.store import path_for
+from flaxcap.runtime import sharding
 from flaxcap.training import logs, loop
-from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
 
 
 @pytest.mark.parametrize("config", [CONFIG, NOISY], ids=["plain", "noisy"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
 def test_a_step_that_is_not_finite_changes_only_the_steps_number(config, bad):
-    mesh = step_lib.make_mesh(jax.devices()[:2])
+    mesh = sharding.make_mesh(jax.devices()[:2])
     train_step, state = made(mesh, config)
     state, _ = train_step(state, inputs_on(mesh, *batch(0)))
     before = jax.device_get(state)

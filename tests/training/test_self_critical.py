@@ -11,8 +11,10 @@ from tiny_store import tiny_config, write_store
 
 from flaxcap.config import Config, Dropout
 from flaxcap.features.store import Split, Store
+from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.metrics import scorer as scorer_lib
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import self_critical, validation
 from flaxcap.training import step as step_lib
@@ -35,7 +37,7 @@ class Run:
         self.split: Split = prepared.split("train")
         self.vocabulary: Vocabulary = prepared.vocabulary()
         self.captions = [row.captions for row in self.split.rows]
-        self.mesh = step_lib.make_mesh(jax.devices()[:devices])
+        self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
         bind, init = recurrent.create(config, prepared.feature_dim, len(self.vocabulary))
         schedule = step_lib.learning_rate(config.train, 10)
@@ -48,7 +50,7 @@ class Run:
     def dispatches(self, first: int, last: int) -> Any:
         return self.feed.ahead(self.plan.dispatches(first, last))
 
-    def drawn(self) -> tuple[Any, step_lib.Inputs, step_lib.Inputs]:
+    def drawn(self) -> tuple[Any, Inputs, Inputs]:
         """An epoch's only dispatch: its batches, what was fed, and what the model made of it."""
         batches, inputs = next(iter(self.dispatches(0, self.plan.steps_per_epoch)))
         return batches, inputs, self.draw(self.state, inputs, batches)[0]

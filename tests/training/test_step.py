@@ -26,6 +26,7 @@ from small_step import (
 )
 
 from flaxcap.config import Train
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import PAD, START
 from flaxcap.training import objective
 from flaxcap.training import step as step_lib
@@ -44,7 +45,7 @@ def test_any_number_of_devices_gives_the_same_loss_gradients_and_parameters(one_
 @pytest.mark.parametrize("devices", [2, 8])
 def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
     """Neither features nor activations travel: what each device computes is its own images' alone."""
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     text = compiled_step(mesh).as_text()
     assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast", text)
     sums = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
@@ -56,7 +57,7 @@ def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
 
 
 def test_the_gradients_travel_in_one_sum():
-    text = compiled_step(step_lib.make_mesh(jax.devices()[:2])).as_text()
+    text = compiled_step(sharding.make_mesh(jax.devices()[:2])).as_text()
     shapes = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
     assert sum("," in shape for shape in shapes) == 1  # what else is summed is a single number
 
@@ -75,7 +76,7 @@ def test_the_gradients_travel_in_one_sum():
     ],
 )
 def test_microbatches_are_equal_parts_near_what_is_asked(images, devices, most, parts):
-    mesh = step_lib.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     assert step_lib.microbatches(images, mesh, Train(microbatch_images=most)) == parts
 
 
@@ -83,7 +84,7 @@ def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
     """Weak scaling: as many images a device, the same arithmetic and memory on each."""
     costs = []
     for devices in (1, 2, 4, 8):
-        mesh = step_lib.make_mesh(jax.devices()[:devices])
+        mesh = sharding.make_mesh(jax.devices()[:devices])
         compiled = compiled_step(mesh, images=4 * devices)
         costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes))
     flops, memory = zip(*costs, strict=True)
@@ -93,7 +94,7 @@ def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
 
 
 def test_memory_is_linear_in_the_batch_and_in_the_length():
-    mesh = step_lib.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     whole = changed(microbatch_images=1000)
 
     def needs(images: int, time: int) -> int:
@@ -107,7 +108,7 @@ def test_memory_is_linear_in_the_batch_and_in_the_length():
 
 
 def test_several_steps_a_dispatch_are_the_steps_one_by_one():
-    mesh = step_lib.make_mesh(jax.devices()[:2])
+    mesh = sharding.make_mesh(jax.devices()[:2])
     singles = [inputs_on(mesh, *batch(seed)) for seed in range(3)]
     train_step, fresh = made(mesh)
 
@@ -135,7 +136,7 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
 
 def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
     feats_IPF, tokens_ICT = batch()
-    captioner = BIND(step_lib.init_state(INIT, optax.identity(), 0, step_lib.make_mesh(jax.devices()[:1])).params)
+    captioner = BIND(step_lib.init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
     losses = []
     for i, c in np.ndindex(I, C):
         length = int((tokens_ICT[i, c] != PAD).sum())
@@ -167,7 +168,7 @@ def test_padding_changes_neither_loss_nor_gradients(train):
 
 
 def test_the_state_is_donated():
-    mesh = step_lib.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     train_step, state = made(mesh)
     train_step(state, inputs_on(mesh, *batch()))
     assert all(x.is_deleted() for x in jax.tree.leaves((state.params, state.opt_state)))

@@ -14,6 +14,7 @@ from flaxcap.features.store import Skipped, Split, Store
 from flaxcap.input_pipeline.device_feed import FEATURES
 from flaxcap.metrics import scorer
 from flaxcap.models import recurrent
+from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
@@ -42,7 +43,7 @@ class Captioner:
         rng = np.random.default_rng(2)
         shapes = jax.eval_shape(init, jax.random.key(0))
         params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
-        self.params = jax.device_put(params, step_lib.replicated(step_lib.make_mesh()))
+        self.params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
         self.run = generate.make_decode(self.bind, Decode(**{"max_length": 8, **options}))
 
     def captions(self, batch_size: int = 16, seed: int = 0) -> validation.Captions:
@@ -83,7 +84,7 @@ def test_sampled_captions_follow_their_seed(prepared):
 
 
 def test_validation_tells_loss_accuracy_and_the_cider_of_the_captions(captioner, prepared):
-    mesh = step_lib.make_mesh()
+    mesh = sharding.make_mesh()
     eval_step = step_lib.make_eval_step(captioner.bind, mesh, CONFIG.train)
     validate = validation.Validation(
         CONFIG, captioner.split, captioner.vocabulary, mesh, captioner.run, eval_step, FEATURES
@@ -108,8 +109,8 @@ def test_validation_counts_every_caption_once_whatever_the_batch(tmp_path):
     found = []
     for images, captions_per_image in ((8, 1), (8, 5), (32, 2)):
         config = tiny_config(batch_images=images, captions_per_image=captions_per_image)
-        mesh = step_lib.make_mesh(jax.devices()[:8])
-        params = jax.device_put(init(jax.random.key(0)), step_lib.replicated(mesh))
+        mesh = sharding.make_mesh(jax.devices()[:8])
+        params = jax.device_put(init(jax.random.key(0)), sharding.replicated(mesh))
         eval_step = step_lib.make_eval_step(bind, mesh, config.train)
         plan, feed = validation.make_feed(config, split, vocabulary, mesh)
         found.append(validation.cross_entropy(eval_step, params, plan, feed))
