@@ -11,13 +11,13 @@ from flaxcap.features import store
 from flaxcap.files import integrity
 from flaxcap.files.params import check_shapes
 from flaxcap.inference import captioner
-from flaxcap.input_pipeline.device_feed import FEATURES, Stage
 from flaxcap.models import word_vectors
 from flaxcap.models.recurrent import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
 from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
+from flaxcap.training.finetune import FEATURES, Stage
 
 # What a run cannot change on its way: the meaning of its parameters, and of its steps.
 FIXED = (

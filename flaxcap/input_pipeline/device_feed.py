@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from flaxcap.config import ConfigError
 from flaxcap.input_pipeline.batching import Batch, Plan
-from flaxcap.models.recurrent import Params
 from flaxcap.runtime import device_memory
 from flaxcap.runtime.sharding import over_images, replicated
 
@@ -66,18 +65,6 @@ class _Bits:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         return self._source.read(rows).view(self.dtype)
-
-
-class Stage(NamedTuple):
-    """What a run trains from: features, or pictures with a part of the encoder, see finetune.py."""
-
-    sources: Mapping[str, Source]  # by role; none: a split's features
-    frozen: Any  # of `Inputs`
-    trained: Params  # beside the decoder's
-    encode: Callable | None
-
-
-FEATURES = Stage({}, None, {}, None)
 
 
 class Feed:

@@ -6,9 +6,9 @@ are, folded. Pictures are flipped and cropped at random, on the device, each by 
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,22 @@ import numpy as np
 from flaxcap import config as config_lib
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.images import decode
+from flaxcap.input_pipeline.device_feed import Source
 from flaxcap.models.recurrent import ENCODER, Params
 
 Encode = Callable[[Params, Params, jax.Array, jax.Array | None], jax.Array]
+
+
+class Stage(NamedTuple):
+    """What a run trains from: features, or pictures with a part of the encoder, see finetune.py."""
+
+    sources: Mapping[str, Source]  # by role; none: a split's features
+    frozen: Any  # of `Inputs`
+    trained: Params  # beside the decoder's
+    encode: Callable | None
+
+
+FEATURES = Stage({}, None, {}, None)
 
 
 class Pictures:

@@ -14,11 +14,12 @@ from flaxcap.config import Config
 from flaxcap.decoding.generate import Decode, Folded
 from flaxcap.features import store
 from flaxcap.input_pipeline.batching import Batch, Plan
-from flaxcap.input_pipeline.device_feed import Feed, Source, Stage
+from flaxcap.input_pipeline.device_feed import Feed, Source
 from flaxcap.metrics import scorer
 from flaxcap.models.recurrent import Params
 from flaxcap.runtime import devices, sharding
 from flaxcap.text.vocabulary import Tokens, Vocabulary
+from flaxcap.training.finetune import Stage
 
 Read = Callable[[Sequence[int]], np.ndarray]  # rows -> features [len(rows), P, F]
 

@@ -13,9 +13,9 @@ from small_step import (
     BIND,
     CONFIG,
     INIT,
+    AnyInputs,
     C,
     I,
-    Inputs,
     assert_same,
     batch,
     changed,
@@ -121,7 +121,8 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
     tokens_KICT = np.concatenate([s.tokens_KICT for s in [*singles, singles[0]]])
     weight_KIC = np.concatenate([s.weight_KIC for s in [*singles, singles[0]]])
     together = jax.device_put(
-        Inputs(bank_NPF, index_KI, tokens_KICT, weight_KIC, np.int32(3)), jax.tree.map(lambda x: x.sharding, singles[0])
+        AnyInputs(bank_NPF, index_KI, tokens_KICT, weight_KIC, np.int32(3)),
+        jax.tree.map(lambda x: x.sharding, singles[0]),
     )
     state, metrics = train_step(fresh, together)
     _, one_by_one = made(mesh)

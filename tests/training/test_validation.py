@@ -11,13 +11,13 @@ from tiny_store import tiny_config, write_store
 from flaxcap.config import Decode
 from flaxcap.decoding import generate
 from flaxcap.features.store import Skipped, Split, Store
-from flaxcap.input_pipeline.device_feed import FEATURES
 from flaxcap.metrics import scorer
 from flaxcap.models import recurrent
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
+from flaxcap.training.finetune import FEATURES
 
 CONFIG = tiny_config()
 
