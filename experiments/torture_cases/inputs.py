@@ -23,7 +23,7 @@ Case = Callable[[pathlib.Path, float], dict]
 
 PICTURES = 5000
 WORKERS = 2
-# What decoding may take, beside what the program takes for sound pictures: as images.decode says.
+# What decoding may take, beside what the program takes for sound pictures: as `decode.to_square` says.
 DECODING_MB = (decode.MAX_MEMORY + 3 * WORKERS * size_limits.PICTURE) / 2**20
 
 
@@ -116,14 +116,14 @@ DECODE = """
 import pathlib, sys, time
 sys.path.insert(0, sys.argv[3])
 from torture_cases.programs import peak_mb
-from flaxcap.encoders import images
-images.decode(pathlib.Path(sys.argv[1]).read_bytes())  # a sound one: all that is imported late is there
+from flaxcap.images import decode
+decode.to_square(pathlib.Path(sys.argv[1]).read_bytes())  # a sound one: all that is imported late is there
 before, begin = peak_mb(), time.perf_counter()
 data = pathlib.Path(sys.argv[2]).read_bytes()
 try:
-    images.decode(data)
+    decode.to_square(data)
     reason = ""
-except images.ImageError as e:
+except decode.ImageError as e:
     reason = str(e)
 print(time.perf_counter() - begin, peak_mb() - before, reason.splitlines()[0] if reason else "")
 """

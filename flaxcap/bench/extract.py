@@ -51,7 +51,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     files = [picture(rng) for _ in numbers]
 
     def load(row: int) -> np.ndarray:
-        return decode.decode(files[row % len(files)], encoder.image_size)
+        return decode.to_square(files[row % len(files)], encoder.image_size)
 
     batch, at_once = extract.batch_size(encoder), extract.batches_at_once()
     pixels_IYX3 = np.stack([load(row) for row in range(max(batch, MEASURED_ON))])

@@ -101,7 +101,7 @@ def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | str:
     """A picture, or why it cannot be had."""
     try:
         found = get()
-        return _Picture(decode_lib.decode(found, size), decode_lib.upright(found) if show else None)
+        return _Picture(decode_lib.to_square(found, size), decode_lib.to_thumbnail(found) if show else None)
     except (decode_lib.ImageError, fetch.FetchError) as e:
         return str(e)  # the exception itself would hold on to half-decoded pixels
 

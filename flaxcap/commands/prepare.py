@@ -210,7 +210,7 @@ def _extract(
 
 
 def _pixels(examples: data.Split, image_size: int, row: int) -> np.ndarray:
-    return decode.decode(examples[row].image, image_size)
+    return decode.to_square(examples[row].image, image_size)
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:

@@ -121,7 +121,7 @@ def _sample(examples: data.Split, image_size: int) -> np.ndarray:
     found = []
     for example in examples:
         try:
-            found.append(decode.decode(example.image, image_size))
+            found.append(decode.to_square(example.image, image_size))
         except decode.ImageError:
             continue
         if len(found) == MEASURED_ON:

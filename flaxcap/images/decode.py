@@ -18,7 +18,7 @@ from flaxcap.images.headers import ImageError
 # Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What `decode` and the encoder do to an image, for the store's manifest: other features would not match.
+# What `to_square` and the encoder do to an image, for the store's manifest: other features would not match.
 PREPROCESSING = (
     "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored; large JPEG reduced;"
     " Pillow bilinear with antialiasing to a square, aspect not kept; pixel / 127.5 - 1"
@@ -68,7 +68,7 @@ class _Memory:
 _MEMORY = _Memory(MAX_MEMORY)
 
 
-def decode(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def to_square(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """An image file's bytes -> uint8 `[size, size, 3]`, as `PREPROCESSING` says; any thread may call it.
 
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
@@ -82,10 +82,10 @@ def decode(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.
     return _decode(data, max_pixels, lambda width, height: (size, size))
 
 
-def upright(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """The picture to look at, uint8 `[Y, X, 3]`: its aspect is kept, and no side is over `longest`, or enlarged.
 
-    All else is as in `decode`.
+    All else is as in `to_square`.
     """
 
     def size(width: int, height: int) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class Pictures:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [len(rows), size, size, 3]. ImageError for a picture that cannot be read."""
-        return np.stack(list(self._pool.map(lambda row: decode.decode(self._load(int(row)), self.shape[1]), rows)))
+        return np.stack(list(self._pool.map(lambda row: decode.to_square(self._load(int(row)), self.shape[1]), rows)))
 
 
 def split(encoder: network.Params, first: str, last: str) -> tuple[network.Params, network.Params]:

@@ -109,9 +109,9 @@ def test_the_picture_shown_is_upright_and_keeps_its_aspect():
     exif[ExifTags.Base.Orientation] = 6
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG", exif=exif)
-    assert np.array_equal(decode_lib.upright(out.getvalue()), np.rot90(pixels, -1))
-    assert decode_lib.upright(out.getvalue(), 30).shape == (30, 10, 3)
-    assert decode_lib.upright(out.getvalue(), 1).shape == (1, 1, 3)
+    assert np.array_equal(decode_lib.to_thumbnail(out.getvalue()), np.rot90(pixels, -1))
+    assert decode_lib.to_thumbnail(out.getvalue(), 30).shape == (30, 10, 3)
+    assert decode_lib.to_thumbnail(out.getvalue(), 1).shape == (1, 1, 3)
 
 
 def test_the_attention_is_drawn_over_the_picture_itself(captioner, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
         assert [row.captions for row in split.rows] == [example.captions for example in examples]
         assert [row.image_id for row in split.rows] == [example.image_id for example in examples]
         some = np.linspace(0, count - 1, 3).astype(int)
-        expected = np.asarray(encode(np.stack([decode.decode(examples[k].image, 160) for k in some]))).astype(float)
+        expected = np.asarray(encode(np.stack([decode.to_square(examples[k].image, 160) for k in some]))).astype(float)
         np.testing.assert_allclose(split.read(some).astype(float), expected, rtol=0.02, atol=0.01)
         assert not np.isnan(split.read(range(count)).astype(float)).any()
     manifest = json.loads((found.path / "manifest.json").read_text())

@@ -115,7 +115,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     assert "train: 6 images with features, 5 skipped" in capsys.readouterr().out
 
     encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
-    pixels = np.stack([decode.decode(GOOD[name], 160) for name in GOOD])
+    pixels = np.stack([decode.to_square(GOOD[name], 160) for name in GOOD])
     expected = np.asarray(encode(np.concatenate([pixels, pixels[:2]])))[: len(GOOD)].astype(float)
     rows = [list(mixed).index(name) for name in GOOD]
     np.testing.assert_allclose(split.read(rows).astype(float), expected, rtol=0.02, atol=0.01)

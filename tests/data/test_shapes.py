@@ -217,7 +217,7 @@ def test_pictures_show_their_objects(splits):
     for found in splits["test"]:
         image = Image.open(io.BytesIO(found.image))
         assert (image.format, image.size, image.mode) == ("JPEG", (shapes.CANVAS,) * 2, "RGB")
-        pixels = decode.decode(found.image, shapes.CANVAS).astype(int)
+        pixels = decode.to_square(found.image, shapes.CANVAS).astype(int)
         for thing in shapes.scene(found.image_id, 5):
             square = pixels[inside(thing)]
             near = np.abs(square - np.array(shapes.COLOURS[thing.colour]).reshape(1, 1, 3)).max(-1) < 60
@@ -232,7 +232,7 @@ def inside(thing: shapes.Thing) -> tuple[slice, slice]:
 @pytest.mark.parametrize("image_id", range(6))
 def test_an_object_is_where_the_scene_says_and_nowhere_else(image_id):
     def pixels(things: list[shapes.Thing]) -> np.ndarray:
-        return decode.decode(shapes.render(things, np.random.default_rng(0)), shapes.CANVAS).astype(int)
+        return decode.to_square(shapes.render(things, np.random.default_rng(0)), shapes.CANVAS).astype(int)
 
     things = shapes.scene(image_id)
     whole = pixels(things)

@@ -29,8 +29,8 @@ from flaxcap.inference import captioner as captioner_lib
 @pytest.mark.parametrize("name", sorted(torture_images.sound()))
 def test_sound_pictures_of_every_kind_are_decoded(name):
     data = torture_images.sound()[name]
-    assert decode.decode(data, 40).shape == (40, 40, 3)
-    assert decode.upright(data, 40).shape in ((30, 40, 3), (40, 30, 3))
+    assert decode.to_square(data, 40).shape == (40, 40, 3)
+    assert decode.to_thumbnail(data, 40).shape in ((30, 40, 3), (40, 30, 3))
 
 
 def test_broken_pictures_are_decoded_or_refused_with_a_reason():
@@ -43,7 +43,7 @@ def test_broken_pictures_are_decoded_or_refused_with_a_reason():
 def reason_of(data: bytes) -> str:
     """Why a picture is refused; empty of one that is decoded."""
     try:
-        assert decode.decode(data, 16).shape == (16, 16, 3)
+        assert decode.to_square(data, 16).shape == (16, 16, 3)
     except ImageError as error:
         return str(error) or "none"
     return ""
@@ -104,7 +104,7 @@ def test_bombs_are_refused_before_they_are_unpacked(name, monkeypatch):
     """Pillow's `load`, which unpacks, is not reached."""
     monkeypatch.setattr(decode, "_resized", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ImageError, match=r"pixels|allowed|over|of text|values|too large"):
-        decode.decode(torture_bombs.BOMBS[name][0]())
+        decode.to_square(torture_bombs.BOMBS[name][0]())
 
 
 def tiff(*entries: tuple[int, int, int, int]) -> bytes:
@@ -152,22 +152,22 @@ def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(headers, limit, 2)
             with pytest.raises(ImageError, match="of over 2"):
-                decode.decode(torture_images.sound()[name])
+                decode.to_square(torture_images.sound()[name])
 
 
 def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
     data = torture_images.sound()["plain.png"]
     monkeypatch.setattr(size_limits, "PICTURE", len(data))
-    assert decode.decode(data, 4).shape == (4, 4, 3)
+    assert decode.to_square(data, 4).shape == (4, 4, 3)
     with pytest.raises(ImageError, match=f"more than the {len(data)} bytes allowed"):
-        decode.decode(data + b"x", 4)
+        decode.to_square(data + b"x", 4)
 
 
 DAMAGED = """
 import io, os, pathlib
 import pytest
 from PIL import Image
-from flaxcap.encoders import images
+from flaxcap.images import decode
 
 def resident_mb():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
@@ -177,8 +177,8 @@ out = io.BytesIO()
 Image.new("RGBA", (3000, 3000), "gray").save(out, "PNG")  # 36 MB unpacked
 errors, before = [], resident_mb()
 for _ in range(8):
-    with pytest.raises(images.ImageError, match="damaged") as found:
-        images.decode(out.getvalue()[:-1000])
+    with pytest.raises(decode.ImageError, match="damaged") as found:
+        decode.to_square(out.getvalue()[:-1000])
     errors.append(found.value)
 print(resident_mb() - before)
 """
@@ -209,7 +209,7 @@ def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):
     monkeypatch.setattr(decode, "_resized", watched)
     results: list[np.ndarray] = []
     data = torture_images.sound()["plain.png"]
-    threads = [threading.Thread(target=lambda: results.append(decode.decode(data, 8))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(decode.to_square(data, 8))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
