@@ -8,6 +8,7 @@ they read and write (of a sliced operand the slice) and, of a TPU, the cycles th
 matrix products are left to cuBLAS, as autotuning, which needs the GPU, mostly does.
 """
 
+from flaxcap.models import decoder as decoder_lib
 import argparse
 import collections
 import math
@@ -67,7 +68,7 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     config = config_lib.Config()
     config.train.dtype = "bfloat16"
     mesh = sharding.make_mesh(devices(a.topology))
-    bind, init = recurrent.create(config, 2048, a.vocabulary)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, 2048, a.vocabulary))
     schedule = step_lib.learning_rate(config.train, 1000)
     optimizer = step_lib.make_optimizer(config.train)
     step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)

@@ -62,6 +62,7 @@ class Encoder:
 
 @dataclasses.dataclass
 class Model:
+    name: str = _field("recurrent", "the caption decoder")
     image_dim: int = _field(256, "width that the features are projected to")
     positions: bool = _field(False, "add a learned embedding of its place in the grid to each projected feature")
     embedding_dim: int = _field(256, "width of a word's embedding")

@@ -1,5 +1,6 @@
 """What a step minimises, of a small model and a batch with short and absent captions."""
 
+from flaxcap.models import decoder as decoder_lib
 import functools
 from typing import Any
 
@@ -18,9 +19,9 @@ SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7,
 
 
 @functools.cache
-def made(seed: int = 0, **options: Any) -> tuple[recurrent.Bind, recurrent.Params]:
+def made(seed: int = 0, **options: Any) -> tuple[decoder_lib.Bind, decoder_lib.Params]:
     """A decoder with every parameter away from zero."""
-    bind, init = recurrent.create(Config(model=Model(**SIZES | options)), F, V)
+    bind, init = decoder_lib.create(Config(model=Model(**SIZES | options)), decoder_lib.Sizes(P, F, V))
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(init, jax.random.key(0))
     return bind, jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)

@@ -1,5 +1,6 @@
 """Steps of a small model on made-up batches, on any number of devices."""
 
+from flaxcap.models import decoder as decoder_lib
 import dataclasses
 from typing import Any
 
@@ -19,7 +20,7 @@ CONFIG = Config(
     model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
     train=Train(learning_rate=1e-2, warmup_steps=2),
 )
-BIND, INIT = recurrent.create(CONFIG, F, V)
+BIND, INIT = decoder_lib.create(CONFIG, decoder_lib.Sizes(64, F, V))
 # All that a step may draw or add.
 NOISY = Config(
     model=dataclasses.replace(CONFIG.model, attention="hard"),
@@ -69,7 +70,7 @@ def shardings(mesh) -> Any:
 
 def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
     """The step, and a new state."""
-    bind, init = recurrent.create(config, F, V)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, V))
     schedule = step_lib.learning_rate(config.train, 10)
     optimizer = step_lib.make_optimizer(config.train)
     state = step_lib.init_state(init, optimizer, 0, mesh, config.train.ema)

@@ -1,5 +1,7 @@
 """`flaxcap bench decode`: captions of made-up features, a batch at a time and one image at a time."""
 
+from flaxcap.decoding import generate
+from flaxcap.models import decoder as decoder_lib
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +25,12 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
     source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
-    bind, init = recurrent.create(config, given.feature_dim, synthetic.vocabulary_size(config.data))
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, given.feature_dim, synthetic.vocabulary_size(config.data)))
     params = jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
     # No caption ends before its last token: every run does the same work.
-    params["vocabulary"]["bias"] = params["vocabulary"]["bias"].at[END].set(-1e9)
-    run = generate.make_decode(bind, config.decode)
-    folded = run.fold(params)
+    endless = decoder_lib.with_output(bind, lambda weights: output_layer.exclude(weights, slice(END, END + 1)))
+    run = generate.Generator(endless, config.decode)
+    frozen = run.freeze(params)
 
     def place(images: int) -> jax.Array:
         """Features where the model is: reading them is not decoding (`flaxcap bench input` measures it)."""
@@ -41,7 +43,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     def caption(number: int, images: int) -> np.ndarray:
         """Tokens of `images` images: decoded, and fetched."""
         key = jax.random.fold_in(jax.random.key(config.seed), number)
-        return jax.device_get(run(folded, feats[images], key).tokens_IT)
+        return jax.device_get(run(frozen, feats[images], key).tokens_IT)
 
     for name, images in _settings(batch).items():
         begin = time.perf_counter()

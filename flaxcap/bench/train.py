@@ -1,5 +1,6 @@
 """`flaxcap bench train`: the trainer's own plan, feed and step, on made-up captions and features."""
 
+from flaxcap.models import decoder as decoder_lib
 import contextlib
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
     feed = Feed(source, plan, mesh, config.train.features)
     vocabulary = synthetic.vocabulary_size(config.data)
-    bind, init = recurrent.create(config, given.feature_dim, vocabulary)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, given.feature_dim, vocabulary))
     last = config.train.epochs * plan.steps_per_epoch
     schedule = step_lib.learning_rate(config.train, last)
     optimizer = step_lib.make_optimizer(config.train)
@@ -37,7 +38,9 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     compiled, compile_s = _compile(train_step, state, feed, {b[0].tokens_ICT.shape[-1] for b in dispatches})
     counted = synthetic.counts(dispatches)
     sizes = {name: counted[name] for name in ("images", "tokens")}
-    flop = flops.training(config.model, **sizes, feature_dim=given.feature_dim, vocabulary=vocabulary)
+    flop = 3 * decoder_lib.find(config.model.name).flops(
+        config.model, **sizes, positions=64, features=given.feature_dim, vocabulary=vocabulary
+    )  # a backward pass takes two products for each of the forward pass
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def run(dispatches: list) -> Figures:

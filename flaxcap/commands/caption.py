@@ -1,5 +1,6 @@
 """`flaxcap caption`: words for any picture, and a drawing of where the model looked."""
 
+from flaxcap.decoding import generate
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
@@ -42,8 +43,8 @@ def caption(
     """
     config = captioner.config
     encode = extract.make_encode(captioner.encoder, config.encoder, many=False)
-    run = generate.make_decode(captioner.binds, config.decode)
-    folded = run.fold(*captioner.all_params)
+    run = generate.Generator(captioner.binds, config.decode)
+    frozen = run.freeze(*captioner.all_params)
     keys = (jax.random.fold_in(jax.random.key(seed), n) for n in itertools.count())
     pictures = iter(pictures)
     numbers = itertools.count()
@@ -56,7 +57,7 @@ def caption(
             # One shape for a full batch and one for a single picture: two compilations at most.
             size = 1 if len(group) == 1 else batch_size
             feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
-            found = jax.device_get(run(folded, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys)))
+            found = jax.device_get(run(frozen, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys)))
         place = 0
         for (name, _), picture in zip(group, loaded, strict=True):
             number = next(numbers)

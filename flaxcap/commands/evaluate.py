@@ -1,5 +1,6 @@
 """`flaxcap evaluate`: free-running captions of a whole split, or anyone's captions of it, and their scores."""
 
+from flaxcap.decoding import generate
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,10 +55,10 @@ def evaluate(
             found = _likelihood(captioner, split)
         present = split.present()
         rows = [split.rows[row] for row in present]
-        run = generate.make_decode(captioner.binds, config.decode)
-        folded = run.fold(*captioner.all_params)
+        run = generate.Generator(captioner.binds, config.decode)
+        frozen = run.freeze(*captioner.all_params)
         texts, log_probs = validation.captions_of(
-            run, folded, captioner.vocabulary, present, split.read, config.decode.batch_size, seed
+            run, frozen, captioner.vocabulary, present, split.read, config.decode.batch_size, seed
         )
     else:
         builder = data.of_preset(config, data_dir, manual_dir=manual_dir)

@@ -41,7 +41,7 @@ def prepare(
     in place of the published one. Of several processes (one data_dir, shared) each extracts its share. LockError if
     another prepare works on this store.
     """
-    _check_encoder(config, encoder_weights)
+    encoder = _make_encoder(config, encoder_weights)
     with locks.held(store_lib.path_for(data_dir, config)):
         builder = None
 
@@ -88,18 +88,15 @@ def _dataset(
         return data.of_preset(config, data_dir, manual_dir=manual_dir)
 
 
-def _check_encoder(config: config_lib.Config, encoder_weights: str | None) -> None:
-    """ConfigError if the encoder that is asked for cannot be."""
+def _make_encoder(config: config_lib.Config, encoder_weights: str | None) -> ImageEncoder:
+    """Returns the preset's encoder. Raises ConfigError if the preset and --encoder_weights contradict each other."""
     encoder = config.encoder
     if encoder_weights is not None and "random" in (encoder_weights, encoder.weights):
         raise ConfigError(
             f"--encoder_weights={encoder_weights} with --config.encoder.weights={encoder.weights}: expected a file in"
             " place of the published weights; random ones are asked for by --config.encoder.weights=random alone"
         )
-    try:
-        network.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
-    except ValueError as e:
-        raise ConfigError(f"--config.encoder.image_size={encoder.image_size}: {e}") from e
+    return encoders.make(encoder)
 
 
 def _describe(

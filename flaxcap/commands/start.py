@@ -12,7 +12,7 @@ from flaxcap.files import integrity
 from flaxcap.files.params import check_shapes
 from flaxcap.inference import captioner
 from flaxcap.models import word_vectors
-from flaxcap.models.recurrent import ENCODER
+from flaxcap.models.decoder import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
 from flaxcap.training import step as step_lib
@@ -86,9 +86,7 @@ def state(
     elif config.model.embeddings:
         params = jax.device_get(fresh.params)
         vectors = word_vectors.read(config.model.embeddings, vocabulary, config.model.embedding_dim)
-        table_VE = np.array(params["embedding"]["embedding"])
-        table_VE[list(vectors)] = list(vectors.values())
-        params["embedding"]["embedding"] = table_VE
+        params = decoder_lib.find(config.model.name).with_word_vectors(params, vectors)
         print(f"{len(vectors)} of {len(vocabulary)} words start with vectors of {config.model.embeddings}")
     else:
         return fresh, {}

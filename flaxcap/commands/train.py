@@ -1,5 +1,7 @@
 """`flaxcap train`: the loop. Everything it does to arrays is in train_step, everything it reads in feed."""
 
+from flaxcap.decoding import generate
+from flaxcap.models import decoder as decoder_lib
 import contextlib
 from collections.abc import Iterator
 
@@ -92,7 +94,7 @@ def _train(
         f" {', '.join(map(str, plan.buckets))} tokens ({plan.padding:.0%} padding);"
         f" features {'on the device' if feed.resident else 'streamed'}; {mesh.size} devices"
     )
-    bind, init = recurrent.create(config, prepared.feature_dim, len(vocabulary))
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary), prepared.positions_vary))
     schedule = step_lib.learning_rate(config.train, first_stage, last - first_stage)
     optimizer = step_lib.make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, stage.encode)
@@ -101,7 +103,7 @@ def _train(
         prepared.split("val"),
         vocabulary,
         mesh,
-        generate.make_decode(bind, config.decode),
+        generate.Generator(bind, config.decode),
         step_lib.make_eval_step(bind, mesh, config.train, stage.encode),
         stage,
     )

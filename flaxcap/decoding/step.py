@@ -1,6 +1,5 @@
-"""What decoding asks of a model, or of several that decide together: a memory of the images, and a step."""
+"""One decoding step of a decoder, or of an ensemble."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,75 +7,75 @@ import jax
 import jax.numpy as jnp
 
 from flaxcap.models import output_layer
-from flaxcap.models.cell import Carry
-from flaxcap.models.recurrent import Bind, Captioner, Params
+from flaxcap.models.decoder import Bind, CaptionDecoder, Params
 from flaxcap.text.vocabulary import END
 
-WORDS = END + 1  # the least id of a word: no caption holds the special tokens, but for its <end>
-BLOCK = 32  # logits are made of a multiple of so many words
+FIRST_WORD = END + 1  # the least id of a word: <end> is the only special token that decoding chooses
+BLOCK = 32  # logits are computed for a multiple of so many words
 
 
 class Decoded(NamedTuple):
-    """`tokens_IT` ends with <end>, then <pad>; `alpha_ITP` is where the model looked for each token."""
+    """Captions. Tokens end with <end>, then <pad>; attention weights are 0 at <pad>."""
 
     tokens_IT: jax.Array  # int32
-    log_prob_I: jax.Array  # float32: of the caption and its <end> under the model, in nats
+    log_prob_I: jax.Array  # float32: of the caption and its <end>, in nats
     alpha_ITP: jax.Array  # float32
 
 
-class Folded(NamedTuple):
-    """A model's parameters in the type that it computes in, and what they give for every word."""
+class Frozen(NamedTuple):
+    """A decoder's parameters, prepared once for decoding any number of images."""
 
-    params: Params
-    words_VG: jax.Array  # each word's part of the cell's gates
-    output: output_layer.Weights  # of whole blocks of words: the last of them may be none, with logits of -inf
+    params: Params  # in the dtype of the arithmetic
+    tables: Any  # see `CaptionDecoder.tables`
+    output: output_layer.Weights  # for a multiple of BLOCK words; added words have logits of -inf
 
 
-def fold(bind: Bind, params: Params) -> Folded:
-    """Cast here, once, not in the loop."""
-    model = bind(params)
+def freeze(bind: Bind, params: Params) -> Frozen:
+    """Returns parameters, cast once, and products that do not depend on an image."""
+    decoder = bind(params)
 
     def cast(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(model.dtype), tree)
+        return jax.tree.map(lambda x: x.astype(decoder.dtype), tree)
 
-    output = output_layer.fold(model.output_weights())
-    lacking = -len(output.vocabulary["bias"]) % BLOCK
-    vocabulary = {
-        "kernel": jnp.pad(output.vocabulary["kernel"], ((0, 0), (0, lacking))),
-        "bias": jnp.pad(output.vocabulary["bias"], (0, lacking), constant_values=-jnp.inf),
-    }
-    output = cast(dataclasses.replace(output, vocabulary=vocabulary))
-    output.vocabulary["kernel"] = output.vocabulary["kernel"].astype(model.matmul_dtype)
-    return Folded(cast(params), model.word(model.embedding.embedding[...]), output)
+    output = cast(output_layer.pad(output_layer.fold(decoder.output_weights()), BLOCK))
+    output.vocabulary["kernel"] = output.vocabulary["kernel"].astype(decoder.matmul_dtype)
+    return Frozen(cast(params), decoder.tables(), output)
 
 
 class Step:
-    """The models over a batch of images, called once a token.
+    """The decoders of an ensemble over a batch of images.
 
-    `carries`, the models' states, is any tuple of arrays `[I, K, ...]` to its users.
+    `carries` is a tuple of pytrees whose leaves are `[I, K, ...]`; its users know no more of it.
     """
 
-    def __init__(self, models: Sequence[Captioner], folded: Sequence[Folded], feats_IPF: jax.Array):
-        self._models, self._folded = models, folded
-        self._memories = [model.remember(feats_IPF) for model in models]
-        self.images, self.positions = self._memories[0].values_IPE.shape[:2]
-        self.words = len(folded[0].words_VG)  # V: of all ids
+    def __init__(
+        self, decoders: Sequence[CaptionDecoder], frozen: Sequence[Frozen], feats_IPF: jax.Array, length: int
+    ):
+        """Computes the memories of the images. `length`: most tokens of a caption."""
+        self._decoders, self._frozen, self._length = decoders, frozen, length
+        self._memories = [decoder.remember(feats_IPF) for decoder in decoders]
+        self.images, self.positions = feats_IPF.shape[:2]
+        self.words = decoders[0].sizes.vocabulary  # V
 
-    def start(self, hypotheses: int) -> tuple[Carry, ...]:
-        """The states before the first token, of so many captions of each image."""
-        pairs = zip(self._models, self._memories, strict=True)
-        return tuple(model.start(memory, hypotheses) for model, memory in pairs)
+    def start(self, hypotheses: int) -> tuple[Any, ...]:
+        """Returns the carries before the first token, for so many hypotheses an image."""
+        pairs = zip(self._decoders, self._memories, strict=True)
+        return tuple(decoder.start(memory, hypotheses, self._length) for decoder, memory in pairs)
 
-    def __call__(self, carries: tuple[Carry, ...], tokens_IK: jax.Array) -> tuple[tuple, jax.Array, jax.Array]:
-        """The next states, what follows (logits, float32, of each beam), and where the models looked, `alpha_IKP`."""
+    def __call__(
+        self, carries: tuple[Any, ...], tokens_IK: jax.Array, t: jax.Array
+    ) -> tuple[tuple, jax.Array, jax.Array]:
+        """Returns the next carries, the logits that follow, float32 `logits_BV`, and `alpha_IKP`.
+
+        An ensemble's probabilities and attention weights are the means of its members'.
+        """
         after, logits, alphas = [], [], []
-        for model, f, memory, carry in zip(self._models, self._folded, self._memories, carries, strict=True):
-            carry, alpha_IKP, context_IKE = model.cell(memory, carry, f.words_VG[tokens_IK])
-            states_IKS = model.deep(carry.hidden_ICH, context_IKE, model.embedding(tokens_IK))
+        for decoder, frozen, memory, carry in zip(self._decoders, self._frozen, self._memories, carries, strict=True):
+            carry, states_IKS, alpha_IKP = decoder.step(frozen.tables, memory, carry, tokens_IK, t)
             after.append(carry)
-            logits.append(output_layer.logits(f.output, states_IKS.reshape(-1, states_IKS.shape[-1])))
+            logits.append(output_layer.logits(frozen.output, states_IKS.reshape(-1, states_IKS.shape[-1])))
             alphas.append(alpha_IKP)
-        if len(logits) == 1:  # of which only the differences matter: nobody needs their normalisation yet
+        if len(logits) == 1:  # its users normalise, where they need to
             return tuple(after), logits[0], alphas[0]
-        mean_NV = jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(x) for x in logits]), 0) - jnp.log(len(logits))
-        return tuple(after), mean_NV, jnp.stack(alphas).mean(0)
+        mean_BV = jax.nn.logsumexp(jnp.stack([jax.nn.log_softmax(x) for x in logits]), 0) - jnp.log(len(logits))
+        return tuple(after), mean_BV, jnp.stack(alphas).mean(0)

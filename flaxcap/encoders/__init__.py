@@ -1,1 +1,1 @@
-"""Image encoders: pixels to a grid of features."""
+"""Image encoders: pixels to feature vectors. base.py is their interface and registry."""

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
-from flaxcap.encoders.inception_v3 import network
+from flaxcap.encoders.base import ImageEncoder, Params
 from flaxcap.errors import UserError
 from flaxcap.features.shards import POSITIONS, Skipped, Split, StoreError
 from flaxcap.images.decode import ImageError
@@ -32,27 +32,31 @@ class BadImagesError(UserError):
     """More pictures than allowed cannot be read."""
 
 
-def make_encode(params: network.Params, config: config_lib.Encoder, *, many: bool) -> Encode:
-    """`encode(images_IYX3 uint8) -> feats_IPF` in `config.store_dtype`, jitted, on this process's devices.
+def make_encode(encoder: ImageEncoder, params: Params, config: config_lib.Encoder, *, many: bool) -> Encode:
+    """Returns `encode(images_IYX3 uint8) -> feats_IPF`, jitted, on this process's devices. Threads may share it.
 
-    `params`: unfolded. `many`: it will encode so many that some seconds more of compilation pay. Images are sharded
-    over the devices where their number allows. Several threads may call it.
+    The images are sharded over the devices if their number is a multiple of the devices'.
+
+    Args:
+      encoder: of the preset.
+      params: of `ImageEncoder.load`.
+      config: `dtype` of the arithmetic, `store_dtype` of the result.
+      many: many images will be encoded, so that some seconds of compilation pay.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     dtype, store_dtype = jnp.dtype(config.dtype), jnp.dtype(config.store_dtype)
-    folded = network.fold(params)
-    if many and dtype == jnp.float32 and mesh.devices.flat[0].platform == "cpu":
-        folded = network.quicken(folded)
-    folded = jax.device_put(folded, NamedSharding(mesh, P()))
+    platform = mesh.devices.flat[0].platform
+    params = encoder.inference_params(params, platform=platform, dtype=dtype, many=many)
+    params = jax.device_put(params, NamedSharding(mesh, P()))
 
-    def forward(folded: network.Params, images_IYX3: jax.Array) -> jax.Array:
-        return network.apply(folded, images_IYX3, block=config.block, dtype=dtype).astype(store_dtype)
+    def forward(params: Params, images_IYX3: jax.Array) -> jax.Array:
+        return encoder.apply(params, images_IYX3, dtype).astype(store_dtype)
 
     run = jax.jit(forward, compiler_options=devices_lib.convolving())
 
     def encode(images_IYX3: np.ndarray) -> jax.Array:
         spec = P("data") if len(images_IYX3) % mesh.size == 0 else P()
-        return run(folded, jax.device_put(images_IYX3, NamedSharding(mesh, spec)))
+        return run(params, jax.device_put(images_IYX3, NamedSharding(mesh, spec)))
 
     return encode
 

@@ -72,6 +72,7 @@ class Store:
         try:
             self.manifest = read_manifest(file)
             self.feature_dim = int(self.manifest["feature_dim"])
+            self.positions, self.positions_vary = POSITIONS, False
             splits = self.manifest["splits"]
             self._images = {role: int(splits[role]["images"]) for role in ROLES if role in splits}
             self._shard_rows = int(self.manifest["shard_rows"])

@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import io
+import math
 import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -14,6 +16,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from flaxcap.files import size_limits
 from flaxcap.images import headers
 from flaxcap.images.headers import ImageError
+from flaxcap.images.preprocess import Preprocess
 
 # Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -68,8 +71,21 @@ class _Memory:
 _MEMORY = _Memory(MAX_MEMORY)
 
 
-def to_square(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An image file's bytes -> uint8 `[size, size, 3]`, as `PREPROCESSING` says; any thread may call it.
+def describe(preprocess: Preprocess) -> dict[str, Any]:
+    """Returns JSON of what happens to an image before the encoder."""
+    fields = {name: list(x) if isinstance(x, tuple) else x for name, x in preprocess._asdict().items()}
+    return {"decoding": DECODING} | fields
+
+
+def for_encoder(data: bytes, preprocess: Preprocess) -> np.ndarray:
+    """Returns an image file's pixels as an encoder takes them, uint8 `[size, size, 3]`; see `to_square`."""
+    return to_square(data, preprocess.size, crop=preprocess.crop, resample=preprocess.resample)
+
+
+def to_square(
+    data: bytes, size: int = 299, *, crop: float = 0.0, resample: str = "bilinear", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """An image file's bytes -> uint8 `[size, size, 3]`; any thread may call it.
 
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
     large as needed is decoded at a half, a quarter or an eighth of its size, still twice as large as needed:
@@ -79,7 +95,13 @@ def to_square(data: bytes, size: int = 299, *, max_pixels: int = MAX_PIXELS) -> 
     unpacked. Memory: up to BYTES_A_PIXEL, and MAX_MEMORY (1.1 GB) for all threads together, beside at most 3 bytes
     for each byte of the files in their hands.
     """
-    return _decode(data, max_pixels, lambda width, height: (size, size))
+
+    def frame(width: int, height: int) -> _Frame:
+        side = crop * min(width, height)
+        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+        return _Frame(size, size, box if crop else (0.0, 0.0, width, height))
+
+    return _decode(data, max_pixels, frame, Image.Resampling[resample.upper()])
 
 
 def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -88,15 +110,26 @@ def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXEL
     All else is as in `to_square`.
     """
 
-    def size(width: int, height: int) -> tuple[int, int]:
+    def frame(width: int, height: int) -> _Frame:
         scale = min(1, longest / max(width, height))
-        return max(1, round(width * scale)), max(1, round(height * scale))
+        box = (0.0, 0.0, width, height)
+        return _Frame(max(1, round(width * scale)), max(1, round(height * scale)), box)
 
-    return _decode(data, max_pixels, size)
+    return _decode(data, max_pixels, frame, Image.Resampling.BILINEAR)
 
 
-def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, int]]) -> np.ndarray:
-    """`size`: the width and height wanted of a file of this width and height, before it is turned upright."""
+class _Frame(NamedTuple):
+    """The part of an image that is kept, and its size afterwards, before the image is turned upright."""
+
+    width: int
+    height: int
+    box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the file
+
+
+def _decode(
+    data: bytes, max_pixels: int, frame_of: Callable[[int, int], _Frame], resample: Image.Resampling
+) -> np.ndarray:
+    """Returns the frame's pixels. `frame_of(width, height)`: of a file of this size."""
     if not data:
         raise ImageError("the file is empty")
     if len(data) > size_limits.PICTURE:
@@ -109,14 +142,16 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
                 raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
-            width, height = size(*image.size)
+            frame, full = frame_of(*image.size), image.size
             whole = image.width * image.height
-            drafted = image.draft(None, (2 * width, 2 * height))
+            left, top, right, bottom = frame.box
+            scales = frame.width / (right - left), frame.height / (bottom - top)
+            drafted = image.draft(None, tuple(math.ceil(2 * n * s) for n, s in zip(full, scales, strict=True)))
             # libjpeg keeps all coefficients until the last scan; of a single scan it keeps a few rows.
             kept = whole if scans > 1 or "progressive" in image.info else image.width * image.height
             # Closed, it gives its pixels back first: else they would count as free while somebody holds its error.
             with _MEMORY.take(kept * BYTES_A_PIXEL), contextlib.closing(image):
-                return _resized(image, width, height, drafted[1] if drafted else None)
+                return _resized(image, frame, _scaled(frame.box, full, drafted and drafted[1]), resample)
     except ImageError as error:
         reason = str(error)
     except UnidentifiedImageError:
@@ -128,14 +163,29 @@ def _decode(data: bytes, max_pixels: int, size: Callable[[int, int], tuple[int, 
     raise ImageError(reason)  # a new one: what was raised holds the decoder, and with it the pixels
 
 
+def _scaled(box: tuple, full: tuple[int, int], covered: tuple | None) -> tuple[float, float, float, float] | None:
+    """Returns a box in the pixels of the decoded image; None: all of it.
+
+    Args:
+      box: in pixels of the file.
+      full: width and height of the file.
+      covered: the part of a reduced JPEG that its pixels cover completely; None: the file is not reduced.
+    """
+    if box == (0.0, 0.0, *full):
+        return covered
+    if covered is None:
+        return box
+    x, y = covered[2] / full[0], covered[3] / full[1]
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
 def _resized(
-    image: ImageFile.ImageFile, width: int, height: int, box: tuple[float, float, float, float] | None
+    image: ImageFile.ImageFile, frame: _Frame, box: tuple[float, float, float, float] | None, resample: Image.Resampling
 ) -> np.ndarray:
-    """`box`: of a reduced JPEG what its pixels cover wholly, without a last row or column that they cover partly."""
     image.load()
     orientation = _orientation(image)
     # It is turned upright and laid over white after it was resized, when its pixels are few.
-    small = _eight_bit(image).resize((width, height), Image.Resampling.BILINEAR, box)
+    small = _eight_bit(image).resize((frame.width, frame.height), resample, box)
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")

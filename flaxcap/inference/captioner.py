@@ -6,6 +6,7 @@ An export is a directory that needs nothing else:
     decoder/  encoder/                         parameters alone (Orbax)
 """
 
+from flaxcap.models import decoder as decoder_lib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from flaxcap.files import integrity, size_limits
 from flaxcap.files.params import CheckpointError, load_params, save_params
 from flaxcap.images import decode
 from flaxcap.models import recurrent
-from flaxcap.models.recurrent import ENCODER
+from flaxcap.models.decoder import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
 from flaxcap.training.checkpoints import Checkpoints
@@ -41,17 +42,17 @@ class Captioner(NamedTuple):
     config: config_lib.Config
     vocabulary: Vocabulary
     bind: Any  # see model.create
-    params: recurrent.Params
+    params: decoder_lib.Params
     encoder: network.Params  # unfolded
     about: dict
     others: tuple["Captioner", ...] = ()  # that decide with it: an ensemble
 
     @property
-    def binds(self) -> tuple[recurrent.Bind, ...]:
+    def binds(self) -> tuple[decoder_lib.Bind, ...]:
         return (self.bind, *(other.bind for other in self.others))
 
     @property
-    def all_params(self) -> tuple[recurrent.Params, ...]:
+    def all_params(self) -> tuple[decoder_lib.Params, ...]:
         return (self.params, *(other.params for other in self.others))
 
 
@@ -118,7 +119,7 @@ def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
     config = read_config(workdir)
     vocabulary = _vocabulary(workdir)
     prepared = store.Store(store.path_for(data_dir, config))
-    bind, init = recurrent.create(config, prepared.feature_dim, len(vocabulary))
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary), prepared.positions_vary))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
     step = checkpoints.best_step
     if step is None:
@@ -173,7 +174,7 @@ def _load_export(path: epath.Path) -> Captioner:
             or integrity.of_file(path / name).sha256 != digest
         ):
             raise CheckpointError(f"{path / name}: missing, or not as it was written; copy the export again")
-    bind, init = recurrent.create(config, feature_dim, len(vocabulary))
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, feature_dim, len(vocabulary)))
     decoder = _params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))
     shapes = network.kernel_shapes(config.encoder.block).items()
     norm = ("beta", "mean", "var")

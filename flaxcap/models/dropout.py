@@ -1,7 +1,7 @@
-"""What a training step draws: masks of dropout, and hard attention's choices.
+"""Dropout masks, drawn image by image.
 
-Everything is drawn image by image, from a key of its own that depends on the step and the image's place in the batch:
-so it does not matter how many devices share the batch, or how a device cuts its part.
+Each image has a key of its own, which depends on the step and on the image's index in the batch. So the masks do not
+depend on the number of devices, or on the size of a microbatch.
 """
 
 import math
@@ -10,47 +10,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxcap import config as config_lib
-from flaxcap.models.cell import Noise
-from flaxcap.models.recurrent import Captioner, Dropped
 
-HARD_SHARE = 0.5  # of the images look at one place; the others keep the variance low (Xu et al. 2015, 4.1)
+def mask(
+    keys_I: jax.Array, number: int, share: float, shape: tuple[int, ...], dtype: Any, axis: int = 0
+) -> jax.Array | None:
+    """Returns a mask of 0 and 1 / (1 - share), or None if the share is 0.
+
+    Args:
+      keys_I: a PRNG key for each image.
+      number: what to fold into the keys: different masks of a step have different numbers.
+      share: of the entries that are 0, rounded to a multiple of 1/256.
+      shape: of one image's mask.
+      dtype: of the mask.
+      axis: where the axis of the images is inserted.
+    """
+    least = round(256 * share)
+    if not least:
+        return None
+
+    def of_image(key: jax.Array) -> jax.Array:
+        # jax.random.bits(dtype=uint8) draws 32 bits for each entry (jax 0.10): four entries share a word here.
+        size = math.prod(shape)
+        bits = jax.random.bits(jax.random.fold_in(key, number), (-(-size // 4),))
+        return jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(-1)[:size].reshape(shape) >= least
+
+    kept: Any = jax.vmap(of_image, out_axes=axis)(keys_I)
+    return kept.astype(dtype) * (256 / (256 - least))
 
 
-def dropped(model: Captioner, keys_I: jax.Array, captions: int, time: int, positions: int, config: config_lib.Dropout):
-    """The masks for a batch of `len(keys_I)` images with so many captions of so many given tokens each."""
-    c, d = model.config, config
-    token = time, captions
-
-    def mask(number: int, share: float, *shape: int, axis: int = 0) -> jax.Array | None:
-        """Over images at `axis`; 8 random bits a number, so that shares are multiples of 1/256."""
-        if not round(256 * share):
-            return None
-        least = round(256 * share)
-
-        def of_image(key: jax.Array) -> jax.Array:
-            # Four numbers a word: uint8 that JAX draws would cost a word each, and the words are what takes time.
-            size = math.prod(shape)
-            bits = jax.random.bits(jax.random.fold_in(key, number), (-(-size // 4),))
-            return jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(-1)[:size].reshape(shape) >= least
-
-        kept: Any = jax.vmap(of_image, out_axes=axis)(keys_I)
-        return kept.astype(model.dtype) * (256 / (256 - least))
-
-    gumbel_TICP = hard_I = None
-    if c.attention == "hard":
-        gumbel_TICP = jax.vmap(
-            lambda key: jax.random.gumbel(jax.random.fold_in(key, 5), (*token, positions)), out_axes=1
-        )(keys_I)
-        hard_I = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 6), HARD_SHARE))(keys_I)
-    return Dropped(
-        mask(0, d.image, positions, c.image_dim),
-        mask(1, d.embedding, *token, c.embedding_dim, axis=1),
-        mask(2, d.output, *token, model.states, axis=1),
-        Noise(
-            mask(3, d.recurrent, captions, c.hidden_dim),
-            mask(4, d.attention, *token, positions, axis=1),
-            gumbel_TICP,
-            hard_I,
-        ),
-    )
+def apply(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns x, multiplied by the mask if there is one."""
+    return x if mask is None else x * mask.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The product of a linear layer, of numbers that may be rounded for it, with gradients that are quick on a CPU too."""
+"""Matrix products of linear layers: inputs may be rounded, and the kernel's gradient is fast on a CPU."""
 
 import functools
 from collections.abc import Callable
@@ -8,24 +8,21 @@ import jax
 import jax.numpy as jnp
 
 
-@functools.cache  # one for each type: models are compared by what they are made of
+@functools.cache  # one function for each dtype: JAX compares models by the functions that they hold
 def dot_general(dtype: str) -> Callable:
-    """For `nnx.Linear(dot_general=...)`, which contracts the last axis of x [..., X] with the first of [X, Y]."""
+    """Returns `product` in this dtype, for `nnx.Linear(dot_general=...)`."""
 
     def multiply(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
-        del dimension_numbers, options  # as told above, and as JAX has them
+        # nnx.Linear always contracts the last axis with the first; these arguments carry no information.
+        del dimension_numbers, options
         return product(x, kernel, dtype)
 
     return multiply
 
 
-def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """x [..., X] @ kernel [X, Y] of numbers rounded to `dtype`; the sums are of x's type, as the result."""
-    return _product(x, kernel, dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+    """Returns `x [..., X] @ kernel [X, Y]` of numbers rounded to `dtype`, summed in the dtype of x."""
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
 
 
@@ -40,13 +37,18 @@ def _backward(dtype: str, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> 
     return d_x, kernel_gradient(x, d_y, dtype).astype(kernel.dtype)
 
 
-_product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x: jax.Array, d_y: jax.Array, dtype: str) -> jax.Array:
-    """Float32 [X, Y] of inputs [..., X] and the outputs' gradients [..., Y], both rounded to `dtype`.
+    """Returns the gradient of a kernel, float32 `[X, Y]`.
 
-    Written [X, Y]: JAX's own, [Y, X] and then turned, is a product that XLA has no quick code for on a CPU.
+    JAX's own gradient is a product `[Y, X]` and a transpose. XLA:CPU (jaxlib 0.10) has no fast code for that product.
+
+    Args:
+      x: inputs `[..., X]`.
+      d_y: gradients of the outputs, `[..., Y]`.
+      dtype: both are rounded to it.
     """
     leading = tuple(range(x.ndim - 1))
     x, d_y = x.astype(dtype), d_y.astype(dtype)

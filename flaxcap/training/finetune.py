@@ -18,7 +18,7 @@ from flaxcap import config as config_lib
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.images import decode
 from flaxcap.input_pipeline.device_feed import Source
-from flaxcap.models.recurrent import ENCODER, Params
+from flaxcap.models.decoder import ENCODER, Params
 
 Encode = Callable[[Params, Params, jax.Array, jax.Array | None], jax.Array]
 

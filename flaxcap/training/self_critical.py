@@ -1,8 +1,8 @@
-"""Self-critical sequence training: captions that the model draws, weighed by how much better than its others they are.
+"""Self-critical sequence training: sampled captions, weighted by their CIDEr-D above that of the image's others.
 
-Rennie et al. 2017 (arXiv:1612.00563): the gradient of the expected CIDEr-D of drawn captions, by REINFORCE. The
-baseline of a caption is the mean of the image's other drawn captions (Luo 2020, arXiv:2003.09971). A caption's end
-counts as a word of it: without, the reward would not see captions that break off.
+Rennie et al. 2017 (arXiv:1612.00563) estimate the gradient of the expected CIDEr-D of sampled captions by REINFORCE.
+The baseline of a caption is the mean of the image's other samples (Luo 2020, arXiv:2003.09971). <end> counts as a word:
+without it the reward would not notice captions that break off.
 """
 
 import dataclasses
@@ -16,14 +16,16 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flaxcap import config as config_lib
+from flaxcap.config import Config, Decode, Dropout, Train
 from flaxcap.decoding import generate
+from flaxcap.input_pipeline import device_feed
 from flaxcap.input_pipeline.batching import Batch
-from flaxcap.input_pipeline.device_feed import Feed, Inputs, rows
+from flaxcap.input_pipeline.device_feed import Feed, Inputs
 from flaxcap.metrics.cider import Cider
 from flaxcap.metrics.ngrams import References
 from flaxcap.metrics.ptb import tokenize
-from flaxcap.models.recurrent import Bind, Captioner, Params
+from flaxcap.models import output_layer
+from flaxcap.models.decoder import Bind, Params, with_output
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training.step import TrainState
@@ -32,18 +34,27 @@ _END = "<end>"
 
 
 class SelfCritical:
-    """Turns a dispatch of batches into one of captions that the model draws for their images."""
+    """Replaces the true captions of a dispatch by captions that the model samples."""
 
     def __init__(
         self,
         bind: Bind,
-        config: config_lib.Config,
+        config: Config,
         mesh: Mesh,
         feed: Feed,
         vocabulary: Vocabulary,
         captions: Sequence[Sequence[str]],
     ):
-        """`captions`: the true ones of each row of the store."""
+        """Counts the n-grams of the true captions.
+
+        Args:
+          bind: of the decoder.
+          config: `train.captions_per_image`, `train.cider_temperature` and `decode.max_length`.
+          mesh: of all devices.
+          feed: of the training split.
+          vocabulary: of the data set.
+          captions: the true captions of each row of the store.
+        """
         self._config, self._feed, self._vocabulary = config, feed, vocabulary
         self._lengths = [*feed.lengths, config.decode.max_length + 1]
         self._sample = jax.jit(_make_sample(bind, config, mesh))
@@ -51,25 +62,34 @@ class SelfCritical:
         self._cider = Cider(self._references)
 
     def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> tuple[Inputs, np.ndarray]:
-        """The batches of `inputs` with drawn captions in the place of the true ones, and their weights.
+        """Returns the inputs with sampled captions and their weights.
 
-        And of each batch the mean CIDEr-D of the captions drawn by this process, float32 [len(batches)].
+        Args:
+          state: whose parameters sample.
+          inputs: of the dispatch.
+          batches: of the dispatch.
+
+        Returns:
+          The inputs, and for each batch the mean CIDEr-D of this process's samples, float32 [len(batches)].
         """
         with jax.transfer_guard("allow"):
-            drawn, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
-            tokens_KICT = np.pad(self._feed.local(drawn), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
-            rows_KI = self._feed.local_rows(batches)
-            tokens_KICT[: len(batches)][rows_KI < 0] = PAD
-            weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
-            cider_K = np.zeros(len(batches), np.float32)
-            for k, rows_I in enumerate(rows_KI):
-                weight_KIC[k], cider_K[k] = self._advantages(tokens_KICT[k], rows_I)
-            # Of all processes: they must run the same program.
+            sampled, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_JI, state.key, state.step)
+            tokens_JICT = np.pad(self._feed.local(sampled), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
+            rows_JI = self._feed.local_rows(batches)
+            tokens_JICT[: len(batches)][rows_JI < 0] = PAD
+            weight_JIC = np.zeros(tokens_JICT.shape[:3], np.float32)
+            cider_J = np.zeros(len(batches), np.float32)
+            for j, rows_I in enumerate(rows_JI):
+                weight_JIC[j], cider_J[j] = self._advantages(tokens_JICT[j], rows_I)
+            # `longest` is that of all processes: they must run the same program.
             length = min(n for n in self._lengths if n > int(longest))
-            return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC), cider_K
+            return self._feed.replace(inputs, tokens_JICT[..., :length], weight_JIC), cider_J
 
     def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> tuple[np.ndarray, float]:
-        """[I, C]: each caption's CIDEr-D above the mean of its image's others, 0 in empty places; and their mean."""
+        """Returns each caption's CIDEr-D above the mean of its image's others, `[I, C]`, and the mean CIDEr-D.
+
+        Rows of -1 are padding; their advantages are 0.
+        """
         images, captions = tokens_ICT.shape[:2]
         texts = [self._vocabulary.decode(t) for t in tokens_ICT.reshape(images * captions, -1)]
         words = [[*tokenize(text), _END] for text in texts]
@@ -82,57 +102,58 @@ class SelfCritical:
 
 
 def make_train_step(
-    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, config: config_lib.Train
+    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, config: Train
 ) -> Any:
-    """The train step without what a recipe adds to the captions' cross-entropy, or hides."""
+    """Returns the train step of sampled captions: their cross-entropy, without dropout or additional terms.
+
+    Args and result are those of `step.make_train_step`.
+    """
     plain = dataclasses.replace(
         config,
-        dropout=config_lib.Dropout(),
+        dropout=Dropout(),
         label_smoothing=0.0,
         doubly_stochastic=0.0,
         scheduled_sampling=0.0,
         hard_reward=0.0,
         hard_entropy=0.0,
     )
-    return step_lib.make_train_step(_drawing(bind, config), optimizer, schedule, mesh, plain, 1)
+    return step_lib.make_train_step(_sampling(bind, config), optimizer, schedule, mesh, plain, 1)
 
 
-def _drawing(bind: Bind, config: config_lib.Train) -> Bind:
-    """The model that captions are drawn from, and that their gradient is taken of: at the preset's temperature.
+def _sampling(bind: Bind, config: Train) -> Bind:
+    """Returns a bind of the distribution that captions are sampled from, at the preset's temperature.
 
-    What is never drawn (<pad>, <unk>, <start>) has no probability: what lowers the probability of captions that were
-    drawn would otherwise raise theirs, without end.
+    <pad>, <unk> and <start> are never sampled, so they have no probability. Otherwise their probability would grow
+    without end: a step that makes a sampled caption less probable makes everything else more probable.
     """
 
-    def bound(params: Params) -> Captioner:
-        bias_V = params["vocabulary"]["bias"].at[:END].set(-1e9)
-        model = bind(params | {"vocabulary": params["vocabulary"] | {"bias": bias_V}})
-        model.temperature = config.cider_temperature
-        return model
+    def change(weights: output_layer.Weights) -> output_layer.Weights:
+        return output_layer.divide(output_layer.exclude(weights, slice(END)), config.cider_temperature)
 
-    return bound
+    return with_output(bind, change)
 
 
-def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
-    """`sample(params, bank_NPF, index_KI, key, step) -> tokens_KICT, longest`, each device for its own images.
+def _make_sample(bind: Bind, config: Config, mesh: Mesh) -> Any:
+    """Returns `sample(params, bank_NPF, index_JI, key, step) -> tokens_JICT, longest`.
 
-    `longest`, int32 []: the tokens of the longest caption of all.
+    Each device samples for its own images. `longest`, int32 []: the tokens of the longest caption of all devices.
     """
-    options = config_lib.Decode(method="sample", max_length=config.decode.max_length)
-    captions, bind = config.train.captions_per_image, _drawing(bind, config.train)
+    options = Decode(method="sample", max_length=config.decode.max_length)
+    captions, bind = config.train.captions_per_image, _sampling(bind, config.train)
 
-    def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
+    def local(params: Params, bank_NPF: jax.Array, index_JI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 1)
-        own = index_KI.shape[1]
-        place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
+        own = index_JI.shape[1]
+        image_I = jax.lax.axis_index("data") * own + jnp.arange(own)
 
-        def batch(k_index: tuple[jax.Array, jax.Array]) -> jax.Array:
-            k, index_I = k_index
-            keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
-            return generate.draw(bind, params, rows(bank_NPF, index_I), options, keys_I, captions)
+        def batch(j_index: tuple[jax.Array, jax.Array]) -> jax.Array:
+            j, index_I = j_index
+            keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, j), i))(image_I)
+            feats_IPF = device_feed.rows(bank_NPF, index_I)
+            return generate.sample(bind, params, feats_IPF, options, keys_I, captions)
 
-        tokens_KICT = jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
-        return tokens_KICT, jax.lax.pmax((tokens_KICT != PAD).sum(-1).max(), "data")
+        tokens_JICT = jax.lax.map(batch, (jnp.arange(len(index_JI)), index_JI))
+        return tokens_JICT, jax.lax.pmax((tokens_JICT != PAD).sum(-1).max(), "data")
 
     specs = P(), P("data"), P(None, "data"), P(), P()
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(None, "data"), P()), check_vma=False)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
 from flaxcap.input_pipeline.device_feed import Inputs, rows
-from flaxcap.models.recurrent import ENCODER, Bind, Params
+from flaxcap.models.decoder import ENCODER, Bind, Params
 from flaxcap.runtime import devices as devices_lib
 from flaxcap.runtime.sharding import replicated
 from flaxcap.training import objective as objective_lib

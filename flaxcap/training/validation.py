@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flaxcap.config import Config
-from flaxcap.decoding.generate import Decode, Folded
+from flaxcap.decoding.generate import Generator, Frozen
 from flaxcap.features import store
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.input_pipeline.device_feed import Feed, Source
 from flaxcap.metrics import scorer
-from flaxcap.models.recurrent import Params
+from flaxcap.models.decoder import Params
 from flaxcap.runtime import devices, sharding
 from flaxcap.text.vocabulary import Tokens, Vocabulary
 from flaxcap.training.finetune import Stage
@@ -80,8 +80,8 @@ def cross_entropy(
 
 
 def captions_of(
-    run: Decode,
-    folded: tuple[Folded, ...],
+    run: Generator,
+    frozen: tuple[Frozen, ...],
     vocabulary: Vocabulary,
     rows: Sequence[int],
     read: Read,
@@ -91,7 +91,7 @@ def captions_of(
     """Captions of images, whose features `read` gives. Of several processes each makes its share, and all get all."""
     mesh = sharding.make_mesh(jax.local_devices())
     size = -(-batch_size // mesh.size) * mesh.size
-    folded = jax.device_put(jax.tree.map(_here, folded), sharding.replicated(mesh))
+    frozen = jax.device_put(jax.tree.map(_here, frozen), sharding.replicated(mesh))
     starts = range(0, len(rows), size)
     mine = [n for n in range(len(starts)) if n % jax.process_count() == jax.process_index()]
     found, running = [], None
@@ -101,7 +101,7 @@ def captions_of(
             feats_IPF = read(some + some[-1:] * (size - len(some)))
             placed = jax.device_put(feats_IPF, sharding.over_images(mesh))
             key = jax.random.fold_in(jax.random.key(seed), starts[n])
-            out = run(folded, placed, key)
+            out = run(frozen, placed, key)
             if running is not None:  # the batch before; this one keeps the device busy meanwhile
                 found.append(jax.device_get(running))
             running = out.tokens_IT, out.log_prob_I
@@ -138,7 +138,7 @@ class Validation:
         split: store.Split,
         vocabulary: Vocabulary,
         mesh: Mesh,
-        run: Decode,
+        run: Generator,
         eval_step: Callable,
         stage: Stage,
     ):
@@ -166,8 +166,8 @@ class Validation:
 
         loss, accuracy = cross_entropy(self._eval_step, params, self._plan, self._feed, check)
         batch_size = self._config.decode.batch_size
-        features, folded = self._read(params), self._run.fold(params)
-        found = captions_of(self._run, folded, self._vocabulary, self._rows, read, batch_size)
+        features, frozen = self._read(params), self._run.freeze(params)
+        found = captions_of(self._run, frozen, self._vocabulary, self._rows, read, batch_size)
         return {"loss": loss, "accuracy": accuracy, "cider": float(self._scorer.cider(found.texts).mean())}
 
     def _read(self, params: Params) -> Read:

@@ -1,5 +1,6 @@
 """What benchmarks are made of: the corpus, the count of arithmetic, the machine's peak, pictures, sums."""
 
+from flaxcap.models import decoder as decoder_lib
 import io
 import math
 from typing import Any
@@ -123,7 +124,7 @@ def products(function: Any, *args: Any) -> int:
 )
 def test_the_formula_counts_the_models_own_products(config):
     images, captions, features, words = 3, 2, 11, 23
-    bind, init = recurrent.create(Config(model=config), features, words)
+    bind, init = decoder_lib.create(Config(model=config), decoder_lib.Sizes(64, features, words))
 
     def forward(params: Any, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> Any:
         captioner = bind(params)

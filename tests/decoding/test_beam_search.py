@@ -1,5 +1,7 @@
 """Beam search against a plain one, against all captions there are, and against the model's own account of a caption."""
 
+from flaxcap.decoding import generate
+from flaxcap.models import decoder as decoder_lib
 import functools
 import itertools
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from flaxcap.config import Config, Decode, Model, Train
 from flaxcap.decoding import beam_search, generate
-from flaxcap.decoding.step import WORDS
+from flaxcap.decoding.step import FIRST_WORD
 from flaxcap.models import recurrent
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
@@ -27,7 +29,7 @@ class Small:
     def __init__(self, vocabulary: int, seed: int = 26, end: float = 1.0, **options: Any):
         precision = {name: options.pop(name) for name in ("dtype", "matmul_dtype") if name in options}
         config = Config(model=Model(**SIZES | options), train=Train(**precision))
-        self.bind, init = recurrent.create(config, F, vocabulary)
+        self.bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, vocabulary))
         leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
         noise = [0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -36,14 +38,14 @@ class Small:
         self.runs: dict[str, Any] = {}
 
         @jax.jit
-        def forced(params: recurrent.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def forced(params: decoder_lib.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
             captioner = self.bind(params)
             states_TICS, alpha_TICP = captioner(feats_PF[None], tokens_T[None, None])
             return jax.nn.log_softmax(captioner.logits(states_TICS[:, 0, 0])), alpha_TICP[:, 0, 0]
 
         self.forced = forced
 
-    def biased(self, **bias: float) -> recurrent.Params:
+    def biased(self, **bias: float) -> decoder_lib.Params:
         """The parameters with biases added: `PAD=3.0`."""
         ids = {"PAD": PAD, "UNK": UNK, "START": START, "END": END}
         bias_V = self.params["vocabulary"]["bias"]
@@ -52,12 +54,12 @@ class Small:
         return self.params | {"vocabulary": self.params["vocabulary"] | {"bias": bias_V}}
 
     def run(
-        self, feats_IPF: Any = FEATS_IPF, params: recurrent.Params | None = None, **options: Any
+        self, feats_IPF: Any = FEATS_IPF, params: decoder_lib.Params | None = None, **options: Any
     ) -> generate.Decoded:
         config = Decode(**{"max_length": T, "method": "beam", "beam_width": 3, **options})
         name = str(config)
         if name not in self.runs:
-            self.runs[name] = generate.make_decode(self.bind, config)
+            self.runs[name] = generate.Generator(self.bind, config)
         params = self.params if params is None else params
         decoded = self.runs[name]
         return jax.device_get(decoded(decoded.fold(params), feats_IPF, jax.random.key(0)))
@@ -83,7 +85,7 @@ class Ensemble:
 
     def run(self, **options: Any) -> generate.Decoded:
         config = Decode(**{"max_length": T, "method": "beam", **options})
-        decoded = generate.make_decode([m.bind for m in self.members], config)
+        decoded = generate.Generator([m.bind for m in self.members], config)
         return jax.device_get(decoded(decoded.fold(*(m.params for m in self.members)), FEATS_IPF, jax.random.key(0)))
 
     def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
@@ -277,6 +279,6 @@ def test_the_best_words_by_blocks_are_those_of_top_k(size, k):
         # Rounded: many are equal, and of these the first are asked for.
         for x in (x_NV, jnp.round(2 * x_NV)):
             values, ids = beam_search._top_words(x, k, block=8)
-            expected, places = jax.lax.top_k(x[:, WORDS:], k)
+            expected, places = jax.lax.top_k(x[:, FIRST_WORD:], k)
             np.testing.assert_array_equal(values, expected)
-            np.testing.assert_array_equal(ids, places + WORDS)
+            np.testing.assert_array_equal(ids, places + FIRST_WORD)

@@ -1,5 +1,8 @@
 """Decoding goes through the same step as training; a batch is its images one by one."""
 
+from flaxcap.decoding import generate
+from flaxcap.decoding import generate
+from flaxcap.models import decoder as decoder_lib
 import functools
 from typing import Any
 
@@ -16,11 +19,11 @@ from flaxcap.text.vocabulary import END, PAD, START, UNK
 
 F, V, I, T = 12, 20, 6, 9
 SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
-BIND, INIT = recurrent.create(Config(model=Model(**SIZES)), F, V)
+BIND, INIT = decoder_lib.create(Config(model=Model(**SIZES)), decoder_lib.Sizes(64, F, V))
 FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
 
 
-def far(init: Any, seed: int = 37, end: float = 1.0) -> recurrent.Params:
+def far(init: Any, seed: int = 37, end: float = 1.0) -> decoder_lib.Params:
     """A decoder far enough from its start that its captions differ and end at various lengths."""
     leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -35,8 +38,8 @@ def params():
 
 
 @functools.cache
-def made(bind: Any = BIND, **options: Any) -> generate.Decode:
-    return generate.make_decode(bind, Decode(**{"max_length": T, **options}))
+def made(bind: Any = BIND, **options: Any) -> generate.Generator:
+    return generate.Generator(bind, Decode(**{"max_length": T, **options}))
 
 
 def run(params, key: int = 0, feats_IPF=FEATS_IPF, bind: Any = BIND, **options: Any) -> generate.Decoded:
@@ -50,7 +53,7 @@ def run(params, key: int = 0, feats_IPF=FEATS_IPF, bind: Any = BIND, **options: 
     ("options", "seed"), [({}, 37), ({"output": "deep", "cell": "lstm"}, 23), ({"tied": True, "head_dim": 5}, 22)]
 )
 def test_greedy_takes_the_most_probable_allowed_word_at_every_step(options, seed):
-    bind, init = recurrent.create(Config(model=Model(**SIZES | options)), F, V)
+    bind, init = decoder_lib.create(Config(model=Model(**SIZES | options)), decoder_lib.Sizes(64, F, V))
     params = far(init, seed)
     found = run(params, bind=bind)
     assert len({t.tolist().index(END) for t in found.tokens_IT}) > 2  # or the test would show little
@@ -178,9 +181,7 @@ def test_drawn_words_lie_in_the_nucleus_and_follow_its_probabilities(params, tem
 
 # Ensembles
 
-OTHER_BIND, OTHER_INIT = recurrent.create(
-    Config(model=Model(**SIZES | {"hidden_dim": 5, "cell": "lstm", "output": "deep"})), F, V
-)
+OTHER_BIND, OTHER_INIT = decoder_lib.create(Config(model=Model(**SIZES | {"hidden_dim": 5, "cell": "lstm", "output": "deep"})), decoder_lib.Sizes(64, F, V))
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"method": "beam", "beam_width": 3}])
@@ -222,7 +223,7 @@ def test_models_together_give_each_word_the_mean_of_their_probabilities(params):
 def drawn(params: Any, feats_IPF: Any, keys_I: Any, captions: int, **options: Any) -> np.ndarray:
     config = Decode(**{"max_length": T, **SAMPLED, **options})
     return np.asarray(
-        jax.jit(lambda *given: generate.draw(BIND, given[0], given[1], config, given[2], captions))(
+        jax.jit(lambda *given: generate.sample(BIND, given[0], given[1], config, given[2], captions))(
             params, feats_IPF, keys_I
         )
     )

@@ -1,5 +1,6 @@
 """An export is all that a captioner needs, and a damaged one is refused by name."""
 
+from flaxcap.decoding import generate
 import ast
 import dataclasses
 import json
@@ -62,7 +63,7 @@ def test_what_is_written_comes_back_to_the_bit(captioner, exported):
     feats_IPF = jax.random.normal(jax.random.key(0), (4, 64, 256))
     key = jax.random.key(0)
     drawn = [dataclasses.replace(c.config.decode, method="sample") for c in (captioner, found)]
-    runs = [(c, generate.make_decode(c.bind, options)) for c, options in zip((captioner, found), drawn, strict=True)]
+    runs = [(c, generate.Generator(c.bind, options)) for c, options in zip((captioner, found), drawn, strict=True)]
     captions = [run(run.fold(c.params), feats_IPF, key) for c, run in runs]
     assert equal(*captions)
     assert len(np.unique(captions[0].tokens_IT)) > 5

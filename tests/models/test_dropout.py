@@ -1,5 +1,6 @@
 """What a step draws: masks that keep the mean, image by image, from its key and the image's place alone."""
 
+from flaxcap.models import decoder as decoder_lib
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ SHAPES = {
 
 def captioner(dtype: str = "float32", **options: Any) -> recurrent.Captioner:
     sizes: dict[str, Any] = {"image_dim": 16, "embedding_dim": 8, "attention_dim": 6, "hidden_dim": 12, "head_dim": 9}
-    bind, init = recurrent.create(Config(model=Model(**sizes | options), train=Train(dtype=dtype)), F, V)
+    bind, init = decoder_lib.create(Config(model=Model(**sizes | options), train=Train(dtype=dtype)), decoder_lib.Sizes(P, F, V))
     return bind(init(jax.random.key(0)))
 
 

@@ -1,5 +1,6 @@
 """The decoder against a plain reference, and what teacher forcing must and must not see."""
 
+from flaxcap.models import decoder as decoder_lib
 import dataclasses
 import functools
 from typing import Any
@@ -43,7 +44,7 @@ def small(**options: Any) -> Config:
 def case(request):
     """A small decoder with every parameter away from zero, and inputs for it."""
     config = small(**request.param)
-    bind, init = recurrent.create(config, F, V)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     params = init(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -120,7 +121,7 @@ def test_attention_weights_sum_to_one_and_follow_the_image(case):
 def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
     """It keeps a bias of its own; what the output layers take is as wide as `states` says."""
     config = small(output=output, tied=tied)
-    bind, init = recurrent.create(config, F, V)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     params = init(jax.random.key(0))
     sizes = config.model
     width = sizes.hidden_dim + (sizes.image_dim + sizes.embedding_dim if output == "deep" else 0)
@@ -136,7 +137,7 @@ def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
 def test_a_deep_output_sees_the_word_and_the_place_as_well_as_the_state():
     """Show, Attend and Tell, equation 7: what the output takes is the state, the context and the word side by side."""
     config = small(output="deep")
-    bind, init = recurrent.create(config, F, V)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     captioner = bind(init(jax.random.key(0)))
     feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
     tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
@@ -151,14 +152,14 @@ def test_a_deep_output_sees_the_word_and_the_place_as_well_as_the_state():
 @pytest.mark.parametrize("options", [{}, {"output": "deep", "tied": True}])
 def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits(options):
     config = small(**options)
-    _, init = recurrent.create(config, F, V)
+    _, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     params = init(jax.random.key(0))
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
     feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
     tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
     logits = []
     for c in (config, half):
-        bind, init_c = recurrent.create(c, F, V)
+        bind, init_c = decoder_lib.create(c, decoder_lib.Sizes(P, F, V))
         assert {x.dtype for x in jax.tree.leaves(init_c(jax.random.key(0)))} == {jnp.dtype("float32")}
         captioner = bind(params)
         states_TICS, _ = captioner(feats_IPF, tokens_ICT)

@@ -1,5 +1,6 @@
 """Word vectors of a text file become the embedding's first rows; a bad file is named with its line."""
 
+from flaxcap.models import decoder as decoder_lib
 import pathlib
 
 import jax
@@ -66,7 +67,7 @@ def test_a_run_starts_with_them(tmp_path, capsys):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     words, step = prepared.vocabulary(), checkpoints.latest_step
     assert step
-    _, init = recurrent.create(config, prepared.feature_dim, len(words))
+    _, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(words)))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.eval_shape(init, jax.random.key(0))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)

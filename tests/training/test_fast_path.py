@@ -1,5 +1,6 @@
 """The trainer's loss and gradients, fast as they are, are those of the plain model of tests/reference.py."""
 
+from flaxcap.models import decoder as decoder_lib
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -113,7 +114,7 @@ def mean_loss(bind: Any, config: Config, params: Any, feats_IPF: Any, tokens_ICT
 
 
 def fast(config: Config, case: Case, params: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    bind, _ = recurrent.create(config, case.features, case.vocabulary)
+    bind, _ = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
 
     def run(params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         return jax.value_and_grad(mean_loss, 2, has_aux=True)(bind, config, params, feats_IPF, tokens_ICT)
@@ -134,7 +135,7 @@ def test_loss_and_every_gradient_are_the_plain_models(case):
     Of the layer, not of each array: the gate has one bias, whose gradient is a sum that may come near to nothing.
     """
     config = config_of(case)
-    _, init = recurrent.create(config, case.features, case.vocabulary)
+    _, init = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
     params = parameters(init, case)
     losses, grads = fast(config, case, params)
 
@@ -167,7 +168,7 @@ def layers_of(params: Any) -> dict[str, dict[str, Any]]:
 def test_attention_does_saturate_in_the_case_of_that_name():
     """Some energies are beyond float32's tanh, and some are not: else it would be no test of both."""
     config = config_of(SATURATED)
-    bind, init = recurrent.create(config, SATURATED.features, SATURATED.vocabulary)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, SATURATED.features, SATURATED.vocabulary))
     captioner = bind(parameters(init, SATURATED))
     feats_IPF, tokens_ICT = batch(SATURATED)
     keys_IPA = jnp.log(captioner.remember(feats_IPF).keys_IPA) / 2
@@ -189,7 +190,7 @@ def test_bfloat16_gradients_point_where_those_of_float32_do(cell, output, rounde
     """
     case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0, output)
     config = config_of(case)
-    _, init = recurrent.create(config, case.features, case.vocabulary)
+    _, init = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
     # Weights as wide layers have them, so that nothing saturates.
     params = jax.tree.map(lambda x: 2 * x / np.sqrt(x.shape[0]), parameters(init, case))
     found = []

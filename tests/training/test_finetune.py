@@ -11,7 +11,7 @@ from flaxcap.commands import evaluate
 from flaxcap.config import Encoder, Finetune
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.inference import captioner
-from flaxcap.models.recurrent import ENCODER
+from flaxcap.models.decoder import ENCODER
 from flaxcap.training import finetune, logs
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)

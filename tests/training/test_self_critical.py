@@ -1,5 +1,6 @@
 """Self-critical training: captions that the model draws, weighed by their worth, teach it to draw better ones."""
 
+from flaxcap.models import decoder as decoder_lib
 import dataclasses
 import pathlib
 from typing import Any
@@ -39,7 +40,7 @@ class Run:
         self.captions = [row.captions for row in self.split.rows]
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
-        bind, init = recurrent.create(config, prepared.feature_dim, len(self.vocabulary))
+        bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary)))
         schedule = step_lib.learning_rate(config.train, 10)
         optimizer = step_lib.make_optimizer(config.train)
         self.state = step_lib.init_state(init, optimizer, 0, self.mesh)

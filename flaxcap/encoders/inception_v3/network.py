@@ -1,12 +1,16 @@
-"""InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567) as Keras builds it, in plain JAX, without classifier.
+"""InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567) as Keras builds it, in plain JAX, without the classifier.
 
-The architecture is the table `NETWORK`: a path is a list of steps, a step is a convolution with its batch
-norm and relu, a maximum, or a tuple of paths that start from the same input and are concatenated. The
-convolutions are numbered `conv2d_1` … `conv2d_94` in the table's order, in which Keras, too, creates them.
+The table `NETWORK` is the architecture. A path is a list of steps. A step is a convolution (with batch norm and relu), a
+maximum, or a tuple of paths that share their input and are concatenated. Convolutions are numbered `conv2d_1` to
+`conv2d_94` in the table's order, which is Keras's.
 
-Parameters are a dict of dicts. Unfolded: `{"conv2d_1": {"kernel", "beta", "mean", "var"}, …}`; folded, which
-is what `apply` takes: `{"conv2d_1": {"kernel", "bias"}, …}`; of some, quickened for a CPU, {"points", "bias"}. Kernels
-are `[rows, columns, in, out]`, the rest `[out]`, all float32. Only the convolutions up to the wanted block are there.
+Parameters are a dict of dicts of float32 arrays, for the convolutions up to a block:
+
+    unfolded   {"conv2d_1": {"kernel", "beta", "mean", "var"}, ...}
+    folded     {"conv2d_1": {"kernel", "bias"}, ...}: what `apply` takes
+    for a CPU  some layers have {"points", "bias"}; see winograd.py
+
+Kernels are `[rows, columns, in, out]`, the other arrays `[out]`.
 """
 
 import itertools
@@ -21,23 +25,23 @@ from jax import lax
 from flaxcap.encoders.inception_v3 import pooling, winograd
 from flaxcap.runtime import devices
 
-GRID = 8  # positions a side of the features that `apply` returns
-MIN_SIZE = 75  # the smallest image Keras's InceptionV3 takes
+GRID = 8  # positions a side of the features
+MIN_SIZE = 75  # the smallest image that Keras's InceptionV3 takes
 BN_EPSILON = 1e-3
 
 Params = dict[str, dict[str, Any]]
 
 
 class Conv(NamedTuple):
-    """A convolution without bias, batch norm without scale, relu."""
+    """A convolution without bias, batch norm without scale, and relu."""
 
     filters: int
     rows: int
     columns: int
     stride: int = 1
     padding: str = "SAME"
-    # A 3x3 average, stride 1, SAME, padding left out, follows before the batch norm. Keras takes it of the input: with
-    # a 1x1 convolution the same function, of 4 times the numbers and more.
+    # A 3x3 average (stride 1, SAME, without padding) stands before the batch norm. Keras averages the input of the 1x1
+    # convolution instead: the same function, but of at least 4 times the numbers.
     average: bool = False
 
 
@@ -107,14 +111,14 @@ BLOCKS = tuple(NETWORK)
 
 
 def _path_to(block: str) -> list:
-    """The table's steps from the image to `block`; ValueError if there is no such block."""
+    """Returns the table's steps from the image to `block`. Raises ValueError for an unknown block."""
     if block not in BLOCKS:
         raise ValueError(f"InceptionV3 has no block {block!r}; its blocks are {', '.join(BLOCKS)}")
     return STEM + [NETWORK[name] for name in BLOCKS[: BLOCKS.index(block) + 1]]
 
 
 def _walk(path: list, x: Any, names: Iterator[str], on_conv: Callable, on_maximum: Callable, join: Callable) -> Any:
-    """Carries `x` along `path`, giving each convolution its name."""
+    """Applies the steps of `path` to x. Each convolution receives the next name."""
     for step in path:
         if isinstance(step, Conv):
             x = on_conv(next(names), step, x)
@@ -130,18 +134,18 @@ def _names() -> Iterator[str]:
 
 
 def kernel_shapes(block: str = "mixed10") -> dict[str, tuple[int, int, int, int]]:
-    """The shape `[rows, columns, in, out]` of every kernel up to `block`, in Keras's creation order."""
+    """Returns the shape `[rows, columns, in, out]` of every kernel up to `block`, in Keras's creation order."""
     found = _convolutions(_path_to(block))
     return {name: (conv.rows, conv.columns, width, conv.filters) for name, (conv, width) in found.items()}
 
 
 def kernels_before(block: str) -> list[str]:
-    """The names of the convolutions before `block`."""
+    """Returns the names of the convolutions before `block`."""
     return list(_convolutions(_path_to(block)[:-1]))
 
 
 def _convolutions(path: list) -> dict[str, tuple[Conv, int]]:
-    """Each with the channels that it takes."""
+    """Returns each convolution of a path with the number of its input channels."""
     found: dict[str, tuple[Conv, int]] = {}
 
     def on_conv(name: str, conv: Conv, width: int) -> int:
@@ -160,9 +164,9 @@ FEATURES = {block: _width(block) for block in BLOCKS}
 
 
 def init(key: jax.Array, block: str = "mixed10") -> Params:
-    """Random unfolded parameters: He-normal kernels, batch norm that does nothing yet (see `measure`).
+    """Returns random unfolded parameters: He-normal kernels, and batch norm without effect (see `measure`).
 
-    Drawn with NumPy, seeded from the key: jax.random would compile a program for each of the fifty shapes.
+    NumPy draws them, seeded from the key: jax.random would compile a program for each of the fifty shapes.
     """
     draw = np.random.default_rng(np.asarray(jax.random.key_data(key)).tolist())
     params: Params = {}
@@ -179,7 +183,7 @@ def init(key: jax.Array, block: str = "mixed10") -> Params:
 
 
 def fold(params: Mapping[str, Mapping[str, Any]]) -> Params:
-    """Batch norm folded into the convolutions: unfolded parameters -> `{name: {"kernel", "bias"}}`."""
+    """Returns folded parameters: the batch norm becomes part of kernel and bias."""
     folded: Params = {}
     for name, conv in params.items():
         scale = (conv["var"] + BN_EPSILON) ** -0.5
@@ -190,20 +194,20 @@ def fold(params: Mapping[str, Mapping[str, Any]]) -> Params:
     return folded
 
 
-def quicken(folded: Params) -> Params:
-    """For `apply` in float32, quicker so on a CPU: the kernels that suit, transformed for `winograd.convolve`."""
-    quickened = dict(folded)
+def transform(folded: Params) -> Params:
+    """Returns folded parameters with some kernels transformed for `winograd.convolve`: faster in float32 on a CPU."""
+    transformed = dict(folded)
     for name, (conv, _) in _convolutions(_path_to(BLOCKS[-1])).items():
         if name in folded and conv.stride == 1 and winograd.suits(folded[name]["kernel"].shape):
-            quickened[name] = {"points": winograd.transform(folded[name]["kernel"]), "bias": folded[name]["bias"]}
-    return quickened
+            transformed[name] = {"points": winograd.transform(folded[name]["kernel"]), "bias": folded[name]["bias"]}
+    return transformed
 
 
 def _convolve(x: jax.Array, layer: Mapping[str, Any], conv: Conv) -> jax.Array:
     if "points" in layer:
         return winograd.convolve(x, layer["points"], (conv.rows, conv.columns), conv.padding)
     kernel = jnp.asarray(layer["kernel"], x.dtype)
-    # float32 is asked for where exact features are wanted; accelerators would otherwise round its products.
+    # Without HIGHEST, accelerators round the numbers of a float32 product to bfloat16 or TF32.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.conv_general_dilated(
         x,
@@ -215,46 +219,51 @@ def _convolve(x: jax.Array, layer: Mapping[str, Any], conv: Conv) -> jax.Array:
     )
 
 
-def _run(params: Mapping, images: Any, block: str, dtype: Any, normalise: Callable) -> jax.Array:
-    """`block`'s output `[I, y, x, F]`; `normalise(name, x)` stands between a convolution and its relu."""
+def _run(params: Mapping, x: jax.Array, block: str, batch_norm: Callable) -> jax.Array:
+    """Returns the output of `block`, `[I, y, x, F]`. `batch_norm(name, x)` stands between a convolution and its relu."""
 
     def on_conv(name: str, conv: Conv, x: jax.Array) -> jax.Array:
         x = _convolve(x, params[name], conv)
-        return jax.nn.relu(normalise(name, pooling.average(x) if conv.average else x))
+        return jax.nn.relu(batch_norm(name, pooling.average(x) if conv.average else x))
 
-    x = (jnp.asarray(images, jnp.float32) / 127.5 - 1).astype(dtype)
     return _walk(_path_to(block), x, _names(), on_conv, pooling.maximum, lambda branches: jnp.concatenate(branches, -1))
 
 
 def measure(params: Params, images_IYX3: Any, block: str = "mixed10") -> Params:
-    """The same unfolded net with each batch norm's mean and variance measured on `images_IYX3` (see `apply`).
+    """Returns unfolded parameters whose batch norms have the mean and variance of these images.
 
-    One forward pass, in which every layer is normalised with these images' own statistics; a random net's
-    features would otherwise hardly differ from image to image. The same images and parameters give the same
-    result. The deeper a random net is, the more it amplifies rounding: bfloat16 moves its features by 2% at
-    `mixed2`, but by 60% at `mixed10` (3% with trained weights). Takes about 20 MB of memory an image of
-    299×299. ValueError for images that are too small or not square.
+    One forward pass normalises every layer with the images' own statistics. Without it the features of a random network
+    hardly differ from image to image. A deep random network amplifies rounding: bfloat16 moves its features by 2% at
+    `mixed2`, and by 60% at `mixed10` (trained weights: 3%). The pass takes about 20 MB for an image of 299x299.
+
+    Args:
+      params: unfolded.
+      images_IYX3: float32, normalised, square.
+      block: the last block.
+
+    Raises:
+      ValueError: images that are too small or not square.
     """
     check_size(images_IYX3.shape, block, grid=1)
 
     def forward(params: Params, images: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
         statistics = {}
 
-        def normalise(name: str, x: jax.Array) -> jax.Array:
+        def batch_norm(name: str, x: jax.Array) -> jax.Array:
             mean, var = x.mean((0, 1, 2), keepdims=True), x.var((0, 1, 2), keepdims=True)
             statistics[name] = mean.reshape(-1), var.reshape(-1)
             return (x - mean) * lax.rsqrt(var + BN_EPSILON) + params[name]["beta"].reshape(1, 1, 1, -1)
 
-        _run(params, images, block, jnp.float32, normalise)
+        _run(params, images, block, batch_norm)
         return statistics
 
     statistics = jax.device_get(jax.jit(forward, compiler_options=devices.convolving())(params, images_IYX3))
-    params = {name: params[name] for name in kernel_shapes(block)}  # in their order, which jit does not keep
+    params = {name: params[name] for name in kernel_shapes(block)}  # in the table's order, which jit does not keep
     return {name: conv | dict(zip(("mean", "var"), statistics[name], strict=True)) for name, conv in params.items()}
 
 
 def grid_of(size: int, block: str) -> int:
-    """Positions a side of `block`'s output, before pooling, for images of `size` × `size` pixels."""
+    """Returns the positions a side of `block`'s output, before pooling, for images of `size` pixels a side."""
     depth = BLOCKS.index(block)
     for stride in (2, 1, 2, 1, 2) + (2,) * ((depth >= 3) + (depth >= 8)):
         size = (size - 3) // stride + 1
@@ -262,7 +271,7 @@ def grid_of(size: int, block: str) -> int:
 
 
 def check_size(shape: tuple[int, ...], block: str, grid: int = GRID) -> None:
-    """ValueError unless `[I, Y, X, 3]` images are square and large enough for `grid` positions a side."""
+    """Raises ValueError unless images `[I, Y, X, 3]` are square and give at least `grid` positions a side."""
     _path_to(block)
     if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
         raise ValueError(f"InceptionV3 takes square RGB images [I, size, size, 3], found {list(shape)}")
@@ -274,23 +283,23 @@ def check_size(shape: tuple[int, ...], block: str, grid: int = GRID) -> None:
         )
 
 
-def apply(
-    params: Mapping[str, Mapping[str, Any]],
-    images_IYX3: Any,
-    *,
-    block: str = "mixed10",
-    dtype: Any = jnp.float32,
-) -> jax.Array:
-    """Images -> `feats_IPF` in `dtype`, P = 64 positions row by row (p = 8·y + x), F = `FEATURES[block]`.
+def apply(params: Mapping[str, Mapping[str, Any]], images_IYX3: jax.Array, *, block: str = "mixed10") -> jax.Array:
+    """Returns `feats_IPF` in the dtype of the images, P = 64 positions row by row, F = `FEATURES[block]`.
 
-    `params` are folded; layers that are not may be trained, but for their statistics. `images_IYX3` are square, uint8
-    or float, 0 … 255, and are scaled to [-1, 1] here. Grids larger than 8×8 are average-pooled adaptively. To be
-    called inside `jax.jit`, `block` and `dtype` static; on a CPU batches of 2 are fastest, as they stay in its caches.
-    ValueError for an unknown block and for images that are not square or give a grid smaller than 8×8.
+    Larger grids are average-pooled to 8x8. To be called inside `jax.jit`. On a CPU batches of 2 are fastest: they stay
+    in its caches.
+
+    Args:
+      params: folded. Unfolded layers may be among them, for training; their statistics receive no gradient.
+      images_IYX3: normalised, square.
+      block: the last block.
+
+    Raises:
+      ValueError: an unknown block, or images that are not square or give a grid smaller than 8x8.
     """
     check_size(images_IYX3.shape, block)
 
-    def normalise(name: str, x: jax.Array) -> jax.Array:
+    def batch_norm(name: str, x: jax.Array) -> jax.Array:
         layer = params[name]
         if "bias" in layer:
             return x + jnp.asarray(layer["bias"], x.dtype).reshape(1, 1, 1, -1)
@@ -299,7 +308,7 @@ def apply(
         shift = layer["beta"] - mean * scale
         return x * scale.astype(x.dtype).reshape(1, 1, 1, -1) + shift.astype(x.dtype).reshape(1, 1, 1, -1)
 
-    x = _run(params, images_IYX3, block, dtype, normalise)
+    x = _run(params, images_IYX3, block, batch_norm)
     if x.shape[1] != GRID:
         x = pooling.adaptive(x, GRID)
     return x.reshape(x.shape[0], GRID * GRID, x.shape[-1])

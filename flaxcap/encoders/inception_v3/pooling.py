@@ -1,6 +1,6 @@
-"""InceptionV3's pools of `[I, Y, X, C]`, as maxima and sums of slices, one axis after the other.
+"""InceptionV3's pooling layers, as maxima and sums of slices, one axis after the other.
 
-They are 3 to 7 times faster so, on a CPU, than with `reduce_window`.
+On a CPU they are 3 to 7 times faster than `reduce_window` (jaxlib 0.10).
 """
 
 import jax
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def maximum(x: jax.Array) -> jax.Array:
-    """3x3, stride 2, VALID."""
+    """Returns the maxima of 3x3 windows of `[I, Y, X, channels]`, stride 2, VALID."""
     x = jnp.maximum(jnp.maximum(x[:, :-2:2], x[:, 1:-1:2]), x[:, 2::2])
     return jnp.maximum(jnp.maximum(x[:, :, :-2:2], x[:, :, 1:-1:2]), x[:, :, 2::2])
 
 
 def average(x: jax.Array) -> jax.Array:
-    """3x3, stride 1, SAME; padding does not count."""
+    """Returns the means of 3x3 windows of `[I, Y, X, channels]`, stride 1, SAME. Padding does not count."""
     total = jnp.pad(x.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)))
     total = total[:, :-2] + total[:, 1:-1] + total[:, 2:]
     total = total[:, :, :-2] + total[:, :, 1:-1] + total[:, :, 2:]
@@ -25,7 +25,10 @@ def average(x: jax.Array) -> jax.Array:
 
 
 def adaptive(x: jax.Array, size: int) -> jax.Array:
-    """Averages `[I, size, size, C]` of a square grid's parts: row i of rows ⌊i·n/size⌋ to ⌈(i+1)·n/size⌉ - 1."""
+    """Returns a square grid averaged to `[I, size, size, channels]`.
+
+    Row i averages the rows ⌊i·n/size⌋ to ⌈(i+1)·n/size⌉ - 1 of n, as PyTorch's adaptive average pooling.
+    """
     n = x.shape[1]
     pool = np.zeros((size, n), np.float32)
     for i in range(size):

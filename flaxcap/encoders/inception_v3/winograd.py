@@ -1,8 +1,7 @@
 """Convolutions of stride 1 with a half to a quarter of the multiplications (Lavin & Gray 2016, arXiv:1509.09308).
 
-Along an axis, m neighbouring outputs of a kernel of r entries are linear in m + r - 1 products of a number that the
-inputs give with a number that the kernel gives: both are polynomials, multiplied at so many points. A convolution is
-then, for each point of a tile, one matrix product of all tiles with the kernel's channels:
+Along an axis, inputs and kernel are polynomials, which are multiplied at m + r - 1 points: m neighbouring outputs of a
+kernel with r entries take m + r - 1 products. So a convolution is one matrix product for each point of a tile:
 
     kernel_p = G kernel      inputs_p = B inputs      outputs = A (inputs_p · kernel_p)
 """
@@ -17,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# m of each r: as many as float32 bears. A convolution's largest error is then 3 to 6 times that of the plain one.
+# r -> m. With these, a convolution's largest error in float32 is 3 to 6 times that of the plain one.
 OUTPUTS = {1: 1, 3: 4, 5: 2, 7: 2}
-# And one at infinity. Of numbers that are exact in binary these gave the smallest errors.
+# One more point is at infinity. Among numbers that are exact in binary, these gave the smallest errors.
 _POINTS = {1: [], 6: [0, 1, -1, Fraction(1, 2), -2], 8: [0, 1, -1, Fraction(1, 2), Fraction(-1, 2), 2, -2]}
 
 
@@ -31,7 +30,7 @@ class _Matrices(NamedTuple):
 
 @functools.cache
 def _matrices(size: int) -> _Matrices:
-    """Of a kernel with `size` entries along an axis (Toom & Cook's, transposed)."""
+    """Returns the matrices of a kernel with `size` entries along an axis (Toom and Cook's, transposed)."""
     m = OUTPUTS[size]
     points = [Fraction(p) for p in _POINTS[m + size - 1]]
     others = [[q for q in points if q != p] for p in points]
@@ -46,7 +45,7 @@ def _matrices(size: int) -> _Matrices:
 
 
 def _coefficients(roots: Sequence[Fraction]) -> list[Fraction]:
-    """Of the product of all (x - root), from x⁰ on."""
+    """Returns the coefficients of the product of all (x - root), from x⁰ on."""
     found = [Fraction(1)]
     for root in roots:
         found = [up - root * own for up, own in zip([Fraction(0), *found], [*found, Fraction(0)], strict=True)]
@@ -54,9 +53,10 @@ def _coefficients(roots: Sequence[Fraction]) -> list[Fraction]:
 
 
 def suits(shape: Sequence[int]) -> bool:
-    """Whether this is quicker for a kernel [rows, columns, in, out] than a plain convolution, as measured on a CPU.
+    """Returns True if a kernel `[rows, columns, in, out]` is faster than in a plain convolution, measured on a CPU.
 
-    Of few channels the transformations outweigh the products saved; and transformed kernels should stay in its caches.
+    With few channels the transformations cost more than the products that they save. Transformed kernels must also fit
+    into the caches.
     """
     rows, columns, width, filters = shape
     points = math.prod(OUTPUTS[size] + size - 1 for size in (rows, columns))
@@ -64,15 +64,19 @@ def suits(shape: Sequence[int]) -> bool:
 
 
 def transform(kernel: np.ndarray) -> np.ndarray:
-    """A kernel [rows, columns, in, out] -> what `convolve` takes: float32 [points, points, in, out]."""
+    """Returns a kernel `[rows, columns, in, out]` as `convolve` takes it: float32 `[points, points, in, out]`."""
     rows, columns = (_matrices(size).kernel for size in kernel.shape[:2])
     return np.einsum("ai,bj,ijxy->abxy", rows, columns, np.asarray(kernel, np.float64)).astype(np.float32)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, size: tuple[int, int], padding: str) -> jax.Array:
-    """x [I, Y, X, in] float32 by a transformed kernel that had `size` rows and columns -> [I, y, x, out].
+    """Returns the convolution of x with a transformed kernel, `[I, y, x, out]`.
 
-    `padding`: "SAME" or "VALID".
+    Args:
+      x: float32 `[I, Y, X, in]`.
+      kernel: of `transform`.
+      size: rows and columns of the kernel before the transformation.
+      padding: "SAME" or "VALID".
     """
     edge = [n - 1 if padding == "SAME" else 0 for n in size]
     found = [x.shape[1 + a] + edge[a] - size[a] + 1 for a in range(2)]  # outputs
@@ -80,7 +84,7 @@ def convolve(x: jax.Array, kernel: jax.Array, size: tuple[int, int], padding: st
     spare = [tiles[a] * OUTPUTS[size[a]] - found[a] for a in range(2)]
     x = jnp.pad(x, ((0, 0), *((edge[a] // 2, edge[a] - edge[a] // 2 + spare[a]) for a in range(2)), (0, 0)))
 
-    rows, columns = (_matrices(n) for n in size)  # an axis after the other: each point of rows has points of columns
+    rows, columns = (_matrices(n) for n in size)  # one axis after the other
     x = jnp.stack(_combine(rows.inputs, _tiled(x, 1, tiles[0], size[0])))
     x = jnp.stack(_combine(columns.inputs, _tiled(x, 3, tiles[1], size[1])), 1)
     products = jnp.matmul(
@@ -95,14 +99,14 @@ def convolve(x: jax.Array, kernel: jax.Array, size: tuple[int, int], padding: st
 
 
 def _tiled(x: jax.Array, axis: int, tiles: int, size: int) -> list[jax.Array]:
-    """The first entry of each tile along an axis, the second, ...; tiles overlap."""
+    """Returns the first entries of all tiles along an axis, the second entries, and so on. Tiles overlap."""
     m = OUTPUTS[size]
     last = m * (tiles - 1) + 1
     return [jax.lax.slice_in_dim(x, n, n + last, m, axis) for n in range(m + size - 1)]
 
 
 def _combine(matrix: np.ndarray, terms: Sequence[jax.Array]) -> list[jax.Array]:
-    """matrix @ terms, spelled out: most factors are 0, 1 or a power of two."""
+    """Returns matrix @ terms, written as sums: most factors are 0, 1 or a power of two."""
     return [
         functools.reduce(jnp.add, [x if f == 1 else x * np.float32(f) for f, x in zip(row, terms, strict=True) if f])
         for row in matrix
