@@ -8,7 +8,6 @@ they read and write (of a sliced operand the slice) and, of a TPU, the cycles th
 matrix products are left to cuBLAS, as autotuning, which needs the GPU, mostly does.
 """
 
-from flaxcap.models import decoder as decoder_lib
 import argparse
 import collections
 import math
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from flaxcap.input_pipeline.device_feed import Inputs
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
@@ -27,7 +27,6 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from flaxcap import config as config_lib
-from flaxcap.models import recurrent
 from flaxcap.training import losses
 from flaxcap.training import step as step_lib
 

@@ -49,10 +49,10 @@ class Data:
 
 @dataclasses.dataclass
 class Encoder:
-    weights: str = _field("imagenet", "imagenet (downloaded once), random, or the path of a Keras no-top .h5")
-    block: str = _field("mixed10", "InceptionV3 block that gives the features",
-                        tuple(f"mixed{n}" for n in range(11)))  # fmt: skip
-    image_size: int = _field(299, "pixels a side that pictures are resized to")
+    name: str = _field("inception_v3", "the image encoder")
+    weights: str = _field("imagenet", "imagenet (downloaded once), random, or the path of a file")
+    block: str = _field("", "the encoder's block that gives the features, such as mixed8; empty: the last")
+    image_size: int = _field(0, "pixels a side that images are resized to; 0: the encoder's own")
     dtype: str = _field("float32", "arithmetic of the encoder", ("float32", "bfloat16"))
     store_dtype: str = _field("bfloat16", "type of the stored features", ("float32", "bfloat16"))
     batch_size: int = _field(0, "images a forward pass; 0: for each device 2 on a CPU, where that is fastest, else 64")
@@ -94,8 +94,7 @@ class Dropout:
 
 @dataclasses.dataclass
 class Finetune:
-    block: str = _field("", "train the encoder too, from this block on; empty: features are read as prepared",
-                        ("", *(f"mixed{n}" for n in range(11))))  # fmt: skip
+    block: str = _field("", "train the encoder too, from this block on; empty: features are read as prepared")
     learning_rate: float = _field(1e-5, "of the encoder")
     flip: bool = _field(True, "mirror half of the pictures")
     crop: float = _field(0.8, "crop pictures at random, at most to this share of their sides")
@@ -198,7 +197,7 @@ def nearest(name: str, names: list[str]) -> str:
 _POSITIVE = {
     "data": ("vocab_size",),
     "data.shapes": ("num_train", "num_val"),
-    "encoder": ("image_size", "shard_images"),
+    "encoder": ("shard_images",),
     "model": ("image_dim", "embedding_dim", "attention_dim", "hidden_dim", "head_dim"),
     "train": (
         "batch_images", "captions_per_image", "learning_rate", "num_buckets", "steps_per_dispatch",
@@ -210,7 +209,7 @@ _POSITIVE = {
 _NOT_NEGATIVE = {
     "data": ("max_images", "max_captions"),
     "data.shapes": ("num_test",),
-    "encoder": ("batch_size",),
+    "encoder": ("batch_size", "image_size"),
     "train": (
         "epochs", "cider_epochs", "warmup_steps", "clip_norm", "microbatch_images", "checkpoint_every", "stop_after",
         "weight_decay", "doubly_stochastic", "hard_reward", "hard_entropy",

@@ -1,6 +1,5 @@
 """What a step minimises, of a small model and a batch with short and absent captions."""
 
-from flaxcap.models import decoder as decoder_lib
 import functools
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcap.config import Config, Dropout, Model, Train
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import objective
 from flaxcap.training.objective import Microbatch, StepContext, StepSums

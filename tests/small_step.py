@@ -1,6 +1,5 @@
 """Steps of a small model on made-up batches, on any number of devices."""
 
-from flaxcap.models import decoder as decoder_lib
 import dataclasses
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from flaxcap.config import Config, Dropout, Model, Train
 from flaxcap.input_pipeline.device_feed import Inputs
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import step as step_lib

@@ -1,7 +1,5 @@
 """`flaxcap bench decode`: captions of made-up features, a batch at a time and one image at a time."""
 
-from flaxcap.decoding import generate
-from flaxcap.models import decoder as decoder_lib
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +12,8 @@ from flaxcap.bench import synthetic
 from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.decoding import generate
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
+from flaxcap.models import output_layer
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END
 
@@ -25,7 +24,9 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
     source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, given.feature_dim, synthetic.vocabulary_size(config.data)))
+    bind, init = decoder_lib.create(
+        config, decoder_lib.Sizes(64, given.feature_dim, synthetic.vocabulary_size(config.data))
+    )
     params = jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
     # No caption ends before its last token: every run does the same work.
     endless = decoder_lib.with_output(bind, lambda weights: output_layer.exclude(weights, slice(END, END + 1)))

@@ -14,9 +14,8 @@ from etils import epath
 from PIL import Image
 
 from flaxcap.bench.base import Figures, Given, Work, rates
-from flaxcap.config import Config, ConfigError
-from flaxcap.encoders.inception_v3 import network as network_lib
-from flaxcap.encoders.inception_v3 import weights
+from flaxcap.config import Config
+from flaxcap.encoders import base as encoders
 from flaxcap.features import extract, store
 from flaxcap.images import decode
 
@@ -41,23 +40,19 @@ def picture(rng: np.random.Generator) -> bytes:
 @contextlib.contextmanager
 def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition writes a store of `steps` batches of features, then times the network and the decoding alone."""
-    encoder = config.encoder
-    try:
-        network_lib.check_size((1, encoder.image_size, encoder.image_size, 3), encoder.block)
-    except ValueError as e:
-        raise ConfigError(f"--config.encoder.image_size={encoder.image_size}: {e}") from e
+    encoder = encoders.make(config.encoder)
     rng = np.random.default_rng(config.seed)
     numbers = tqdm.trange(min(given.images, PICTURES), desc="pictures", disable=None)
     files = [picture(rng) for _ in numbers]
 
     def load(row: int) -> np.ndarray:
-        return decode.to_square(files[row % len(files)], encoder.image_size)
+        return decode.for_encoder(files[row % len(files)], encoder.preprocess)
 
-    batch, at_once = extract.batch_size(encoder), extract.batches_at_once()
+    batch, at_once = extract.batch_size(config.encoder), extract.batches_at_once()
     pixels_IYX3 = np.stack([load(row) for row in range(max(batch, MEASURED_ON))])
     sample = pixels_IYX3[:MEASURED_ON]
-    params, _ = weights.load("random", block=encoder.block, seed=encoder.seed, measure_on=sample)
-    encode = extract.make_encode(params, encoder, many=True)
+    params, _ = encoder.load("random", lambda: sample)
+    encode = extract.make_encode(encoder, params, config.encoder, many=True)
     begin = time.perf_counter()
     np.asarray(encode(pixels_IYX3[:batch]))
     compile_s = time.perf_counter() - begin
@@ -67,7 +62,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     def whole() -> Figures:
         count = given.steps * batch
         with tempfile.TemporaryDirectory(prefix="flaxcap-bench-") as folder:
-            split = store.Split(epath.Path(folder), count, encoder.shard_images)
+            split = store.Split(epath.Path(folder), count, config.encoder.shard_images)
             begin = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):  # it says its rate, and so do we
                 extract.extract(
@@ -77,7 +72,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
                     batch_size=batch,
                     at_once=at_once,
                     feature_dim=given.feature_dim,
-                    dtype=encoder.store_dtype,
+                    dtype=config.encoder.store_dtype,
                     num_workers=given.workers,
                     max_bad_fraction=0,
                     name="extract",

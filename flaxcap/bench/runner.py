@@ -16,7 +16,7 @@ from flaxcap import config as config_lib
 from flaxcap.bench import decode, extract, inputs, machine, score, train
 from flaxcap.bench.base import Figures, Given, Work, flat, medians
 from flaxcap.bench.baselines import Peer
-from flaxcap.encoders.inception_v3 import network
+from flaxcap.encoders import base as encoders
 from flaxcap.errors import UserError
 
 WORKS: dict[str, Callable[[config_lib.Config, Given], AbstractContextManager[Work]]] = {
@@ -52,7 +52,7 @@ def bench(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if out:
         _append(out, "")  # what cannot be written is told before anything is measured
-    given = Given(images, steps, warmup, workers, network.FEATURES[config.encoder.block])
+    given = Given(images, steps, warmup, workers, encoders.make(config.encoder).features)
     repetitions: list[Figures] = []
     peaks: list[dict[str, float]] = []
     with WORKS[what](config, given) as work:

@@ -1,6 +1,5 @@
 """`flaxcap bench train`: the trainer's own plan, feed and step, on made-up captions and features."""
 
-from flaxcap.models import decoder as decoder_lib
 import contextlib
 import time
 from collections.abc import Iterator
@@ -9,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxcap.bench import flops, synthetic
+from flaxcap.bench import synthetic
 from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.input_pipeline.device_feed import Feed
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import step as step_lib
 

@@ -1,89 +1,78 @@
-"""`flaxcap caption`: words for any picture, and a drawing of where the model looked."""
+"""`flaxcap caption`: captions of images, and attention plots."""
 
-from flaxcap.decoding import generate
-import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from etils import epath
 from PIL import Image
 
 from flaxcap import data
-from flaxcap.decoding import generate
-from flaxcap.features import extract
-from flaxcap.images import decode as decode_lib
-from flaxcap.images import fetch
-from flaxcap.inference import captioner as captioner_lib
+from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
+from flaxcap.inference.captioner import Captioned, Captioner, stem
+
+NamedImages = list[tuple[str, Callable[[], bytes]]]  # names, and functions that return the bytes of a file
 
 
-class Captioned(NamedTuple):
-    """A picture's caption, or why it has none."""
+class Line(NamedTuple):
+    """An image's caption, or the reason why it has none."""
 
     name: str
     caption: str = ""
     log_prob: float = 0.0  # nats, <end> included
-    plot: str = ""  # path of the attention picture
-    reason: str = ""  # of a picture that cannot be captioned
+    plot: str = ""  # path of the attention plot
+    reason: str = ""
 
 
 def caption(
-    captioner: captioner_lib.Captioner,
-    pictures: Iterable[tuple[str, Callable[[], bytes]]],
+    captioner: Captioner,
+    images: Iterable[tuple[str, Callable[[], bytes]]],
     *,
     plot_dir: epath.PathLike | None = None,
     seed: int = 0,
-) -> Iterator[Captioned]:
-    """Captions pictures, given as names and functions that get their bytes, in their order, a batch at a time.
+) -> Iterator[Line]:
+    """Yields the captions of images, in their order, a batch at a time.
 
-    With `plot_dir`, an attention picture of each is written there. A picture that cannot be read gets a reason.
+    Args:
+      captioner: a loaded captioner.
+      images: names, and functions that return the bytes of a file.
+      plot_dir: where attention plots are written; None: none are.
+      seed: of sampling.
     """
-    config = captioner.config
-    encode = extract.make_encode(captioner.encoder, config.encoder, many=False)
-    run = generate.Generator(captioner.binds, config.decode)
-    frozen = run.freeze(*captioner.all_params)
-    keys = (jax.random.fold_in(jax.random.key(seed), n) for n in itertools.count())
-    pictures = iter(pictures)
-    numbers = itertools.count()
-    batch_size = extract.batch_size(config.encoder)
-    while group := list(itertools.islice(pictures, batch_size)):
-        loaded = [_load(get, config.encoder.image_size, plot_dir is not None) for _, get in group]
-        good = [picture.pixels for picture in loaded if not isinstance(picture, str)]
-        found = None
-        if good:
-            # One shape for a full batch and one for a single picture: two compilations at most.
-            size = 1 if len(group) == 1 else batch_size
-            feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
-            found = jax.device_get(run(frozen, jax.device_put(feats_IPF, jax.local_devices()[0]), next(keys)))
-        place = 0
-        for (name, _), picture in zip(group, loaded, strict=True):
-            number = next(numbers)
-            if isinstance(picture, str) or found is None:
-                yield Captioned(name, reason=str(picture))
-                continue
-            text = captioner.vocabulary.decode(found.tokens_IT[place])
-            plot = ""
-            if plot_dir is not None and picture.shown is not None:
-                path = pathlib.Path(plot_dir) / f"{number:04d}-{_stem(name)}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                plots.attention_plot(Image.fromarray(picture.shown), text.split(), found.alpha_ITP[place], path)
-                plot = str(path)
-            yield Captioned(name, text, float(found.log_prob_I[place]), plot)
-            place += 1
+    images = list(images)
+    stream = captioner.stream((get for _, get in images), seed=seed)
+    for number, ((name, _), found) in enumerate(zip(images, stream, strict=True)):
+        if found.caption is None:
+            yield Line(name, reason=found.reason)
+            continue
+        plot = _plot(found, pathlib.Path(plot_dir) / f"{number:04d}-{stem(name)}.png") if plot_dir is not None else ""
+        yield Line(name, found.caption.text, found.caption.log_prob, plot)
 
 
-def from_sources(sources: list[str], *, private_urls: bool = False) -> list[tuple[str, Callable[[], bytes]]]:
-    """Pictures of paths, directories and addresses; `private_urls`: also of those that are not public."""
+def _plot(found: Captioned, file: pathlib.Path) -> str:
+    assert found.caption is not None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image: Any = found.image
+    words, attention = list(found.caption.words), found.caption.attention
+    plots.attention_plot(Image.fromarray(decode.to_thumbnail(image)), words, attention, file)
+    return str(file)
+
+
+def from_sources(sources: list[str], *, private_urls: bool = False) -> NamedImages:
+    """Returns the images of paths, directories and addresses. `private_urls`: also of addresses that are not public."""
     return [(name, lambda name=name: fetch.read(name, private=private_urls)) for name in fetch.names(sources)]
 
 
-def from_split(
-    captioner: captioner_lib.Captioner, data_dir: epath.PathLike, role: str, count: int
-) -> list[tuple[str, Callable[[], bytes]]]:
-    """The first `count` pictures of a split ("train", "val" or "test") of the data set the model was trained on."""
+def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count: int) -> NamedImages:
+    """Returns the first images of a split of the data set that the model was trained on.
+
+    Args:
+      captioner: of the model.
+      data_dir: where the data set is.
+      role: "train", "val" or "test".
+      count: at most so many images.
+    """
     config = captioner.config
     splits = data.roles(config)
     if role not in splits:
@@ -91,22 +80,3 @@ def from_split(
     examples = data.read(data.of_preset(config, data_dir), splits[role])
     some = [examples[n] for n in range(min(count, len(examples)))]
     return [(e.filename, lambda e=e: e.image) for e in some]
-
-
-class _Picture(NamedTuple):
-    pixels: np.ndarray  # as the encoder takes it
-    shown: np.ndarray | None  # in its own aspect, for the drawing
-
-
-def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | str:
-    """A picture, or why it cannot be had."""
-    try:
-        found = get()
-        return _Picture(decode_lib.to_square(found, size), decode_lib.to_thumbnail(found) if show else None)
-    except (decode_lib.ImageError, fetch.FetchError) as e:
-        return str(e)  # the exception itself would hold on to half-decoded pixels
-
-
-def _stem(name: str) -> str:
-    stem = pathlib.PurePosixPath(name.split("?", 1)[0]).stem
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:60] or "picture"

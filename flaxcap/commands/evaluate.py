@@ -1,6 +1,5 @@
 """`flaxcap evaluate`: free-running captions of a whole split, or anyone's captions of it, and their scores."""
 
-from flaxcap.decoding import generate
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,13 +12,11 @@ from absl import logging
 from etils import epath
 
 from flaxcap import data
-from flaxcap.commands import caption
 from flaxcap.config import Config
-from flaxcap.decoding import generate
 from flaxcap.features import store
 from flaxcap.features.store import Row
-from flaxcap.inference import captioner as captioner_lib
 from flaxcap.inference import coco_results
+from flaxcap.inference.captioner import Captioner
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import SPECIAL, words
 from flaxcap.training import step as step_lib
@@ -32,7 +29,7 @@ class Report(NamedTuple):
 
 
 def evaluate(
-    captioner: captioner_lib.Captioner,
+    captioner: Captioner,
     data_dir: epath.PathLike,
     split_name: str,
     out_dir: epath.PathLike,
@@ -55,10 +52,14 @@ def evaluate(
             found = _likelihood(captioner, split)
         present = split.present()
         rows = [split.rows[row] for row in present]
-        run = generate.Generator(captioner.binds, config.decode)
-        frozen = run.freeze(*captioner.all_params)
         texts, log_probs = validation.captions_of(
-            run, frozen, captioner.vocabulary, present, split.read, config.decode.batch_size, seed
+            captioner.generator,
+            captioner.frozen,
+            captioner.vocabulary,
+            present,
+            split.read,
+            config.decode.batch_size,
+            seed,
         )
     else:
         builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
@@ -116,7 +117,7 @@ def _report(
     return Report(found, missing)
 
 
-def _prepared(captioner: captioner_lib.Captioner, data_dir: epath.PathLike) -> store.Store | None:
+def _prepared(captioner: Captioner, data_dir: epath.PathLike) -> store.Store | None:
     """The finished store of the preset, if its features are those of the captioner's encoder."""
     path = store.path_for(data_dir, captioner.config)
     if not (path / "manifest.json").exists():
@@ -126,7 +127,7 @@ def _prepared(captioner: captioner_lib.Captioner, data_dir: epath.PathLike) -> s
     return prepared if made_by == captioner.about["encoder_sha256"] else None
 
 
-def _likelihood(captioner: captioner_lib.Captioner, split: store.Split) -> dict[str, float]:
+def _likelihood(captioner: Captioner, split: store.Split) -> dict[str, float]:
     config, mesh = captioner.config, sharding.make_mesh()
     plan, feed = validation.make_feed(config, split, captioner.vocabulary, mesh)
     eval_step = step_lib.make_eval_step(captioner.bind, mesh, config.train)
@@ -148,19 +149,18 @@ def _split(config: Config, role: str) -> str:
 
 
 def _of_pictures(
-    captioner: captioner_lib.Captioner, builder: tfds.core.DatasetBuilder, split_name: str, seed: int
+    captioner: Captioner, builder: tfds.core.DatasetBuilder, split_name: str, seed: int
 ) -> tuple[list[Row], list[str], list[float]]:
     """The images of a split that can be read, their captions, and these' log-probabilities."""
     examples = data.read(builder, _split(captioner.config, split_name))
-    pictures = [(f"{n}", lambda n=n: examples[n].image) for n in range(len(examples))]
     rows, texts, log_probs = [], [], []
-    captions = caption.caption(captioner, pictures, seed=seed)
-    for found in tqdm.tqdm(captions, "caption", len(pictures), unit=" images", disable=None):
-        example = examples[int(found.name)]
-        if found.reason:
+    stream = captioner.stream((lambda n=n: examples[n].image for n in range(len(examples))), seed=seed)
+    for number, found in enumerate(tqdm.tqdm(stream, "caption", len(examples), unit=" images", disable=None)):
+        example = examples[number]
+        if found.caption is None:
             logging.warning("%s: skipped: %s", example.filename, found.reason)
             continue
         rows.append(Row(example.image_id, example.filename, example.captions))
-        texts.append(found.caption)
-        log_probs.append(found.log_prob)
+        texts.append(found.caption.text)
+        log_probs.append(found.caption.log_prob)
     return rows, texts, log_probs

@@ -1,5 +1,6 @@
 """The command line: flags in, calls out. Nothing here is about captioning."""
 
+import dataclasses
 import errno
 import io
 import os
@@ -105,11 +106,11 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
     elif command == "verify":  # of a run alone: no preset is needed
         config = config_lib.Config()
     elif saved := getattr(given, "model", None) or getattr(given, "workdir", None):
-        from flaxcap.inference import captioner as captioner_lib
+        from flaxcap.inference import loading
 
         directory = saved if isinstance(saved, str) else saved[0]
         file = os.path.join(directory, "config.json")
-        config = captioner_lib.read_config(directory)
+        config = loading.read_config(directory)
     elif command == "bench":
         config = config_lib.Config()
     else:
@@ -234,9 +235,9 @@ def _caption(given: types.SimpleNamespace, config: config_lib.Config, sources: l
 
 
 def _export(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
-    from flaxcap.inference import captioner as captioner_lib
+    from flaxcap.inference import export
 
-    captioner_lib.write(_captioner(given, config), given.out)
+    export.write(_captioner(given, config), given.out)
     print(f"exported to {given.out}")
     return 0
 
@@ -275,16 +276,16 @@ def _bench(given: types.SimpleNamespace, config: config_lib.Config, what: list[s
 
 def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
     """The model of --model or --workdir; of its preset, what does not make the model may be overridden."""
-    from flaxcap.inference import captioner as captioner_lib
+    from flaxcap.inference import loading
 
     workdirs = [given.workdir] if isinstance(given.workdir, str) else given.workdir
-    captioner = captioner_lib.load_all(
+    captioner = loading.load_ensemble(
         workdirs=workdirs, model_dirs=getattr(given, "model", []), data_dir=given.data_dir
     )
     changed = presets.difference(captioner.config, config, _MODEL)
     if changed:
         raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
-    return captioner._replace(config=config)
+    return dataclasses.replace(captioner, config=config)
 
 
 _MODEL = (

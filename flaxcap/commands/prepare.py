@@ -14,13 +14,15 @@ from jax.experimental import multihost_utils
 from flaxcap import config as config_lib
 from flaxcap import data
 from flaxcap.config import ConfigError
-from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.encoders import base as encoders
+from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.store import Row, Store, StoreError
 from flaxcap.files import integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
+from flaxcap.images.preprocess import Preprocess
 from flaxcap.runtime import multihost
 from flaxcap.text.vocabulary import Vocabulary, words
 
@@ -57,7 +59,7 @@ def prepare(
         npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
         if any(store.split(role).unfinished() for role in store.roles):
             _check_space(store, config)
-            _extract(store, config, builder, npy_dir, num_workers, max_bad_fraction)
+            _extract(store, config, encoder, builder, npy_dir, num_workers, max_bad_fraction)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("extracted")
         for role in store.roles:
@@ -90,13 +92,13 @@ def _dataset(
 
 def _make_encoder(config: config_lib.Config, encoder_weights: str | None) -> ImageEncoder:
     """Returns the preset's encoder. Raises ConfigError if the preset and --encoder_weights contradict each other."""
-    encoder = config.encoder
-    if encoder_weights is not None and "random" in (encoder_weights, encoder.weights):
+    fields = config.encoder
+    if encoder_weights is not None and "random" in (encoder_weights, fields.weights):
         raise ConfigError(
-            f"--encoder_weights={encoder_weights} with --config.encoder.weights={encoder.weights}: expected a file in"
+            f"--encoder_weights={encoder_weights} with --config.encoder.weights={fields.weights}: expected a file in"
             " place of the published weights; random ones are asked for by --config.encoder.weights=random alone"
         )
-    return encoders.make(encoder)
+    return encoders.make(fields)
 
 
 def _describe(
@@ -167,7 +169,7 @@ def _check_same(
     # "imagenet" and "random" are in the store's name; which file it was only the manifest says.
     spec = encoder_weights or config.encoder.weights
     if npy_dir is None and spec not in ("imagenet", "random"):
-        _, found = weights.load(spec, block=config.encoder.block)
+        _, found = encoders.make(config.encoder).load(spec)
         if found != made_by["weights_sha256"]:
             by = made_by.get("imported_from") or f"weights {made_by['weights_sha256']}"
             raise StoreError(f"{path}: its features were made by {by}, not by {spec} ({found}); {anew}")
@@ -176,38 +178,39 @@ def _check_same(
 def _extract(
     store: Store,
     config: config_lib.Config,
+    encoder: ImageEncoder,
     builder: tfds.core.DatasetBuilder,
     npy_dir: epath.PathLike | None,
     num_workers: int,
     max_bad_fraction: float,
 ) -> None:
     """The features of every split that are not there yet."""
-    encoder = config.encoder
     if npy_dir is None:
-        encode = extract.make_encode(load_params(store.path / build.ENCODER), encoder, many=True)
+        params = load_params(store.path / build.ENCODER)
+        encode = extract.make_encode(encoder, params, config.encoder, many=True)
     for role in store.roles:
         split = store.split(role)
         if npy_dir is None:
             examples = data.read(builder, store.manifest["splits"][role]["split"])
-            load = functools.partial(_pixels, examples, encoder.image_size)
+            load = functools.partial(_pixels, examples, encoder.preprocess)
         else:
             load, encode = extract.npy_loader(epath.Path(npy_dir), split, store.feature_dim), np.asarray
         extract.extract(
             split,
             load,
             encode,
-            batch_size=extract.batch_size(encoder),
+            batch_size=extract.batch_size(config.encoder),
             at_once=extract.batches_at_once(),
             feature_dim=store.feature_dim,
-            dtype=encoder.store_dtype,
+            dtype=config.encoder.store_dtype,
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
             name=f"features of {role}",
         )
 
 
-def _pixels(examples: data.Split, image_size: int, row: int) -> np.ndarray:
-    return decode.to_square(examples[row].image, image_size)
+def _pixels(examples: data.Split, preprocess: Preprocess, row: int) -> np.ndarray:
+    return decode.for_encoder(examples[row].image, preprocess)
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:

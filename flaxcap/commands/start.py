@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from flaxcap import data, presets
@@ -10,7 +9,8 @@ from flaxcap.config import Config, ConfigError
 from flaxcap.features import store
 from flaxcap.files import integrity
 from flaxcap.files.params import check_shapes
-from flaxcap.inference import captioner
+from flaxcap.inference import loading
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.models import word_vectors
 from flaxcap.models.decoder import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
@@ -53,15 +53,22 @@ def stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_
     options = config.train.finetune
     if not options.block:
         return FEATURES
-    encoder = captioner.load_any(init_from, data_dir).encoder if init_from else captioner.encoder_of(prepared, config)
-    frozen, trained = finetune.split(encoder, options.block, config.encoder.block)
+    encoder, params, _ = loading.encoder_of(prepared, config)
+    if init_from:
+        params = loading.load(init_from, data_dir=data_dir).encoder_params
+    if options.block not in encoder.stages or params is None:
+        raise ConfigError(
+            f"--config.train.finetune.block={options.block}: expected one of {', '.join(encoder.stages) or 'none'},"
+            f" where the encoder {encoder.name} can be fine-tuned"
+        )
+    frozen, trained = encoder.split(params, options.block)
     builder = data.of_preset(config, data_dir)
     sources = {}
     for role in ("train", "val"):
         examples = data.read(builder, prepared.manifest["splits"][role]["split"])
         images = prepared.split(role).images
-        sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, config.encoder.image_size)
-    encode = finetune.make_encode(config.encoder, options)
+        sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, encoder.preprocess)
+    encode = finetune.make_encode(encoder, config.encoder, options)
     return Stage(sources, frozen, {ENCODER: trained}, encode)
 
 
@@ -79,7 +86,7 @@ def state(
         print(f"going on at step {int(state.step)}")
         return state, progress
     if init_from is not None:
-        params = captioner.load_any(init_from, data_dir).params
+        params = loading.load(init_from, data_dir=data_dir).params
         if ENCODER in fresh.params:  # already that of --init_from, see `stage`
             params = params | {ENCODER: fresh.params[ENCODER]}
         check_shapes(f"--init_from={init_from}", params, fresh.params)

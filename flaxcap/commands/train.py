@@ -1,7 +1,5 @@
 """`flaxcap train`: the loop. Everything it does to arrays is in train_step, everything it reads in feed."""
 
-from flaxcap.decoding import generate
-from flaxcap.models import decoder as decoder_lib
 import contextlib
 from collections.abc import Iterator
 
@@ -18,7 +16,7 @@ from flaxcap.features import store
 from flaxcap.files import locks
 from flaxcap.inference import plots
 from flaxcap.input_pipeline.batching import Plan
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import device_memory, multihost, sharding
 from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs, loop, self_critical, validation
@@ -94,7 +92,9 @@ def _train(
         f" {', '.join(map(str, plan.buckets))} tokens ({plan.padding:.0%} padding);"
         f" features {'on the device' if feed.resident else 'streamed'}; {mesh.size} devices"
     )
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary), prepared.positions_vary))
+    bind, init = decoder_lib.create(
+        config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary), prepared.positions_vary)
+    )
     schedule = step_lib.learning_rate(config.train, first_stage, last - first_stage)
     optimizer = step_lib.make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, stage.encode)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from flaxcap.config import Decode
+from flaxcap.config import Decode as DecodeConfig
 from flaxcap.decoding.beam_search import beam_search
 from flaxcap.decoding.sampling import one_by_one
 from flaxcap.decoding.step import Decoded, Frozen, Step, freeze
@@ -20,7 +20,7 @@ class Generator:
     Greedy decoding and beam search ignore the key.
     """
 
-    def __init__(self, binds: Bind | Sequence[Bind], config: Generator):
+    def __init__(self, binds: Bind | Sequence[Bind], config: DecodeConfig):
         """Prepares the programs.
 
         Args:
@@ -51,7 +51,7 @@ class Generator:
 
 
 def sample(
-    bind: Bind, params: Params, feats_IPF: jax.Array, config: Generator, keys_I: jax.Array, captions: int
+    bind: Bind, params: Params, feats_IPF: jax.Array, config: DecodeConfig, keys_I: jax.Array, captions: int
 ) -> jax.Array:
     """Returns `tokens_ICT`: captions sampled from each image's key. To be called inside `jax.jit`.
 

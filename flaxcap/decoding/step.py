@@ -48,9 +48,7 @@ class Step:
     `carries` is a tuple of pytrees whose leaves are `[I, K, ...]`; its users know no more of it.
     """
 
-    def __init__(
-        self, decoders: Sequence[CaptionDecoder], frozen: Sequence[Frozen], feats_IPF: jax.Array, length: int
-    ):
+    def __init__(self, decoders: Sequence[CaptionDecoder], frozen: Sequence[Frozen], feats_IPF: jax.Array, length: int):
         """Computes the memories of the images. `length`: most tokens of a caption."""
         self._decoders, self._frozen, self._length = decoders, frozen, length
         self._memories = [decoder.remember(feats_IPF) for decoder in decoders]

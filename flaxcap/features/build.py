@@ -10,15 +10,17 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap import data
-from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.encoders import base as encoders
+from flaxcap.encoders.base import Params
 from flaxcap.features import extract, store
 from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import Sum
 from flaxcap.files.params import save_params
 from flaxcap.images import decode
+from flaxcap.images.preprocess import Preprocess
 
-MEASURED_ON = 64  # pictures that a random encoder's batch norm is measured on
+SAMPLE_IMAGES = 64  # whose statistics the batch norms of random weights take
 ENCODER = "encoder"  # its directory
 
 
@@ -94,37 +96,42 @@ def _write_encoder(
     encoder_weights: str | None,
 ) -> tuple[int, dict]:
     """Keeps the encoder beside the features, so that new pictures meet the same one; F, and the manifest's words."""
-    encoder = config.encoder
-    described = {"preset": dataclasses.asdict(encoder), "preprocessing": decode.PREPROCESSING}
+    encoder = encoders.make(config.encoder)
+    described = {
+        "name": encoder.name,
+        "preset": dataclasses.asdict(config.encoder),
+        "preprocessing": decode.describe(encoder.preprocess),
+    }
     if npy_dir is not None:
         first = data.read(builder, config.data.train_split)[0]
         feats = extract.read_npy(epath.Path(npy_dir), first.filename)
         return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
     save_params(path / ENCODER, params)
-    return network.FEATURES[encoder.block], described | {"weights_sha256": digest}
+    return encoder.features, described | {"weights_sha256": digest}
 
 
 def read_encoder(
     config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
-) -> tuple[network.Params, str]:
-    """The preset's encoder, unfolded, and what it is known by."""
-    encoder = config.encoder
-    spec = encoder_weights or encoder.weights
-    examples = data.read(builder, config.data.train_split)
-    sample = _sample(examples, encoder.image_size) if spec == "random" else None
-    return weights.load(spec, block=encoder.block, seed=encoder.seed, measure_on=sample)
+) -> tuple[Params, str]:
+    """Returns the parameters of the preset's encoder, and their SHA-256."""
+    encoder = encoders.make(config.encoder)
+
+    def sample() -> np.ndarray:
+        return _sample(data.read(builder, config.data.train_split), encoder.preprocess)
+
+    return encoder.load(encoder_weights or config.encoder.weights, sample)
 
 
-def _sample(examples: data.Split, image_size: int) -> np.ndarray:
-    """The first readable pictures, uint8 [at most MEASURED_ON, size, size, 3]."""
+def _sample(examples: data.Split, preprocess: Preprocess) -> np.ndarray:
+    """Returns the first readable images, uint8 [at most SAMPLE_IMAGES, size, size, 3]."""
     found = []
     for example in examples:
         try:
-            found.append(decode.to_square(example.image, image_size))
+            found.append(decode.for_encoder(example.image, preprocess))
         except decode.ImageError:
             continue
-        if len(found) == MEASURED_ON:
+        if len(found) == SAMPLE_IMAGES:
             break
     if not found:
         raise StoreError(f"{examples.name}: none of its pictures can be read")

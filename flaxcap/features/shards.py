@@ -16,13 +16,12 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
 
 CAPTIONS, ARRAY = "captions.jsonl", "features/zarr.json"  # a split's files that are written once, below its directory
-POSITIONS = network.GRID**2
+POSITIONS = 64
 _AGAIN = "`flaxcap prepare` makes it anew"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from flaxcap import config as config_lib
+from flaxcap.encoders import base as encoders
 from flaxcap.features.shards import ARRAY, CAPTIONS, POSITIONS, Row, Skipped, Split, StoreError, write_rows
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, write_whole
@@ -57,7 +58,7 @@ def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
         encoder |= {"weights": "pretrained", "seed": 0}
     key = json.dumps([config.dataset, data, encoder], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    name = f"{config.dataset}-{config.encoder.block}-{encoder['weights']}-{digest}"
+    name = f"{config.dataset}-{encoders.make(config.encoder).name}-{encoder['weights']}-{digest}"
     return epath.Path(data_dir).expanduser() / "features" / name
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import io
 import math
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flaxcap.files import size_limits
 from flaxcap.images import headers
@@ -21,10 +22,10 @@ from flaxcap.images.preprocess import Preprocess
 # Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# What `to_square` and the encoder do to an image, for the store's manifest: other features would not match.
-PREPROCESSING = (
+# The decoding of an image, for the manifest of a store: features of another decoding would not match.
+DECODING = (
     "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored; large JPEG reduced;"
-    " Pillow bilinear with antialiasing to a square, aspect not kept; pixel / 127.5 - 1"
+    " Pillow's antialiased resize"
 )
 
 _UPRIGHT = {
@@ -77,9 +78,26 @@ def describe(preprocess: Preprocess) -> dict[str, Any]:
     return {"decoding": DECODING} | fields
 
 
-def for_encoder(data: bytes, preprocess: Preprocess) -> np.ndarray:
-    """Returns an image file's pixels as an encoder takes them, uint8 `[size, size, 3]`; see `to_square`."""
-    return to_square(data, preprocess.size, crop=preprocess.crop, resample=preprocess.resample)
+def for_encoder(image: bytes | Image.Image | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """Returns the pixels of an image as an encoder takes them, uint8 `[size, size, 3]`.
+
+    Args:
+      image: the bytes of a file (see `to_square`), a PIL image, or uint8 pixels [Y, X, 3], [Y, X, 4] or [Y, X].
+      preprocess: of the encoder.
+
+    Raises:
+      ImageError: the image cannot be read, or an array has another shape or dtype.
+    """
+    if isinstance(image, bytes):
+        return to_square(image, preprocess.size, crop=preprocess.crop, resample=preprocess.resample)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+            raise ImageError(f"found an array {image.dtype} {list(image.shape)}, expected uint8 [Y, X, 3] or [Y, X]")
+        image = Image.fromarray(image)
+    if not all(image.size):
+        raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
+    frame = _square(preprocess.size, preprocess.crop, *image.size)
+    return _resized(image, frame, frame.box, Image.Resampling[preprocess.resample.upper()])
 
 
 def to_square(
@@ -95,13 +113,8 @@ def to_square(
     unpacked. Memory: up to BYTES_A_PIXEL, and MAX_MEMORY (1.1 GB) for all threads together, beside at most 3 bytes
     for each byte of the files in their hands.
     """
-
-    def frame(width: int, height: int) -> _Frame:
-        side = crop * min(width, height)
-        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-        return _Frame(size, size, box if crop else (0.0, 0.0, width, height))
-
-    return _decode(data, max_pixels, frame, Image.Resampling[resample.upper()])
+    frame_of = functools.partial(_square, size, crop)
+    return _decode(data, max_pixels, frame_of, Image.Resampling[resample.upper()])
 
 
 def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -126,6 +139,13 @@ class _Frame(NamedTuple):
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the file
 
 
+def _square(size: int, crop: float, width: int, height: int) -> _Frame:
+    """Returns the frame of a square of `size` pixels a side: a centre crop, or all of the image if `crop` is 0."""
+    side = crop * min(width, height)
+    box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    return _Frame(size, size, box if crop else (0.0, 0.0, width, height))
+
+
 def _decode(
     data: bytes, max_pixels: int, frame_of: Callable[[int, int], _Frame], resample: Image.Resampling
 ) -> np.ndarray:
@@ -146,7 +166,7 @@ def _decode(
             whole = image.width * image.height
             left, top, right, bottom = frame.box
             scales = frame.width / (right - left), frame.height / (bottom - top)
-            drafted = image.draft(None, tuple(math.ceil(2 * n * s) for n, s in zip(full, scales, strict=True)))
+            drafted = image.draft(None, (math.ceil(2 * full[0] * scales[0]), math.ceil(2 * full[1] * scales[1])))
             # libjpeg keeps all coefficients until the last scan; of a single scan it keeps a few rows.
             kept = whole if scans > 1 or "progressive" in image.info else image.width * image.height
             # Closed, it gives its pixels back first: else they would count as free while somebody holds its error.
@@ -180,7 +200,7 @@ def _scaled(box: tuple, full: tuple[int, int], covered: tuple | None) -> tuple[f
 
 
 def _resized(
-    image: ImageFile.ImageFile, frame: _Frame, box: tuple[float, float, float, float] | None, resample: Image.Resampling
+    image: Image.Image, frame: _Frame, box: tuple[float, float, float, float] | None, resample: Image.Resampling
 ) -> np.ndarray:
     image.load()
     orientation = _orientation(image)

@@ -1,229 +1,164 @@
-"""A captioner at rest: loaded from a run or from an export, and written as one.
+"""A loaded captioner: images in, captions out."""
 
-An export is a directory that needs nothing else:
-
-    config.json  vocabulary.json  about.json   preset; words; where it comes from, preprocessing, checksums
-    decoder/  encoder/                         parameters alone (Orbax)
-"""
-
-from flaxcap.models import decoder as decoder_lib
-import json
+import dataclasses
+import functools
+import itertools
 import os
-import re
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
+from PIL import Image
 
-import flaxcap
-from flaxcap import config as config_lib
-from flaxcap import presets
-from flaxcap.encoders.inception_v3 import network, weights
-from flaxcap.errors import cut, quoted
-from flaxcap.features import store
-from flaxcap.files import integrity, size_limits
-from flaxcap.files.params import CheckpointError, load_params, save_params
-from flaxcap.images import decode
-from flaxcap.models import recurrent
-from flaxcap.models.decoder import ENCODER
+from flaxcap.config import Config
+from flaxcap.decoding.generate import Generator
+from flaxcap.encoders.base import ImageEncoder
+from flaxcap.encoders.base import Params as EncoderParams
+from flaxcap.errors import UserError
+from flaxcap.features import extract
+from flaxcap.images import decode, fetch
+from flaxcap.images.decode import ImageError
+from flaxcap.models.decoder import Bind, Params
 from flaxcap.text.vocabulary import Vocabulary
-from flaxcap.training import finetune
-from flaxcap.training.checkpoints import Checkpoints
 
-PARAMS = ("decoder", "encoder")  # directories of an export
-MAX_FEATURES = 1 << 16  # InceptionV3's are 2048 wide at most
+Source = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
-class Captioner(NamedTuple):
-    """Everything that turns a picture into words."""
+class Caption(NamedTuple):
+    """A caption of an image."""
 
-    config: config_lib.Config
+    text: str
+    words: tuple[str, ...]
+    log_prob: float  # nats, <end> included
+    attention: np.ndarray  # float32 [words, P]: attention weights of each word over the positions
+
+
+class Captioned(NamedTuple):
+    """An image that was read, with its caption; or the reason why it has none."""
+
+    image: bytes | Image.Image | np.ndarray | None
+    caption: Caption | None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Captioner:
+    """A decoder or an ensemble, with its vocabulary and image encoder. `flaxcap.load` returns one.
+
+    Programs are compiled at first use. A second call with the same shapes compiles nothing. `dataclasses.replace` gives
+    a captioner with other decoding fields.
+    """
+
+    config: Config
     vocabulary: Vocabulary
-    bind: Any  # see model.create
-    params: decoder_lib.Params
-    encoder: network.Params  # unfolded
-    about: dict
-    others: tuple["Captioner", ...] = ()  # that decide with it: an ensemble
+    bind: Bind
+    params: Params
+    encoder: ImageEncoder
+    encoder_params: EncoderParams | None  # None: the features were imported from an encoder that flaxcap does not have
+    about: dict  # where the captioner comes from, and checksums
+    others: tuple["Captioner", ...] = ()  # the other members of an ensemble
 
     @property
-    def binds(self) -> tuple[decoder_lib.Bind, ...]:
-        return (self.bind, *(other.bind for other in self.others))
+    def batch_size(self) -> int:
+        """The number of images that are captioned together."""
+        return extract.batch_size(self.config.encoder)
 
-    @property
-    def all_params(self) -> tuple[decoder_lib.Params, ...]:
-        return (self.params, *(other.params for other in self.others))
+    @functools.cached_property
+    def generator(self) -> Generator:
+        """The decoding programs of the preset's method."""
+        return Generator([self.bind, *(other.bind for other in self.others)], self.config.decode)
 
+    @functools.cached_property
+    def frozen(self) -> tuple:
+        """The parameters, prepared for `generator`."""
+        return self.generator.freeze(self.params, *(other.params for other in self.others))
 
-def load(
-    *,
-    workdir: epath.PathLike | None = None,
-    model_dir: epath.PathLike | None = None,
-    data_dir: epath.PathLike = "",
-) -> Captioner:
-    """The best checkpoint of a run, whose store is in `data_dir`, or an export. CheckpointError if it is not there."""
-    if model_dir is not None:
-        return _load_export(epath.Path(model_dir))
-    if workdir is None:
-        raise CheckpointError("no model is named: give --workdir=RUN or --model=EXPORT")
-    return _load_run(epath.Path(workdir), data_dir)
+    @functools.cached_property
+    def _encode(self) -> extract.Encode:
+        if self.encoder_params is None:
+            raise UserError(
+                f"the features of this model were imported ({self.about.get('imported_from')}); it captions prepared"
+                " features only, not images"
+            )
+        return extract.make_encode(self.encoder, self.encoder_params, self.config.encoder, many=False)
 
+    def caption(self, images: Source | Iterable[Source], *, seed: int = 0) -> Caption | list[Caption]:
+        """Captions an image, or several.
 
-def load_any(path: epath.PathLike, data_dir: epath.PathLike) -> Captioner:
-    """A run or an export."""
-    is_run = (epath.Path(path) / "checkpoints").exists()
-    return load(workdir=path, data_dir=data_dir) if is_run else load(model_dir=path)
+        Args:
+          images: an image, or an iterable of images. An image is a path, an http(s) address, the bytes of a file, a PIL
+            image, or a uint8 array [Y, X, 3] or [Y, X].
+          seed: of sampling.
 
+        Returns:
+          A `Caption` for one image, else a list of them.
 
-def encoder_of(prepared: store.Store, config: config_lib.Config) -> network.Params:
-    """The network, unfolded, that made a store's features."""
-    if (prepared.path / "encoder").exists():
-        return load_params(prepared.path / "encoder")
-    # Features made elsewhere: their encoder is taken to be the preset's.
-    return weights.load(config.encoder.weights, block=config.encoder.block)[0]
+        Raises:
+          UserError: an image cannot be read. The message names it.
+        """
+        one = isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray)
+        sources: list[Any] = [images] if one else list(images)  # pyright: ignore[reportArgumentType]
+        found = []
+        for source, captioned in zip(sources, self.stream(sources, seed=seed), strict=True):
+            if captioned.caption is None:
+                name = f"{source}: " if isinstance(source, str | os.PathLike) else f"image {len(found)}: "
+                raise UserError(name + captioned.reason.removeprefix(name))
+            found.append(captioned.caption)
+        return found[0] if one else found
 
+    def stream(self, images: Iterable[Source | Callable[[], bytes]], *, seed: int = 0) -> Iterator[Captioned]:
+        """Yields the caption of each image in order, or the reason why it cannot be read.
 
-def load_all(
-    *, workdirs: Sequence[epath.PathLike] = (), model_dirs: Sequence[epath.PathLike] = (), data_dir: epath.PathLike = ""
-) -> Captioner:
-    """One captioner of all these runs and exports. CheckpointError unless they share words and features."""
-    found = [load(model_dir=path) for path in model_dirs]
-    found += [load(workdir=path, data_dir=data_dir) for path in workdirs]
-    if not found:
-        return load()
-    first, *others = found
-    for path, other in zip([*model_dirs, *workdirs][1:], others, strict=True):
-        for name in ("vocabulary_sha256", "encoder_sha256", "feature_dim"):
-            if other.about.get(name) != first.about.get(name):
-                raise CheckpointError(
-                    f"{path}: cannot decide together with {[*model_dirs, *workdirs][0]}: its {name} is"
-                    f" {other.about.get(name)}, not {first.about.get(name)}"
-                )
-    return first._replace(others=tuple(others))
+        Args:
+          images: as in `caption`, or functions that return the bytes of a file.
+          seed: of sampling.
+        """
+        images = iter(images)
+        for number in itertools.count():
+            group = list(itertools.islice(images, self.batch_size))
+            if not group:
+                return
+            yield from self._caption_batch(group, jax.random.fold_in(jax.random.key(seed), number))
 
+    def _caption_batch(self, group: list, key: jax.Array) -> Iterator[Captioned]:
+        loaded = [self._load(source) for source in group]
+        good = [pixels for _, pixels in loaded if not isinstance(pixels, str)]
+        captions: Iterator[Caption] = iter(())
+        if good:
+            # One shape for a full batch and one for a single image: at most two compilations.
+            size = 1 if len(group) == 1 else self.batch_size
+            feats_IPF = self._encode(np.stack(good + good[-1:] * (size - len(good))))
+            feats_IPF = jax.device_put(feats_IPF, jax.local_devices()[0])
+            decoded = jax.device_get(self.generator(self.frozen, feats_IPF, key))
+            captions = iter([self._caption(*one) for one in zip(*decoded, strict=True)])
+        for image, pixels in loaded:
+            if isinstance(pixels, str):
+                yield Captioned(None, None, pixels)
+            else:
+                yield Captioned(image, next(captions))
 
-def read_config(directory: epath.PathLike) -> config_lib.Config:
-    """The preset saved in a run or an export. ConfigError if it cannot be used."""
-    file = epath.Path(directory) / "config.json"
-    if not file.exists():
-        raise CheckpointError(f"{directory}: no {file.name}: neither a run nor an export of flaxcap")
-    config = presets.load(str(file))
-    try:
-        return config_lib.check(config)
-    except config_lib.ConfigError as e:
-        raise config_lib.ConfigError(f"{file}: {e}") from e
+    def _caption(self, tokens_T: np.ndarray, log_prob: np.ndarray, alpha_TP: np.ndarray) -> Caption:
+        text = self.vocabulary.decode(tokens_T)
+        words = tuple(text.split())
+        return Caption(text, words, float(log_prob), alpha_TP[: len(words)])
 
-
-def _load_run(workdir: epath.Path, data_dir: epath.PathLike) -> Captioner:
-    config = read_config(workdir)
-    vocabulary = _vocabulary(workdir)
-    prepared = store.Store(store.path_for(data_dir, config))
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary), prepared.positions_vary))
-    checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
-    step = checkpoints.best_step
-    if step is None:
-        raise CheckpointError(f"{workdir}: no checkpoint yet; `flaxcap train` makes them")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    encoder = encoder_of(prepared, config)
-    like = jax.eval_shape(init, jax.random.key(0))
-    if first := config.train.finetune.block:
-        like[ENCODER] = finetune.split(encoder, first, config.encoder.block)[1]
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
-    params = checkpoints.restore_params(like, step)
-    checkpoints.close()
-    made_by = prepared.manifest["encoder"]["weights_sha256"]
-    if ENCODER in params:
-        encoder, params = finetune.whole(encoder, jax.device_get(params))
-        made_by = weights.digest(encoder)
-    about = {
-        "step": step,
-        "dataset": config.dataset,
-        "preprocessing": decode.PREPROCESSING,
-        "encoder_sha256": made_by,
-        "vocabulary_sha256": vocabulary.hash,
-        "feature_dim": prepared.feature_dim,
-        "flaxcap": flaxcap.__version__,
-    }
-    return Captioner(config, vocabulary, bind, params, encoder, about)
+    def _load(self, source: Source | Callable[[], bytes]) -> tuple[Any, np.ndarray | str]:
+        """Returns an image and its pixels, or the reason why there are none."""
+        try:
+            if callable(source):
+                image: Any = source()
+            elif isinstance(source, str | os.PathLike):
+                image = fetch.read(os.path.expanduser(os.fspath(source)))
+            else:
+                image = source
+            return image, decode.for_encoder(image, self.encoder.preprocess)
+        except (ImageError, fetch.FetchError) as e:
+            return None, str(e)  # the exception itself would keep half-decoded pixels in memory
 
 
-def _load_export(path: epath.Path) -> Captioner:
-    _check_files(path)
-    config = read_config(path)
-    vocabulary = _vocabulary(path)
-    file = path / "about.json"
-    try:
-        about = json.loads(size_limits.read(file, size_limits.PRESET))
-        feature_dim, files = int(about["feature_dim"]), dict(about["files"])
-        if not 0 < feature_dim <= MAX_FEATURES:
-            raise ValueError(f"feature_dim is {cut(str(feature_dim))}, expected 1 to {MAX_FEATURES}")
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise CheckpointError(f"{file}: cannot be read ({e!r})") from e
-    if about.get("preprocessing") != decode.PREPROCESSING:
-        raise CheckpointError(
-            f"{file}: trained with pictures prepared as {quoted(about.get('preprocessing'))}, this version"
-            f" prepares them as {decode.PREPROCESSING!r}"
-        )
-    if about.get("vocabulary_sha256") != vocabulary.hash:
-        raise CheckpointError(f"{path / 'vocabulary.json'}: not the vocabulary that the model was trained with")
-    for name, digest in files.items():
-        if (
-            not integrity.is_inside(name)
-            or not (path / name).exists()
-            or integrity.of_file(path / name).sha256 != digest
-        ):
-            raise CheckpointError(f"{path / name}: missing, or not as it was written; copy the export again")
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, feature_dim, len(vocabulary)))
-    decoder = _params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))
-    shapes = network.kernel_shapes(config.encoder.block).items()
-    norm = ("beta", "mean", "var")
-    layers = {name: {"kernel": np.empty(shape)} | {n: np.empty(shape[3]) for n in norm} for name, shape in shapes}
-    encoder = _params(path / "encoder", layers)
-    return Captioner(config, vocabulary, bind, decoder, encoder, about)
-
-
-def _params(path: epath.Path, expected: Any) -> Any:
-    """The parameters saved there. CheckpointError if their names or shapes are not the expected ones."""
-    return load_params(path, expected)
-
-
-def _check_files(path: epath.Path) -> None:
-    """CheckpointError if an export holds devices, links that lead out of it, or more than `limits.EXPORT`."""
-    if integrity.is_remote(path):
-        return
-    root, size = os.path.realpath(path), 0
-    for folder, _, names in os.walk(path):
-        for file in (os.path.join(folder, name) for name in names):
-            real = os.path.realpath(file)
-            if not os.path.isfile(real) or os.path.commonpath([root, real]) != root:
-                raise CheckpointError(f"{file}: found a link or a device, expected a file (`cp -rL` makes one)")
-            size += os.path.getsize(real)
-    if size > size_limits.EXPORT:
-        raise CheckpointError(f"{path}: found {size} bytes, expected at most {size_limits.EXPORT}")
-
-
-def _vocabulary(directory: epath.Path) -> Vocabulary:
-    file = directory / "vocabulary.json"
-    try:
-        return Vocabulary.from_json(size_limits.read(file, size_limits.VOCABULARY).decode(), str(file))
-    except (OSError, UnicodeDecodeError) as e:
-        raise CheckpointError(f"{file}: cannot be read ({e})") from e
-
-
-def write(captioner: Captioner, out: epath.PathLike) -> None:
-    """An export of one captioner. CheckpointError if `out` holds something already, but for an export cut off."""
-    path = epath.Path(out)
-    ours = re.compile(rf"\.?({'|'.join((*PARAMS, 'vocabulary', 'about'))})(\.json)?(\.part|\.orbax-checkpoint-tmp.*)?")
-    if path.exists() and (not path.is_dir() or not all(ours.fullmatch(file.name) for file in path.iterdir())):
-        raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
-    path.mkdir(parents=True, exist_ok=True)
-    for name, params in zip(PARAMS, (captioner.params, captioner.encoder), strict=True):
-        save_params(path / name, params)
-    # Each is the sum of all sums of its directory.
-    files = {name: integrity.of_file(path / name).sha256 for name in (f"{d}/{integrity.SUMS}" for d in PARAMS)}
-    about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
-    integrity.write_whole(path / "vocabulary.json", captioner.vocabulary.to_json())
-    integrity.write_whole(path / "about.json", about)
-    # Last: what has a config.json is whole.
-    integrity.write_whole(path / "config.json", presets.to_json(captioner.config))
+def stem(name: str) -> str:
+    """Returns a file name for what belongs to an image: letters, digits, - and _, at most 60."""
+    found = pathlib.PurePosixPath(name.split("?", 1)[0]).stem
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in found)[:60] or "image"

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Residuals = tuple[jax.Array | None, ...]
+Residuals = tuple[jax.Array, ...]
 
 # A bound on keys and queries, so that no product of two exponentials is 0 · ∞. Beyond it tanh of a key or query alone
 # is ±1 in float32, and a key and a query of opposite signs no longer cancel.
@@ -102,8 +102,6 @@ def _forward(
 
 def _backward(residuals: Residuals, d_alpha_ICP: jax.Array) -> tuple[jax.Array | None, ...]:
     exp_keys_IPA, score_A, query_ICA, alpha_ICP = residuals
-    assert exp_keys_IPA is not None
-    assert score_A is not None
     dtype = exp_keys_IPA.dtype
     d_scores_ICP = alpha_ICP * (d_alpha_ICP - (alpha_ICP * d_alpha_ICP).sum(-1, keepdims=True))
 

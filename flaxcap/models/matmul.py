@@ -20,9 +20,13 @@ def dot_general(dtype: str) -> Callable:
     return multiply
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     """Returns `x [..., X] @ kernel [X, Y]` of numbers rounded to `dtype`, summed in the dtype of x."""
+    return _product(x, kernel, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=x.dtype)
 
 
@@ -37,7 +41,7 @@ def _backward(dtype: str, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> 
     return d_x, kernel_gradient(x, d_y, dtype).astype(kernel.dtype)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x: jax.Array, d_y: jax.Array, dtype: str) -> jax.Array:

@@ -4,7 +4,6 @@ Show, Attend and Tell (Xu et al. 2015, arXiv:1502.03044), in the form of TensorF
 visual attention". tests/reference.py writes the same decoder for one caption and one token at a time.
 """
 
-from flaxcap.models.decoder import Params
 from typing import Any, NamedTuple
 
 import jax

@@ -4,7 +4,6 @@ Batch norm stays unfolded there, its statistics fixed; kernels and offsets are t
 are, folded. Pictures are flipped and cropped at random, on the device, each by a key of its own.
 """
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcap import config as config_lib
-from flaxcap.encoders.inception_v3 import network
+from flaxcap.encoders.base import ImageEncoder
+from flaxcap.encoders.base import Params as EncoderParams
 from flaxcap.images import decode
+from flaxcap.images.preprocess import Preprocess
 from flaxcap.input_pipeline.device_feed import Source
 from flaxcap.models.decoder import ENCODER, Params
 
@@ -38,35 +39,29 @@ FEATURES = Stage({}, None, {}, None)
 class Pictures:
     """A split's pictures as the encoder takes them; a `feed.Source`."""
 
-    def __init__(self, load: Callable[[int], bytes], count: int, size: int):
+    def __init__(self, load: Callable[[int], bytes], count: int, preprocess: Preprocess):
         """`load(row)`: the bytes of a picture."""
+        self._preprocess, size = preprocess, preprocess.size
         self.shape, self.dtype = (count, size, size, 3), np.dtype(np.uint8)
         self._load, self._pool = load, ThreadPoolExecutor(os.cpu_count(), "pictures")
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """uint8 [len(rows), size, size, 3]. ImageError for a picture that cannot be read."""
-        return np.stack(list(self._pool.map(lambda row: decode.to_square(self._load(int(row)), self.shape[1]), rows)))
+        pixels = self._pool.map(lambda row: decode.for_encoder(self._load(int(row)), self._preprocess), rows)
+        return np.stack(list(pixels))
 
 
-def split(encoder: network.Params, first: str, last: str) -> tuple[network.Params, network.Params]:
-    """Unfolded parameters -> those before block `first`, folded, and those from there up to `last`, unfolded."""
-    kept = set(network.kernels_before(first))
-    names = list(network.kernel_shapes(last))
-    frozen = network.fold({name: encoder[name] for name in names if name in kept})
-    return frozen, {name: encoder[name] for name in names if name not in kept}
+def make_encode(encoder: ImageEncoder, config: config_lib.Encoder, options: config_lib.Finetune) -> Encode:
+    """Returns `encode(params, frozen, images_IYX3, keys_I) -> feats_IPF`. Without keys the images are not augmented.
 
-
-def make_encode(config: config_lib.Encoder, options: config_lib.Finetune) -> Encode:
-    """`encode(params, frozen, images_IYX3, keys_I) -> feats_IPF`; no keys: the pictures as they are.
-
-    `params` of the whole model, whose `encoder` is trained.
+    `params` holds the trained layers under `ENCODER`, `frozen` those before.
     """
     dtype = jnp.dtype(config.dtype)
 
     def encode(params: Params, frozen: Params, images_IYX3: jax.Array, keys_I: jax.Array | None) -> jax.Array:
         if keys_I is not None:
             images_IYX3 = jax.vmap(lambda image, key: augment(image, key, options))(images_IYX3, keys_I)
-        return network.apply(frozen | params[ENCODER], images_IYX3, block=config.block, dtype=dtype)
+        return encoder.apply(frozen | params[ENCODER], images_IYX3, dtype)
 
     return encode
 
@@ -85,8 +80,8 @@ def augment(image_YX3: jax.Array, key: jax.Array, options: config_lib.Finetune) 
     return jnp.where(mirrored, image[:, ::-1], image)
 
 
-def whole(encoder: network.Params, params: Params) -> tuple[network.Params, Params]:
-    """The unfolded encoder with what was trained of it, and the decoder's own parameters."""
+def merge(encoder: EncoderParams, params: Params) -> tuple[EncoderParams, Params]:
+    """Returns the encoder with its trained layers, and the decoder's own parameters."""
     trained: Any = params.get(ENCODER, {})
     merged = {name: dict(trained.get(name, layer)) for name, layer in encoder.items()}
-    return merged, dict(itertools.filterfalse(lambda item: item[0] == ENCODER, params.items()))
+    return merged, {name: layer for name, layer in params.items() if name != ENCODER}

@@ -83,9 +83,7 @@ def objective(
     return total, _sums(found, microbatch)
 
 
-def _losses(
-    decoder: CaptionDecoder, states_TICS: jax.Array, microbatch: Microbatch, smoothing: float
-) -> losses.Losses:
+def _losses(decoder: CaptionDecoder, states_TICS: jax.Array, microbatch: Microbatch, smoothing: float) -> losses.Losses:
     # Time first, as the scan leaves the states: the targets are transposed, which are smaller.
     states_MS = states_TICS.reshape(-1, states_TICS.shape[-1])
     targets_TIC = jnp.moveaxis(microbatch.tokens_ICT[..., 1:], 2, 0)
@@ -98,7 +96,7 @@ def _sums(found: losses.Losses, microbatch: Microbatch) -> StepSums:
 
 
 def _unevenness(alpha_TICP: jax.Array, real_TIC: jax.Array) -> jax.Array:
-    """Returns sum_p (1 - sum_t alpha_tp)², summed over captions: doubly stochastic attention (Xu et al. 2015, eq. 14)."""
+    """Returns the sum of (1 - sum_t alpha_tp)²: doubly stochastic attention (Xu et al. 2015, equation 14)."""
     attention_ICP = (alpha_TICP * real_TIC[..., None]).sum(0)
     return (((1 - attention_ICP) ** 2).sum(-1) * real_TIC[0]).sum()
 

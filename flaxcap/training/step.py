@@ -164,7 +164,7 @@ def make_train_step(
         return jax.grad(of, has_aux=True)(params)
 
     gradients = _on_each_device(
-        mesh, config, compute, lambda given: (jax.tree.map(jnp.zeros_like, given[0]), objective_lib.nothing())
+        mesh, config, compute, lambda given: (jax.tree.map(jnp.zeros_like, given[0]), objective_lib.no_sums())
     )
 
     def step(state: TrainState, frozen: Any, *batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -224,13 +224,13 @@ def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Cal
             part = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, None))
         return objective_lib.evaluate(bind(params), part)
 
-    found = _on_each_device(mesh, config, compute, lambda _: objective_lib.nothing())
+    found = _on_each_device(mesh, config, compute, lambda _: objective_lib.no_sums())
 
     @functools.partial(jax.jit, compiler_options=encode and devices_lib.convolving())
     def eval_step(params: Params, inputs: Inputs) -> Sums:
         def body(j: jax.Array, total: StepSums) -> StepSums:
             return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, j)))
 
-        return jax.lax.fori_loop(0, inputs.count, body, objective_lib.nothing()).sums
+        return jax.lax.fori_loop(0, inputs.count, body, objective_lib.no_sums()).sums
 
     return eval_step

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from flaxcap.config import Config
-from flaxcap.decoding.generate import Generator, Frozen
+from flaxcap.decoding.generate import Frozen, Generator
 from flaxcap.features import store
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.input_pipeline.device_feed import Feed, Source

@@ -1,6 +1,5 @@
 """What benchmarks are made of: the corpus, the count of arithmetic, the machine's peak, pictures, sums."""
 
-from flaxcap.models import decoder as decoder_lib
 import io
 import math
 from typing import Any
@@ -13,7 +12,7 @@ from PIL import Image
 
 from flaxcap.bench import base, extract, flops, machine, synthetic
 from flaxcap.config import Config, Data, Model, Train
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.text.vocabulary import END, START
 
 

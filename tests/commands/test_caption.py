@@ -13,7 +13,8 @@ from trained import Trained
 
 from flaxcap.commands import caption
 from flaxcap.images import decode as decode_lib
-from flaxcap.inference import captioner as captioner_lib
+from flaxcap.inference import loading
+from flaxcap.inference.captioner import Captioner
 
 
 def png(seed: int, height: int = 120, width: int = 160) -> bytes:
@@ -32,13 +33,13 @@ def huge_png(side: int = 30_000) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def captioner(trained: Trained) -> captioner_lib.Captioner:
-    return captioner_lib.load(workdir=trained.workdir, data_dir=trained.data_dir)
+def captioner(trained: Trained) -> Captioner:
+    return loading.load_run(trained.workdir, trained.data_dir)
 
 
-def decoding(captioner: captioner_lib.Captioner, **changes) -> captioner_lib.Captioner:
+def decoding(captioner: Captioner, **changes) -> Captioner:
     decode = dataclasses.replace(captioner.config.decode, **changes)
-    return captioner._replace(config=dataclasses.replace(captioner.config, decode=decode))
+    return dataclasses.replace(captioner, config=dataclasses.replace(captioner.config, decode=decode))
 
 
 def pictures(count: int) -> list:
@@ -71,7 +72,7 @@ def test_only_bad_pictures(captioner):
 def test_batches_give_what_single_pictures_give(captioner):
     together = list(caption.caption(captioner, pictures(11)))  # a full batch of eight, and three of eight
     encoder = dataclasses.replace(captioner.config.encoder, batch_size=1)
-    single = captioner._replace(config=dataclasses.replace(captioner.config, encoder=encoder))
+    single = dataclasses.replace(captioner, config=dataclasses.replace(captioner.config, encoder=encoder))
     alone = list(caption.caption(single, pictures(11)))
     assert [f.name for f in together] == [name for name, _ in pictures(11)]
     assert [f.caption for f in together] == [f.caption for f in alone]
@@ -81,7 +82,7 @@ def test_batches_give_what_single_pictures_give(captioner):
     assert len({round(f.log_prob, 3) for f in together}) == 11
 
 
-def captions(captioner: captioner_lib.Captioner, seed: int = 0) -> list[tuple[str, float]]:
+def captions(captioner: Captioner, seed: int = 0) -> list[tuple[str, float]]:
     return [(f.caption, f.log_prob) for f in caption.caption(captioner, pictures(8), seed=seed)]
 
 

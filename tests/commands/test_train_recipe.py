@@ -1,6 +1,5 @@
 """What a recipe adds to the step: draws that no device changes, an average, a rate, weight decay, a baseline."""
 
-from flaxcap.models import decoder as decoder_lib
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from small_step import CONFIG, INIT, NOISY, F, V, assert_same, batch, changed, inputs_on, made, step_on
 
 from flaxcap.config import Dropout, Train
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.training import step as step_lib
 
@@ -55,7 +54,9 @@ def test_evaluation_draws_nothing():
     mesh = sharding.make_mesh(jax.devices()[:2])
     params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
     found = [
-        step_lib.make_eval_step(decoder_lib.create(c, decoder_lib.Sizes(64, F, V))[0], mesh, c.train)(params, inputs_on(mesh, *batch()))
+        step_lib.make_eval_step(decoder_lib.create(c, decoder_lib.Sizes(64, F, V))[0], mesh, c.train)(
+            params, inputs_on(mesh, *batch())
+        )
         for c in (CONFIG, NOISY)
     ]
     jax.tree.map(np.testing.assert_array_equal, *found)

@@ -1,7 +1,5 @@
 """Beam search against a plain one, against all captions there are, and against the model's own account of a caption."""
 
-from flaxcap.decoding import generate
-from flaxcap.models import decoder as decoder_lib
 import functools
 import itertools
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from flaxcap.config import Config, Decode, Model, Train
 from flaxcap.decoding import beam_search, generate
 from flaxcap.decoding.step import FIRST_WORD
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 

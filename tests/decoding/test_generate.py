@@ -1,8 +1,5 @@
 """Decoding goes through the same step as training; a batch is its images one by one."""
 
-from flaxcap.decoding import generate
-from flaxcap.decoding import generate
-from flaxcap.models import decoder as decoder_lib
 import functools
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 
 from flaxcap.config import Config, Decode, Model
 from flaxcap.decoding import generate, sampling
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 
@@ -181,7 +178,9 @@ def test_drawn_words_lie_in_the_nucleus_and_follow_its_probabilities(params, tem
 
 # Ensembles
 
-OTHER_BIND, OTHER_INIT = decoder_lib.create(Config(model=Model(**SIZES | {"hidden_dim": 5, "cell": "lstm", "output": "deep"})), decoder_lib.Sizes(64, F, V))
+OTHER_BIND, OTHER_INIT = decoder_lib.create(
+    Config(model=Model(**SIZES | {"hidden_dim": 5, "cell": "lstm", "output": "deep"})), decoder_lib.Sizes(64, F, V)
+)
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED, {"method": "beam", "beam_width": 3}])

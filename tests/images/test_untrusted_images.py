@@ -23,7 +23,7 @@ from flaxcap.config import Config, Data, Encoder
 from flaxcap.files import size_limits
 from flaxcap.images import decode, headers
 from flaxcap.images.decode import ImageError
-from flaxcap.inference import captioner as captioner_lib
+from flaxcap.inference import loading
 
 
 @pytest.mark.parametrize("name", sorted(torture_images.sound()))
@@ -70,7 +70,7 @@ def test_broken_pictures_get_features_and_captions_or_reasons(trained: Trained, 
     assert not [name for name in skipped if "-none-" in name]
     assert np.isfinite(split.read(split.present()).astype(np.float32)).all()
 
-    captioner = captioner_lib.load(workdir=trained.workdir, data_dir=trained.data_dir)
+    captioner = loading.load_run(trained.workdir, trained.data_dir)
     sources = caption.from_sources([str(tmp_path / name) for name in files])
     found = {f.name.rpartition("/")[2]: f for f in caption.caption(captioner, sources)}
     assert {name for name, f in found.items() if f.caption} == present

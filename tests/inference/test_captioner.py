@@ -1,6 +1,5 @@
 """An export is all that a captioner needs, and a damaged one is refused by name."""
 
-from flaxcap.decoding import generate
 import ast
 import dataclasses
 import json
@@ -20,20 +19,21 @@ from flaxcap import presets
 from flaxcap.decoding import generate
 from flaxcap.errors import UserError
 from flaxcap.files.params import CheckpointError, load_params
-from flaxcap.inference import captioner as captioner_lib
+from flaxcap.inference import export, loading
+from flaxcap.inference.captioner import Captioner
 from flaxcap.text.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
-def captioner(trained: Trained) -> captioner_lib.Captioner:
-    return captioner_lib.load(workdir=trained.workdir, data_dir=trained.data_dir)
+def captioner(trained: Trained) -> Captioner:
+    return loading.load_run(trained.workdir, trained.data_dir)
 
 
 @pytest.fixture(scope="module")
 def exported(captioner, tmp_path_factory) -> pathlib.Path:
     """An export, only to be read."""
     path = tmp_path_factory.mktemp("export") / "made" / "here"
-    captioner_lib.write(captioner, path)
+    export.write(captioner, path)
     return path
 
 
@@ -53,7 +53,7 @@ def equal(a, b) -> bool:
 
 
 def test_what_is_written_comes_back_to_the_bit(captioner, exported):
-    found = captioner_lib.load(model_dir=exported)
+    found = loading.load_export(exported)
     assert equal(found.params, jax.device_get(captioner.params))
     assert equal(found.encoder, captioner.encoder)
     assert found.config == captioner.config
@@ -133,13 +133,13 @@ def test_nothing_is_written_over(there, captioner, tmp_path, copy):
         out.write_text("mine")
     before = {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()}
     with pytest.raises(CheckpointError, match=f"--out={out}: not empty; an export goes to a new directory"):
-        captioner_lib.write(captioner, out)
+        export.write(captioner, out)
     assert {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()} == before
 
 
 def test_an_empty_directory_will_do(captioner, tmp_path):
-    captioner_lib.write(captioner, tmp_path)
-    assert captioner_lib.load(model_dir=tmp_path).about["step"] == captioner.about["step"]
+    export.write(captioner, tmp_path)
+    assert loading.load_export(tmp_path).about["step"] == captioner.about["step"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "about.json", "decoder", "encoder"])
@@ -155,7 +155,7 @@ def test_a_damaged_part_is_named(copy, name, damage):
         if damage == "missing":
             file.unlink()
     with pytest.raises(UserError) as error:
-        captioner_lib.load(model_dir=copy)
+        loading.load_export(copy)
     assert str(error.value).startswith(str(copy))
     assert name in str(error.value)
     if damage == "missing":
@@ -170,9 +170,9 @@ def test_a_flipped_bit_in_any_file_of_parameters_is_seen(copy):
         file.write_bytes(whole[:middle] + bytes([*(b ^ 1 for b in whole[middle : middle + 1])]) + whole[middle + 1 :])
         if whole:
             with pytest.raises(CheckpointError, match=f"{file.name}: (damaged|missing, or not as it was written)"):
-                captioner_lib.load(model_dir=copy)
+                loading.load_export(copy)
         file.write_bytes(whole)
-    captioner_lib.load(model_dir=copy)
+    loading.load_export(copy)
 
 
 def test_another_vocabulary_is_refused(copy):
@@ -181,10 +181,10 @@ def test_another_vocabulary_is_refused(copy):
     words[-1], words[-2] = words[-2], words[-1]
     file.write_text(Vocabulary(words).to_json())
     with pytest.raises(CheckpointError, match=r"vocabulary\.json: not the vocabulary that the model was trained with"):
-        captioner_lib.load(model_dir=copy)
+        loading.load_export(copy)
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"vocabulary\.json"):
-        captioner_lib.load(model_dir=copy)
+        loading.load_export(copy)
 
 
 def test_a_config_of_another_model_is_refused(copy):
@@ -211,19 +211,19 @@ def test_a_config_of_another_model_is_refused(copy):
         tree[group][field] = value
         file.write_text(json.dumps(tree))
         with pytest.raises(UserError, match=message):
-            captioner_lib.load(model_dir=copy)
+            loading.load_export(copy)
 
 
 def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
     params = jax.device_get(captioner.params) | {"head": {"bias": np.zeros(32), "kernel": np.zeros((32, 31))}}
-    captioner_lib.write(captioner._replace(params=params), tmp_path / "a")
+    export.write(dataclasses.replace(captioner, params=params), tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"1 param.*head/kernel has shape \(32, 31\), expected \(32, 32\)"):
-        captioner_lib.load(model_dir=tmp_path / "a")
+        loading.load_export(tmp_path / "a")
     name = next(iter(captioner.encoder))
     encoder = {k: v for k, v in captioner.encoder.items() if k != name}
-    captioner_lib.write(captioner._replace(encoder=encoder), tmp_path / "b")
+    export.write(dataclasses.replace(captioner, encoder=encoder), tmp_path / "b")
     with pytest.raises(CheckpointError, match=rf"encoder: 4 parameters .*: {name}/beta has shape none"):
-        captioner_lib.load(model_dir=tmp_path / "b")
+        loading.load_export(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -239,18 +239,18 @@ def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
 def test_another_preprocessing_or_origin_is_refused(copy, changes, message):
     edit(copy / "about.json", **changes)
     with pytest.raises(CheckpointError, match=message):
-        captioner_lib.load(model_dir=copy)
+        loading.load_export(copy)
 
 
 def test_what_is_no_model_is_named(tmp_path, trained: Trained):
     with pytest.raises(CheckpointError, match="no model is named: give --workdir=RUN or --model=EXPORT"):
-        captioner_lib.load()
+        loading.load_ensemble()
     for place in ({"workdir": tmp_path}, {"model_dir": tmp_path / "nothere"}):
         with pytest.raises(CheckpointError, match=r"no config\.json: neither a run nor an export"):
             captioner_lib.load(**place)
     shutil.copy(trained.workdir / "config.json", tmp_path)
     shutil.copy(trained.workdir / "vocabulary.json", tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` makes them"):
-        captioner_lib.load(workdir=tmp_path, data_dir=trained.data_dir)
+        loading.load_run(tmp_path, trained.data_dir)
     with pytest.raises(CheckpointError, match="nothere: no parameters"):
         load_params(tmp_path / "nothere")

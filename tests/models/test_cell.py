@@ -72,7 +72,7 @@ def fast(
 ) -> Seen:
     """Hidden states [T, I, C, H], attention weights [T, I, C, P] and what was seen [T, I, C, E]."""
     cell = nnx.merge(graph, nnx.State(weights))
-    return unroll(cell, Memory(values_IPE, attention.grow(keys_IPA)), carry, words_TICG, noise)
+    return unroll(cell, Memory(values_IPE, attention.exp_keys(keys_IPA)), carry, words_TICG, noise)
 
 
 def stepwise(
@@ -89,7 +89,7 @@ def stepwise(
     found = []
     for t, word_ICG in enumerate(words_TICG):
         drawn = jax.tree.map(lambda x, t=t: x[t], (noise.alpha_TICP, noise.gumbel_TICP))
-        memory = Memory(values_IPE, attention.grow(keys_IPA))
+        memory = Memory(values_IPE, attention.exp_keys(keys_IPA))
         carry, alpha_ICP, context_ICE = cell(memory, carry, word_ICG, noise.at(drawn))
         found.append(Seen(carry.hidden_ICH, alpha_ICP, context_ICE))
     return jax.tree.map(lambda *x: jnp.stack(x), *found)
@@ -209,7 +209,7 @@ def test_no_gradient_of_a_large_kernel_is_summed_inside_a_scan():
 
     def scanned(graph, weights, keys_IPA, values_IPE, carry, words_TICG):
         """The loop as a scan that JAX differentiates."""
-        memory = Memory(values_IPE, attention.grow(keys_IPA))
+        memory = Memory(values_IPE, attention.exp_keys(keys_IPA))
 
         def body(carry, word_ICG):
             carry, alpha_ICP, _ = nnx.merge(graph, nnx.State(weights))(memory, carry, word_ICG)

@@ -118,7 +118,7 @@ def test_the_entropy_of_the_weights_is_rewarded():
 
 def _hidden(captioner: recurrent.Captioner, part: Microbatch) -> Dropped:
     """What `objective` draws at the start of its run."""
-    keys_I = jax.vmap(lambda i: jax.random.fold_in(at().key, i))(part.place_I)
+    keys_I = jax.vmap(lambda i: jax.random.fold_in(at().key, i))(part.index_I)
     return dropout.dropped(captioner, keys_I, C, T - 1, P, Dropout())
 
 

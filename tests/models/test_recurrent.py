@@ -1,6 +1,5 @@
 """The decoder against a plain reference, and what teacher forcing must and must not see."""
 
-from flaxcap.models import decoder as decoder_lib
 import dataclasses
 import functools
 from typing import Any
@@ -13,7 +12,8 @@ import reference
 from jax.test_util import check_grads
 
 from flaxcap.config import Config, Model
-from flaxcap.models import output_layer, recurrent
+from flaxcap.models import decoder as decoder_lib
+from flaxcap.models import output_layer
 from flaxcap.text.vocabulary import START
 
 F, V, P = 12, 30, 64

@@ -1,6 +1,5 @@
 """Word vectors of a text file become the embedding's first rows; a bad file is named with its line."""
 
-from flaxcap.models import decoder as decoder_lib
 import pathlib
 
 import jax
@@ -9,7 +8,8 @@ import pytest
 from tiny_store import tiny_config, write_store
 
 from flaxcap.commands import train
-from flaxcap.models import recurrent, word_vectors
+from flaxcap.models import decoder as decoder_lib
+from flaxcap.models import word_vectors
 from flaxcap.models.word_vectors import EmbeddingsError
 from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 from flaxcap.training.checkpoints import Checkpoints

@@ -1,6 +1,5 @@
 """The trainer's loss and gradients, fast as they are, are those of the plain model of tests/reference.py."""
 
-from flaxcap.models import decoder as decoder_lib
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -12,7 +11,7 @@ import reference
 from hypothesis import strategies as st
 
 from flaxcap.config import Config, Model, Train
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import objective
 from flaxcap.training.objective import Microbatch, StepContext

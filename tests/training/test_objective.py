@@ -10,7 +10,7 @@ from small_objective import C, F, I, P, T, V, assert_near, at, batch, largest_di
 
 from flaxcap.config import Dropout
 from flaxcap.models import dropout
-from flaxcap.models.recurrent import NOTHING_DROPPED, Dropped
+from flaxcap.models.recurrent import NO_NOISE, Dropped
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 from flaxcap.training import objective
 from flaxcap.training.objective import Microbatch
@@ -87,11 +87,9 @@ def _schedule(bind: Any, params: Any, part: Microbatch, share: Any, keys_I: Any,
     return objective._scheduled(bind(params), part, hidden, keys_I, share)
 
 
-def schedule(
-    bind: Any, params: Any, part: Microbatch, share: float, seed: int = 0, hidden: Dropped = NOTHING_DROPPED
-) -> Any:
+def schedule(bind: Any, params: Any, part: Microbatch, share: float, seed: int = 0, hidden: Dropped = NO_NOISE) -> Any:
     """The tokens that the model is given."""
-    keys_I = jax.random.split(jax.random.key(seed), len(part.place_I))
+    keys_I = jax.random.split(jax.random.key(seed), len(part.index_I))
     return np.array(_schedule(bind, params, part, jnp.float32(share), keys_I, hidden))
 
 
@@ -174,8 +172,8 @@ def test_no_gradient_flows_through_what_is_drawn():
     bind, params = made()
     part = batch()
     moment = at()
-    keys_I = jax.vmap(lambda i: jax.random.fold_in(moment.key, i))(part.place_I)
-    given_ICT = objective._scheduled(bind(params), part, NOTHING_DROPPED, keys_I, jnp.float32(0.6))
+    keys_I = jax.vmap(lambda i: jax.random.fold_in(moment.key, i))(part.index_I)
+    given_ICT = objective._scheduled(bind(params), part, NO_NOISE, keys_I, jnp.float32(0.6))
     assert 0.2 < (given_ICT != part.tokens_ICT[..., :-1]).mean() < 0.6
 
     def plain(params: Any) -> jax.Array:

@@ -1,6 +1,5 @@
 """Self-critical training: captions that the model draws, weighed by their worth, teach it to draw better ones."""
 
-from flaxcap.models import decoder as decoder_lib
 import dataclasses
 import pathlib
 from typing import Any
@@ -14,7 +13,7 @@ from flaxcap.config import Config, Dropout
 from flaxcap.features.store import Split, Store
 from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.metrics import scorer as scorer_lib
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import self_critical, validation
@@ -40,7 +39,9 @@ class Run:
         self.captions = [row.captions for row in self.split.rows]
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
         self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
-        bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary)))
+        bind, init = decoder_lib.create(
+            config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary))
+        )
         schedule = step_lib.learning_rate(config.train, 10)
         optimizer = step_lib.make_optimizer(config.train)
         self.state = step_lib.init_state(init, optimizer, 0, self.mesh)

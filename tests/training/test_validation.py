@@ -1,7 +1,5 @@
 """What a run measures of itself: the captions that its model makes of a split, and what they are worth."""
 
-from flaxcap.decoding import generate
-from flaxcap.models import decoder as decoder_lib
 import pathlib
 from typing import Any
 
@@ -14,7 +12,7 @@ from flaxcap.config import Decode
 from flaxcap.decoding import generate
 from flaxcap.features.store import Skipped, Split, Store
 from flaxcap.metrics import scorer
-from flaxcap.models import recurrent
+from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import step as step_lib
@@ -41,7 +39,9 @@ class Captioner:
     def __init__(self, prepared: Store, **options: Any):
         self.split: Split = prepared.split("train")
         self.vocabulary: Vocabulary = prepared.vocabulary()
-        self.bind, init = decoder_lib.create(CONFIG, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary)))
+        self.bind, init = decoder_lib.create(
+            CONFIG, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary))
+        )
         rng = np.random.default_rng(2)
         shapes = jax.eval_shape(init, jax.random.key(0))
         params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
@@ -107,7 +107,9 @@ def test_validation_counts_every_caption_once_whatever_the_batch(tmp_path):
     vocabulary, split = prepared.vocabulary(), prepared.split("val")
     captions = [text for row in split.rows for text in row.captions]
     tokens = sum(len(vocabulary.encode(text, config.data.max_length)) - 1 for text in captions)
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary)))
+    bind, init = decoder_lib.create(
+        config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(vocabulary))
+    )
     found = []
     for images, captions_per_image in ((8, 1), (8, 5), (32, 2)):
         config = tiny_config(batch_images=images, captions_per_image=captions_per_image)

@@ -1,6 +1,6 @@
 """InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567) as Keras builds it, in plain JAX, without the classifier.
 
-The table `NETWORK` is the architecture. A path is a list of steps. A step is a convolution (with batch norm and relu), a
+The table `NETWORK` is the architecture. A path is a list of steps. A step is a convolution with batch norm and relu, a
 maximum, or a tuple of paths that share their input and are concatenated. Convolutions are numbered `conv2d_1` to
 `conv2d_94` in the table's order, which is Keras's.
 
@@ -220,7 +220,7 @@ def _convolve(x: jax.Array, layer: Mapping[str, Any], conv: Conv) -> jax.Array:
 
 
 def _run(params: Mapping, x: jax.Array, block: str, batch_norm: Callable) -> jax.Array:
-    """Returns the output of `block`, `[I, y, x, F]`. `batch_norm(name, x)` stands between a convolution and its relu."""
+    """Returns the output of `block`, `[I, y, x, F]`. `batch_norm(name, x)` precedes the relu of a convolution."""
 
     def on_conv(name: str, conv: Conv, x: jax.Array) -> jax.Array:
         x = _convolve(x, params[name], conv)

@@ -1,0 +1,45 @@
+"""Exports: a captioner in a directory that needs nothing else.
+
+config.json  vocabulary.json  about.json   preset; words; origin, preprocessing, checksums
+decoder/  encoder/                         parameters (Orbax)
+"""
+
+import json
+import re
+
+from etils import epath
+
+from flaxcap import presets
+from flaxcap.files import integrity
+from flaxcap.files.params import CheckpointError, save_params
+from flaxcap.inference.captioner import Captioner
+
+PARAMS = ("decoder", "encoder")  # directories of an export
+
+
+def write(captioner: Captioner, out: epath.PathLike) -> None:
+    """Writes an export. An ensemble's other members are left out.
+
+    Args:
+      captioner: what to export.
+      out: a new directory, or one that holds an interrupted export.
+
+    Raises:
+      CheckpointError: `out` holds something else, or cannot be written.
+    """
+    path = epath.Path(out)
+    ours = re.compile(rf"\.?({'|'.join((*PARAMS, 'vocabulary', 'about'))})(\.json)?(\.part|\.orbax-checkpoint-tmp.*)?")
+    if path.exists() and (not path.is_dir() or not all(ours.fullmatch(file.name) for file in path.iterdir())):
+        raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
+    path.mkdir(parents=True, exist_ok=True)
+    trees = zip(PARAMS, (captioner.params, captioner.encoder_params), strict=True)
+    saved = [name for name, params in trees if params is not None]
+    for name in saved:
+        save_params(path / name, captioner.params if name == "decoder" else captioner.encoder_params)
+    # Each is the checksum of all checksums of its directory.
+    files = {name: integrity.of_file(path / name).sha256 for name in (f"{d}/{integrity.SUMS}" for d in saved)}
+    about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
+    integrity.write_whole(path / "vocabulary.json", captioner.vocabulary.to_json())
+    integrity.write_whole(path / "about.json", about)
+    # The last file: an export with a config.json is complete.
+    integrity.write_whole(path / "config.json", presets.to_json(captioner.config))
