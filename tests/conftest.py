@@ -30,25 +30,25 @@ hypothesis.settings.register_profile("flaxcap", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("flaxcap")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+
+
+def _from_environment(name: str, what: str) -> pathlib.Path:
+    """Returns the path that an environment variable names. Skips the test where it names none."""
+    if name not in os.environ:
+        pytest.skip(f"no {what}: set {name} to run this test")
+    return pathlib.Path(os.environ[name])
 
 
 @pytest.fixture(scope="session")
 def flickr_dir() -> pathlib.Path:
-    """Real photographs with captions: Flickr8k's train and dev splits, where they are at hand."""
-    path = SHARED / "flickr8k"
-    if not path.is_dir():
-        pytest.skip(f"no real photographs at {path}")
-    return path
+    """A directory with Flickr8k's photographs, captions, and train and dev splits."""
+    return _from_environment("FLAXCAP_TEST_PHOTOS", "real photographs (Flickr8k's directory)")
 
 
 @pytest.fixture(scope="session")
 def inception_h5() -> pathlib.Path:
-    """Real InceptionV3 weights in the layout of Keras's no-top file, where they are at hand."""
-    path = SHARED / "weights" / "inception_v3_tf2015_notop.h5"
-    if not path.is_file():
-        pytest.skip(f"no real weights at {path}")
-    return path
+    """Trained InceptionV3 weights in the layout of Keras's no-top file."""
+    return _from_environment("FLAXCAP_TEST_WEIGHTS", "trained InceptionV3 weights (Keras's no-top .h5)")
 
 
 @pytest.fixture(scope="session")
