@@ -17,7 +17,7 @@ from flaxcap.models import attention, hard_attention, matmul
 
 
 class Memory(NamedTuple):
-    """What all captions of an image share."""
+    """The part of an image's computation that all its captions share."""
 
     values_IPD: jax.Array
     exp_keys_IPA: jax.Array  # only `attention.attend` may read it
@@ -32,7 +32,7 @@ class Carry(NamedTuple):
 
 
 class StepNoise(NamedTuple):
-    """What training draws for one token; None: nothing. Masks hold 0 or 1 / (1 - share)."""
+    """Random draws of training for one token; None: no draw. Masks hold 0 or 1 / (1 - share)."""
 
     hidden_ICH: jax.Array | None = None  # mask of the state that enters the recurrent product
     alpha_ICP: jax.Array | None = None  # mask of the attention weights
@@ -41,7 +41,7 @@ class StepNoise(NamedTuple):
 
 
 class CellNoise(NamedTuple):
-    """What training draws for all tokens. `hidden_ICH` is the same at every token (arXiv:1512.05287)."""
+    """Random draws of training for all tokens. `hidden_ICH` is the same at every token (arXiv:1512.05287)."""
 
     hidden_ICH: jax.Array | None = None
     alpha_TICP: jax.Array | None = None
@@ -122,7 +122,7 @@ class Cell(nnx.Module):
           memory: of the images.
           carry: the state before the token.
           word_gates: the word's part of each gate, arrays `[I, C, H]`.
-          noise: what training draws for this token.
+          noise: random draws of training for this token.
           probe_ICR: zeros, added to the recurrent product. Their gradient is the gradient of the product.
 
         Returns:
@@ -184,7 +184,7 @@ def unroll(
       memory: of the images.
       carry: the state before the first token.
       words_TICG: the words' part of the gates.
-      noise: what training draws.
+      noise: random draws of training.
     """
     graph, weights = nnx.split(cell)
     return _unroll(graph, cell.matmul_dtype, nnx.to_pure_dict(weights), memory, carry, words_TICG, noise)

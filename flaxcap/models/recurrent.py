@@ -21,7 +21,7 @@ from flaxcap.models.output_layer import Weights
 
 
 class Noise(NamedTuple):
-    """What training draws for a microbatch; None: nothing. Masks hold 0 or 1 / (1 - share)."""
+    """Random draws of training for a microbatch; None: no draw. Masks hold 0 or 1 / (1 - share)."""
 
     values_IPD: jax.Array | None = None
     words_TICE: jax.Array | None = None

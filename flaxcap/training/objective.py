@@ -37,7 +37,7 @@ class StepContext(NamedTuple):
 
 
 class StepSums(NamedTuple):
-    """What a step logs, summed over a microbatch."""
+    """The logged sums of a microbatch."""
 
     sums: losses.Sums
     captions: jax.Array  # float32 []
