@@ -16,7 +16,6 @@ from flaxcap import config as config_lib
 from flaxcap import presets
 from flaxcap.commands import flags as flags_lib
 from flaxcap.errors import UserError, plain
-from flaxcap.runtime import huge_pages
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITTEN_TO = ("workdir", "data_dir", "out", "out_dir")
@@ -25,8 +24,6 @@ FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL, "saved; run me a
 
 def run() -> None:
     """The `flaxcap` program."""
-    if sys.argv[1:2] in (["train"], ["bench"]):
-        huge_pages.use()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know a caption's letters
     try:
