@@ -6,8 +6,6 @@ The command line overrides its fields (`--config.train.epochs=3`); presets.py re
 import dataclasses
 import difflib
 import math
-import os
-import pathlib
 import typing
 
 from flaxcap.errors import UserError, cut
@@ -166,11 +164,6 @@ class Config:
     model: Model = _group(Model, "the caption decoder")
     train: Train = _group(Train, "how it is trained")
     decode: Decode = _group(Decode, "how it captions")
-
-
-def cache_dir() -> pathlib.Path:
-    """For downloads, and data sets that cannot be kept elsewhere: `$XDG_CACHE_HOME/flaxcap` or `~/.cache/flaxcap`."""
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flaxcap"
 
 
 def leaves(config: object, prefix: str = "") -> dict[str, tuple[object, str]]:

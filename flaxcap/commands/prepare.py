@@ -21,7 +21,7 @@ from flaxcap.features.store import Row, Store, StoreError
 from flaxcap.files import integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
-from flaxcap.runtime import multihost
+from flaxcap.runtime import cache, multihost
 from flaxcap.text.vocabulary import Vocabulary, words
 
 
@@ -78,7 +78,7 @@ def _dataset(
     config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
 ) -> tfds.core.DatasetBuilder:
     """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
-    root = epath.Path(config_lib.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
+    root = epath.Path(cache.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
     directory = root / config.dataset
     if config.dataset not in data.NAMES:
         return data.of_preset(config, data_dir, manual_dir=manual_dir)

@@ -11,8 +11,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from flaxcap.config import Config, cache_dir
+from flaxcap.config import Config
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Example, Split
+from flaxcap.runtime.cache import cache_dir
 
 __all__ = ["NAMES", "DataError", "Example", "Split", "judge", "of_preset", "options", "prepare", "read", "roles"]
 

@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from flaxcap import config
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
 from flaxcap.files import size_limits
+from flaxcap.runtime import cache
 
 OFFICIAL_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
@@ -187,7 +187,7 @@ def fetch(url: str, md5: str, cache_dir: str | os.PathLike[str] | None = None) -
     A broken download goes on where it stopped; only a file with the right checksum gets its name; processes
     that want the same file wait for one another. WeightsError if it cannot be had, saying what to put where.
     """
-    path = pathlib.Path(cache_dir or config.cache_dir()) / url.rsplit("/", 1)[-1]
+    path = pathlib.Path(cache_dir or cache.cache_dir()) / url.rsplit("/", 1)[-1]
     part = path.with_name(path.name + ".part")
     by_hand = f"Fetch {url} by hand and save it as {path}, or name a copy with --encoder_weights=PATH."
     try:
