@@ -1,4 +1,7 @@
-"""Presets in files: Python with a `get_config()` that returns a `Config`, and the JSON beside every run and export."""
+"""Presets in files.
+
+A preset is a Python file with a `get_config()` that returns a `Config`, or the JSON file beside a run or an export.
+"""
 
 import dataclasses
 import importlib.util
@@ -10,15 +13,17 @@ import typing
 
 from etils import epath
 
-from flaxcap.config import Config, ConfigError, leaves, nearest
-from flaxcap.errors import quoted
+from flaxcap.config import Config, ConfigError
+from flaxcap.errors import nearest, quoted
+from flaxcap.fields import flatten
 from flaxcap.files import size_limits
 
 
 def load(path: str) -> Config:
-    """The preset of a `.py` file with `get_config()`, or of a saved `config.json`.
+    """Loads the preset of a `.py` file with `get_config()`, or of a saved `config.json`. Bounds are not checked.
 
-    Raises ConfigError where the file is missing, is not a preset, or has an unknown field or one of another type.
+    Raises:
+      ConfigError: the file is missing, is not a preset, or has an unknown field or a value of the wrong type.
     """
     file = epath.Path(path)
     if not file.exists():
@@ -48,27 +53,37 @@ def load(path: str) -> Config:
 
 
 def _what_failed(error: Exception, path: str) -> str:
-    """An error inside a preset, its line, and what may have been meant."""
+    """Describes an error inside a preset: its line, and the field that was probably meant."""
     file = os.path.abspath(path)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    hint = nearest(unknown[1], list(leaves(Config()))) if unknown else ""
+    hint = nearest(unknown[1], flatten(Config())) if unknown else ""
     return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{hint}"
 
 
 def to_json(config: Config) -> str:
+    """Returns the preset as text that `load` reads from a `.json` file."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_dict(tree: object, where: str, cls: type = Config):
-    """The dataclass of a parsed JSON tree; every unknown field or wrong type is a ConfigError."""
+    """Returns the preset, or the group of one, that a parsed JSON tree describes. Missing fields keep their defaults.
+
+    Args:
+      tree: the parsed JSON.
+      where: the file and the groups that contain `tree`, for error messages.
+      cls: the dataclass to return.
+
+    Raises:
+      ConfigError: a field is unknown or its value has the wrong type.
+    """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: found {type(tree).__name__}, expected an object")
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in tree.items():
         if name not in hints:
-            raise ConfigError(f"{where}: unknown field {quoted(name)}{nearest(name, list(hints))}")
+            raise ConfigError(f"{where}: unknown field {quoted(name)}{nearest(name, hints)}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             values[name] = from_dict(value, f"{where}: {name}", typing.cast(type, hint))
@@ -79,10 +94,3 @@ def from_dict(tree: object, where: str, cls: type = Config):
             raise ConfigError(f"{where}: {name} is {quoted(value)}, expected {hint.__name__}")
         values[name] = value
     return cls(**values)
-
-
-def difference(old: Config, new: Config, names: typing.Iterable[str]) -> list[str]:
-    """ "model.cell was gru, is lstm" for each field, below one of `names`, that differs."""
-    a, b = leaves(old), leaves(new)
-    picked = [k for k in a if any(k == n or k.startswith(n + ".") for n in names)]
-    return [f"{k} was {a[k][0]}, is {b[k][0]}" for k in picked if a[k][0] != b[k][0]]

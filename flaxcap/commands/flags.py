@@ -1,5 +1,6 @@
 """What each command is for, its flags, and its help. JAX is not imported: help is quick."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -143,7 +144,19 @@ def help_text(command: str, values: flags.FlagValues) -> str:
         flag = values[name]
         default = "" if flag.value in (None, []) else f" (default: {flag.value})"
         lines.append(f"  --{'[no]' if flag.boolean else ''}{name}: {flag.help}{default}")
-    lines += ["", "Fields of the preset, each set by --config.FIELD=VALUE, with flaxcap's defaults:"]
-    for name, (default, text) in config_lib.leaves(config_lib.Config()).items():
-        lines.append(f"  {name} = {default!r}: {text}")
-    return "\n".join(lines)
+    lines += ["", "Fields of the preset, each set by --config.FIELD=VALUE, with their defaults:"]
+    return "\n".join([*lines, *_fields_help(config_lib.Config())])
+
+
+def _fields_help(group: Any, prefix: str = "") -> list[str]:
+    """Returns a line for each field of a preset or of a group, and then its groups with a heading each."""
+    lines, groups = [], []
+    for f in dataclasses.fields(group):
+        value, name, rules = getattr(group, f.name), prefix + f.name, f.metadata["rules"]
+        if dataclasses.is_dataclass(value):
+            groups += ["", f"{name}: {rules.help}", *_fields_help(value, f"{name}.")]
+        else:
+            bounds = f" [{rules.bounds}]" if rules.bounds else ""
+            choices = f" <{'|'.join(rules.choices)}>" if rules.choices else ""
+            lines.append(f"  {name} = {value!r}: {rules.help}{bounds}{choices}")
+    return lines + groups

@@ -15,7 +15,8 @@ import flaxcap
 from flaxcap import config as config_lib
 from flaxcap import presets
 from flaxcap.commands import flags as flags_lib
-from flaxcap.errors import UserError, plain
+from flaxcap.errors import UserError, nearest, plain
+from flaxcap.fields import flatten
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITTEN_TO = ("workdir", "data_dir", "out", "out_dir")
@@ -52,7 +53,7 @@ def main(args: Sequence[str]) -> int:
     given = types.SimpleNamespace()
     try:
         if command not in flags_lib.COMMANDS:
-            hint = config_lib.nearest(command, list(flags_lib.COMMANDS))
+            hint = nearest(command, flags_lib.COMMANDS)
             print(f"flaxcap: unknown command {command!r} (`flaxcap --help` lists them){hint}", file=sys.stderr)
             return FAILED
         values = flags.FlagValues()
@@ -115,16 +116,16 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
             if getattr(given, "predictions", None)
             else "which model? give --workdir=RUN or --model=EXPORT"
         )
-    known = config_lib.leaves(config)
+    known = flatten(config)
     for override in overrides:
         name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
         if name not in known:
             within = [field for field in known if field.startswith(f"{name}.")]
-            hint = f"; it is a group, as in {within[0]!r}" if within else config_lib.nearest(name, list(known))
+            hint = f"; it is a group, as in {within[0]!r}" if within else nearest(name, known)
             raise config_lib.ConfigError(
                 f"--config.{name}: no such field (`flaxcap {command} --help` lists them){hint}"
             )
-        if not equals and not isinstance(known[name][0], bool):
+        if not equals and known[name].type is not bool:
             raise config_lib.ConfigError(f"--config.{name}: give it as --config.{name}=VALUE")
     overridden = flags.FlagValues()
     argv = ["flaxcap", *overrides]
@@ -134,7 +135,7 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
         try:
             overridden(["flaxcap", override])
         except flags.Error as e:
-            kind = type(known[override.lstrip("-").removeprefix("config.").partition("=")[0]][0])
+            kind = known[override.lstrip("-").removeprefix("config.").partition("=")[0]].type
             raise config_lib.ConfigError(f"--{override.lstrip('-')}: expected {_TYPES[kind]}") from e
     try:
         return config_lib.check(holder.value)
@@ -278,16 +279,12 @@ def _captioner(given: types.SimpleNamespace, config: config_lib.Config) -> Any:
     captioner = captioner_lib.load_all(
         workdirs=workdirs, model_dirs=getattr(given, "model", []), data_dir=given.data_dir
     )
-    changed = presets.difference(captioner.config, config, _MODEL)
+    changed = config_lib.difference(captioner.config, config, "model")
     if changed:
         raise config_lib.ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
     return captioner._replace(config=config)
 
 
-_MODEL = (
-    *("model", "data.vocab_size", "data.max_length"),
-    *("encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed"),
-)
 _RUN: dict[str, Any] = {
     "prepare": _prepare,
     "train": _train,
