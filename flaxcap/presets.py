@@ -1,20 +1,24 @@
-"""Presets in files.
+"""Presets in files, and their overrides on the command line.
 
 A preset is a Python file with a `get_config()` that returns a `Config`, or the JSON file beside a run or an export.
 """
 
+import copy
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import re
 import traceback
 import typing
+from collections.abc import Callable, Sequence
 
+from absl import flags
 from etils import epath
 
-from flaxcap.config import Config, ConfigError
-from flaxcap.errors import nearest, quoted
+from flaxcap.config import Config, ConfigError, check
+from flaxcap.errors import cut, nearest, quoted
 from flaxcap.fields import flatten
 from flaxcap.files import size_limits
 
@@ -94,3 +98,50 @@ def from_dict(tree: object, where: str, cls: type = Config):
             raise ConfigError(f"{where}: {name} is {quoted(value)}, expected {hint.__name__}")
         values[name] = value
     return cls(**values)
+
+
+# Parses the text of an override by the field's type; the text says what is expected.
+_PARSERS: dict[type, tuple[Callable[[str], typing.Any], str]] = {
+    int: (flags.IntegerParser().parse, "a whole number"),
+    float: (float, "a number"),
+    bool: (flags.BooleanParser().parse, "true or false"),
+    str: (str, "text"),
+}
+
+
+def override(config: Config, arguments: Sequence[str], command: str, file: str | None = None) -> Config:
+    """Returns a copy of the preset with the overrides of a command line applied, and checks it.
+
+    Args:
+      config: the preset; it stays unchanged.
+      arguments: `--config.FIELD=VALUE`, or `--config.FIELD` to set a bool field. The last one of a field counts.
+      command: the command whose `--help` lists the fields, for error messages.
+      file: the file that the preset came from; errors in fields without an override name it.
+
+    Raises:
+      ConfigError: a field is unknown, its value has the wrong type, or `check` refuses the preset.
+    """
+    config = copy.deepcopy(config)
+    known = flatten(config)
+    names = []
+    for argument in arguments:
+        name, equals, text = argument.lstrip("-").removeprefix("config.").partition("=")
+        if name not in known:
+            within = [field for field in known if field.startswith(f"{name}.")]
+            hint = f"; it is a group, as in {within[0]!r}" if within else nearest(name, known)
+            raise ConfigError(f"--config.{name}: no such field (`flaxcap {command} --help` lists them){hint}")
+        parse, expected = _PARSERS[known[name].type]
+        if not equals and known[name].type is not bool:
+            raise ConfigError(f"--config.{name}: expected --config.{name}=VALUE, where VALUE is {expected}")
+        try:
+            value = parse(text) if equals else True
+        except ValueError:
+            raise ConfigError(f"--config.{name}={cut(text)}: expected {expected}") from None
+        *groups, last = name.split(".")
+        setattr(functools.reduce(getattr, groups, config), last, value)
+        names.append(name)
+    try:
+        return check(config)
+    except ConfigError as e:
+        overridden = any(str(e).startswith(f"--config.{name}") for name in names)
+        raise e if overridden or not file else ConfigError(f"{file}: {e}") from e

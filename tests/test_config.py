@@ -15,7 +15,7 @@ from flaxcap.config import Config, ConfigError, check, difference
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
 from flaxcap.fields import flatten
-from flaxcap.presets import from_dict, load, to_json
+from flaxcap.presets import from_dict, load, override, to_json
 
 PRESETS = sorted(f for f in (ROOT / "experiments").glob("*.py") if "def get_config" in f.read_text())
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
@@ -318,3 +318,72 @@ def test_difference():
     stored = ["dataset was coco_captions, is folder", "data.shapes.seed was 0, is 7"]
     assert difference(old, new, "store") == stored
     assert difference(old, new, "run") == [*stored, "model.cell was gru, is lstm"]
+
+
+# ---- overrides
+
+
+@pytest.mark.parametrize(
+    ("argument", "field", "value"),
+    [
+        ("--config.train.epochs=3", "train.epochs", 3),
+        ("-config.train.epochs=3", "train.epochs", 3),
+        ("--config.train.epochs=0x10", "train.epochs", 16),
+        ("--config.train.epochs=1_000", "train.epochs", 1000),
+        ("--config.train.learning_rate=1", "train.learning_rate", 1.0),
+        ("--config.train.learning_rate=5e-4", "train.learning_rate", 5e-4),
+        ("--config.model.positions", "model.positions", True),
+        ("--config.model.positions=true", "model.positions", True),
+        ("--config.model.positions=1", "model.positions", True),
+        ("--config.train.finetune.flip=False", "train.finetune.flip", False),
+        ("--config.train.finetune.flip=0", "train.finetune.flip", False),
+        ("--config.model.embeddings=a=b c", "model.embeddings", "a=b c"),
+        ("--config.model.embeddings='x'", "model.embeddings", "'x'"),
+        ("--config.model.embeddings=1", "model.embeddings", "1"),
+        ("--config.data.test_split=", "data.test_split", ""),
+    ],
+)
+def test_an_override_is_parsed_by_its_fields_type(argument, field, value):
+    config = Config()
+    found = override(config, [argument], "train")
+    assert config == Config()
+    assert found == changed(**{field.replace(".", "__"): value})
+    assert type(flatten(found)[field].value) is type(value)
+
+
+def test_the_last_override_of_a_field_counts_and_the_preset_is_checked_at_the_end():
+    assert override(Config(), ["--config.seed=3", "--config.seed=4"], "train").seed == 4
+    found = override(Config(), ["--config.model.tied", "--config.model.embedding_dim=512"], "train")
+    assert (found.model.tied, found.model.embedding_dim) == (True, 512)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.train.epochs=1e3", "--config.train.epochs=1e3: expected a whole number"),
+        ("--config.train.epochs=true", "--config.train.epochs=true: expected a whole number"),
+        ("--config.train.learning_rate=", "--config.train.learning_rate=: expected a number"),
+        ("--config.train.learning_rate=1/2", "--config.train.learning_rate=1/2: expected a number"),
+        ("--config.train.learning_rate", "expected --config.train.learning_rate=VALUE, where VALUE is a number"),
+        ("--config.model.tied=yes", "--config.model.tied=yes: expected true or false"),
+        ("--config.model.tied=", "--config.model.tied=: expected true or false"),
+        ("--config.train.epochs=99999999999999999999", "epochs=99999999999999999999: expected at most 2147483647"),
+        ("--config.dropout=1", "--config.dropout: no such field (`flaxcap train --help` lists them)"),
+        ("--config.train.dropout=1", "it is a group, as in 'train.dropout.image'"),
+        ("--config.train.epochs.x=3", "--config.train.epochs.x: no such field"),
+        ("--config.=3", "--config.: no such field"),
+        ("--config.", "--config.: no such field"),
+    ],
+)
+def test_a_bad_override_is_explained(argument, message):
+    with pytest.raises(ConfigError) as error:
+        override(Config(), [argument], "train", "p.json")
+    assert message in str(error.value)
+    assert not str(error.value).startswith("p.json")
+
+
+def test_an_error_in_a_field_without_an_override_names_the_file():
+    with pytest.raises(ConfigError, match=r"^p\.json: --config\.seed=-1: expected 0 to"):
+        override(changed(seed=-1), ["--config.train.epochs=3"], "train", "p.json")
+    with pytest.raises(ConfigError, match=r"^--config\.seed=-1: expected 0 to"):
+        override(changed(seed=-1), ["--config.train.epochs=3"], "train")

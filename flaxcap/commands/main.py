@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 import flaxcap
 from flaxcap import config as config_lib
 from flaxcap import presets
 from flaxcap.commands import flags as flags_lib
 from flaxcap.errors import UserError, nearest, plain
-from flaxcap.fields import flatten
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WRITTEN_TO = ("workdir", "data_dir", "out", "out_dir")
@@ -116,35 +114,7 @@ def _preset(command: str, given: types.SimpleNamespace, overrides: list[str]) ->
             if getattr(given, "predictions", None)
             else "which model? give --workdir=RUN or --model=EXPORT"
         )
-    known = flatten(config)
-    for override in overrides:
-        name, equals, _ = override.lstrip("-").removeprefix("config.").partition("=")
-        if name not in known:
-            within = [field for field in known if field.startswith(f"{name}.")]
-            hint = f"; it is a group, as in {within[0]!r}" if within else nearest(name, known)
-            raise config_lib.ConfigError(
-                f"--config.{name}: no such field (`flaxcap {command} --help` lists them){hint}"
-            )
-        if not equals and known[name].type is not bool:
-            raise config_lib.ConfigError(f"--config.{name}: give it as --config.{name}=VALUE")
-    overridden = flags.FlagValues()
-    argv = ["flaxcap", *overrides]
-    holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=overridden, sys_argv=argv)
-    overridden(["flaxcap"])
-    for override in overrides:
-        try:
-            overridden(["flaxcap", override])
-        except flags.Error as e:
-            kind = known[override.lstrip("-").removeprefix("config.").partition("=")[0]].type
-            raise config_lib.ConfigError(f"--{override.lstrip('-')}: expected {_TYPES[kind]}") from e
-    try:
-        return config_lib.check(holder.value)
-    except config_lib.ConfigError as e:
-        here = any(str(e).startswith(f"--{override.lstrip('-').partition('=')[0]}") for override in overrides)
-        raise e if here or not file else config_lib.ConfigError(f"{file}: {e}") from e
-
-
-_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return presets.override(config, overrides, command, file)
 
 
 def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
