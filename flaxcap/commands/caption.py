@@ -2,6 +2,8 @@
 
 import itertools
 import pathlib
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -11,7 +13,10 @@ from etils import epath
 from PIL import Image
 
 from flaxcap import data
+from flaxcap.commands import FAILED, from_flags
+from flaxcap.config import Config
 from flaxcap.decoding import generate
+from flaxcap.errors import UserError, plain
 from flaxcap.features import extract
 from flaxcap.images import decode as decode_lib
 from flaxcap.images import fetch
@@ -109,3 +114,25 @@ def _load(get: Callable[[], bytes], size: int, show: bool) -> _Picture | str:
 def _stem(name: str) -> str:
     stem = pathlib.PurePosixPath(name.split("?", 1)[0]).stem
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in stem)[:60] or "picture"
+
+
+def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
+    """Runs `flaxcap caption` and returns its exit status."""
+    if bool(positional) == bool(flags.split):
+        raise UserError("name images to caption (files, directories, addresses), or a --split")
+    captioner = from_flags.captioner(flags, config)
+    if positional:
+        images = from_sources(positional, private_urls=flags.allow_private_urls)
+    else:
+        images = from_split(captioner, flags.data_dir, flags.split, flags.num_images)
+    failed = 0
+    for found in caption(captioner, images, plot_dir=flags.out_dir if flags.plot else None, seed=flags.seed):
+        if found.reason:
+            failed += 1
+            reason = found.reason.removeprefix(f"{found.name}: ")
+            print(f"{plain(found.name)}: {plain(reason)}", file=sys.stderr)
+            continue
+        print(f"{plain(found.name)}: {plain(found.caption)}  (log-probability {found.log_prob:.2f})")
+        if found.plot:
+            print(f"  {found.plot}")
+    return FAILED if failed else 0

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -224,3 +225,17 @@ def _check_space(store: Store, config: config_lib.Config) -> None:
             raise StoreError(f"{text}, but only {free / 1e9:.2f} GB are free there")
         text += f" ({free / 1e9:.1f} GB free)"
     print(text)
+
+
+def run(flags: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> int:
+    """Runs `flaxcap prepare` and returns its exit status."""
+    prepare(
+        config,
+        flags.data_dir,
+        manual_dir=flags.manual_dir,
+        npy_dir=flags.npy_dir,
+        encoder_weights=flags.encoder_weights,
+        num_workers=flags.num_workers,
+        max_bad_fraction=flags.max_bad_fraction,
+    )
+    return 0

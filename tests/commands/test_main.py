@@ -290,8 +290,8 @@ def test_what_decodes_may_be_overridden_and_what_was_trained_may_not(trained: Tr
     assert main([*command, "--config.decode.max_length=2", "--config.encoder.batch_size=2"]) == 0
     assert re.search(r"picture.png: \w+  \(", capsys.readouterr().out)
     assert "model.hidden_dim was 32, is 64" in refused(*command, "--config.model.hidden_dim=64")
-    assert "name pictures to caption" in refused(*command, "--split=test")
-    assert "name pictures to caption" in refused(command[0], *command[2:])
+    assert "name images to caption" in refused(*command, "--split=test")
+    assert "name images to caption" in refused(command[0], *command[2:])
     assert "nothere.png: no such file or directory" in refused(*command, "nothere.png")
 
 
