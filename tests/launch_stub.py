@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"  # the repository of a test reads $STUB/huge_pages instead
 
 # Describes the VM and its program by the next line of a script, where there is one. Where $STUB/bucket is,
 # the directory $STUB/machine is the VM: create, ssh, scp and delete work on it.
@@ -123,8 +124,11 @@ class Launch:
 
 def commit(repo: pathlib.Path) -> pathlib.Path:
     """A git repository that holds launch.sh and what it reads."""
-    for name in ("launch.sh", "pyproject.toml"):
-        shutil.copy(ROOT / name, repo)
+    shutil.copy(ROOT / "pyproject.toml", repo)
+    script = (ROOT / "launch.sh").read_text()
+    assert script.count(f"={HUGE_PAGES}\n") == 1
+    (repo / "launch.sh").write_text(script.replace(HUGE_PAGES, "$STUB/huge_pages"))
+    (repo / "launch.sh").chmod(0o755)
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
         subprocess.run([*git, *command], cwd=repo, check=True)

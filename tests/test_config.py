@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from flaxcap import config as config_lib
 from flaxcap import data
-from flaxcap.config import Config, ConfigError, check, leaves, nearest
+from flaxcap.config import Config, ConfigError, check, difference
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
-from flaxcap.presets import difference, from_dict, load, to_json
+from flaxcap.fields import flatten
+from flaxcap.presets import from_dict, load, override, to_json
 
 PRESETS = sorted(f for f in (ROOT / "experiments").glob("*.py") if "def get_config" in f.read_text())
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
@@ -145,26 +146,30 @@ def test_a_file_that_is_no_preset(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("data.vocab_size", 0, "more than 0"),
-        ("data.shapes.num_train", 0, "more than 0"),
-        ("data.shapes.num_val", -1, "more than 0"),
+        ("data.vocab_size", 0, "1 or more"),
+        ("data.shapes.num_train", 0, "1 or more"),
+        ("data.shapes.num_val", -1, "1 or more"),
         ("data.shapes.num_test", -1, "0 or more"),
-        ("encoder.image_size", 0, "more than 0"),
-        ("encoder.batch_size", -1, "0 or more"),
-        ("encoder.shard_images", 0, "more than 0"),
-        ("model.image_dim", 0, "more than 0"),
-        ("model.embedding_dim", -3, "more than 0"),
-        ("model.attention_dim", 0, "more than 0"),
-        ("model.hidden_dim", 0, "more than 0"),
-        ("model.head_dim", 0, "more than 0"),
-        ("train.batch_images", 0, "more than 0"),
-        ("train.captions_per_image", 0, "more than 0"),
+        ("encoder.image_size", 0, "1 to 4096"),
+        ("encoder.batch_size", -1, "0 to 65536"),
+        ("encoder.shard_images", 0, "1 or more"),
+        ("model.image_dim", 0, "1 to 65536"),
+        ("model.embedding_dim", -3, "1 to 65536"),
+        ("model.attention_dim", 0, "1 to 65536"),
+        ("model.hidden_dim", 0, "1 to 65536"),
+        ("model.head_dim", 0, "1 to 65536"),
+        ("train.batch_images", 0, "1 or more"),
+        ("train.captions_per_image", 0, "1 or more"),
         ("train.epochs", 0, "more than 0"),
         ("train.learning_rate", 0.0, "more than 0"),
         ("train.learning_rate", float("nan"), "more than 0"),
-        ("train.num_buckets", 0, "more than 0"),
-        ("train.log_every", 0, "more than 0"),
-        ("train.keep_latest", 0, "more than 0"),
+        ("train.learning_rate", 1e-31, "more than 0"),
+        ("train.learning_rate", float("inf"), "a finite number"),
+        ("train.clip_norm", float("inf"), "a finite number"),
+        ("train.batch_images", 2**31, "at most 2147483647"),
+        ("train.num_buckets", 0, "1 or more"),
+        ("train.log_every", 0, "1 or more"),
+        ("train.keep_latest", 0, "1 or more"),
         ("train.warmup_steps", -1, "0 or more"),
         ("train.clip_norm", -1.0, "0 or more"),
         ("train.checkpoint_every", -1, "0 or more"),
@@ -175,33 +180,33 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("train.doubly_stochastic", -1.0, "0 or more"),
         ("train.hard_reward", -1.0, "0 or more"),
         ("train.hard_entropy", float("nan"), "0 or more"),
-        ("train.plateau_epochs", 0, "more than 0"),
+        ("train.plateau_epochs", 0, "1 or more"),
         ("train.plateau_factor", 0.0, "more than 0"),
-        ("train.plateau_factor", 1.5, "0 to 1"),
+        ("train.plateau_factor", 1.5, "more than 0 and at most 1"),
         ("train.cider_learning_rate", 0.0, "more than 0"),
         ("train.cider_temperature", 0.0, "more than 0"),
         ("train.scheduled_sampling", 1.1, "0 to 1"),
         ("train.scheduled_sampling", -0.1, "0 to 1"),
-        ("train.label_smoothing", 1.0, "0 or more, and less than 1"),
-        ("train.ema", 1.0, "0 or more, and less than 1"),
-        ("train.ema", -0.5, "0 or more, and less than 1"),
+        ("train.label_smoothing", 1.0, "0 or more and less than 1"),
+        ("train.ema", 1.0, "0 or more and less than 1"),
+        ("train.ema", -0.5, "0 or more and less than 1"),
         ("train.dropout.image", 0.995, "0 to 0.99"),
         ("train.dropout.embedding", -0.1, "0 to 0.99"),
         ("train.dropout.attention", 2.0, "0 to 0.99"),
         ("train.dropout.recurrent", 1.0, "0 to 0.99"),
         ("train.dropout.output", float("nan"), "0 to 0.99"),
         ("decode.top_p", 0.0, "more than 0"),
-        ("decode.top_p", 1.01, "0 to 1"),
-        ("decode.max_length", 0, "more than 0"),
+        ("decode.top_p", 1.01, "more than 0 and at most 1"),
+        ("decode.max_length", 0, "1 to 10000"),
         ("decode.temperature", 0.0, "more than 0"),
-        ("decode.batch_size", 0, "more than 0"),
-        ("decode.beam_width", 0, "more than 0"),
+        ("decode.batch_size", 0, "1 to 65536"),
+        ("decode.beam_width", 0, "1 to 1000"),
         ("decode.length_penalty", -0.1, "0 or more"),
         ("decode.no_repeat_ngram", -1, "0 or more"),
         ("decode.top_k", -1, "0 or more"),
         ("data.max_images", -1, "0 or more"),
         ("data.max_captions", -1, "0 or more"),
-        ("data.max_length", 2, "3 or more"),
+        ("data.max_length", 2, "3 to 10000"),
         ("data.train_split", "", "the name of a split"),
         ("data.val_split", "", "the name of a split"),
         ("seed", -1, "0 to 4294967295"),
@@ -237,6 +242,10 @@ def test_a_bad_value_is_named_with_what_was_expected(field, value, expected):
         ({"model__tied": True, "model__embedding_dim": 7}, "model.tied: embedding_dim=7 and head_dim=512 are expected"),
         ({"train__epochs": 0}, "train.epochs=0 and cider_epochs=0: expected more than 0 of either"),
         ({"train__cider_epochs": 1, "train__captions_per_image": 1}, "captions_per_image=1: expected 2 or more"),
+        (
+            {"train__cider_epochs": 1, "train__finetune__block": "mixed9"},
+            "--config.train.finetune.block=mixed9 with cider_epochs=1: expected one of the two in a run",
+        ),
     ],
 )
 def test_values_that_do_not_go_together(values, message):
@@ -257,48 +266,124 @@ def test_the_least_values_are_allowed():
 
 def test_choices_are_what_there_is():
     fields = {
-        (cls, field.name): field.metadata.get("choices") for cls in GROUPS.values() for field in dataclasses.fields(cls)
+        (cls, field.name): field.metadata["rules"].choices
+        for cls in GROUPS.values()
+        for field in dataclasses.fields(cls)
     }
     assert fields[Config, "dataset"] == data.NAMES
     assert fields[config_lib.Encoder, "block"] == network.BLOCKS
 
 
-def test_every_field_has_a_help_and_a_place():
-    found = leaves(Config())
+def test_every_field_has_a_help_and_every_number_a_lower_bound():
+    found = flatten(Config())
     assert {"seed", "train.epochs", "data.shapes.num_train"} <= set(found)
-    assert found["train.epochs"][0] == Config().train.epochs
+    assert found["train.epochs"].value == Config().train.epochs
     assert len(found) == sum(len(dataclasses.fields(cls)) for cls in GROUPS.values()) - len(GROUPS) + 1
-    assert all(text for _, text in found.values())
+    for field in found.values():
+        assert field.rules.help
+        assert type(field.value) is field.type
+        assert (field.type in (int, float)) == (field.rules.least is not None or field.rules.above is not None)
+
+
+MODEL = {f"model.{field.name}" for field in dataclasses.fields(config_lib.Model)}
+SHAPES = {f"data.shapes.{field.name}" for field in dataclasses.fields(config_lib.Shapes)}
+SPLITS = {f"data.{name}" for name in ("train_split", "val_split", "test_split", "max_images", "max_captions")}
+TEXT = {"data.vocab_size", "data.max_length"}
+WEIGHTS = {"encoder.weights", "encoder.block", "encoder.image_size", "encoder.seed"}
+TYPES = {"encoder.dtype", "encoder.store_dtype"}
+STEPS = {f"train.{name}" for name in ("batch_images", "captions_per_image", "num_buckets", "steps_per_dispatch", "ema")}
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("store", {"dataset"} | SPLITS | SHAPES | WEIGHTS | TYPES),
+        ("model", MODEL | TEXT | WEIGHTS),
+        ("run", {"dataset", "seed", "encoder.batch_size", "encoder.shard_images"}
+         | SPLITS | SHAPES | TEXT | WEIGHTS | TYPES | MODEL | STEPS),
+    ],
+)  # fmt: skip
+def test_identity(what, expected):
+    config = changed(model__cell="lstm")
+    found = config_lib.identity(config, what)
+    assert set(found) == expected
+    assert all(value == flatten(config)[name].value for name, value in found.items())
 
 
 def test_difference():
     old, new = Config(), changed(model__cell="lstm", train__epochs=3, data__shapes__seed=7, dataset="folder")
-    assert difference(old, old, ["model", "data", "train", "dataset"]) == []
-    assert difference(old, new, ["model"]) == ["model.cell was gru, is lstm"]
-    assert difference(new, old, ["model", "encoder"]) == ["model.cell was lstm, is gru"]
-    assert difference(old, new, ["train.epochs"]) == ["train.epochs was 20, is 3"]
-    assert difference(old, new, ["train.epoch", "encoder"]) == []
-    assert difference(old, new, ["data", "dataset"]) == [
-        "dataset was coco_captions, is folder",
-        "data.shapes.seed was 0, is 7",
-    ]
+    assert difference(old, old, "run") == []
+    assert difference(old, new, "model") == ["model.cell was gru, is lstm"]
+    assert difference(new, old, "model") == ["model.cell was lstm, is gru"]
+    stored = ["dataset was coco_captions, is folder", "data.shapes.seed was 0, is 7"]
+    assert difference(old, new, "store") == stored
+    assert difference(old, new, "run") == [*stored, "model.cell was gru, is lstm"]
 
 
-def test_nearest_does_not_look_beyond_what_it_is_given():
-    assert nearest("trian", ["prepare", "train"]) == "; did you mean 'train'?"
-    assert nearest("train", []) == ""
+# ---- overrides
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("argument", "field", "value"),
     [
-        ("train.epoch", "; did you mean 'train.epochs'?"),
-        ("epochs", "; did you mean 'train.epochs'?"),
-        ("model.epochs", "; did you mean 'train.epochs'?"),
-        ("hiden_dim", "; did you mean 'model.hidden_dim'?"),
-        ("zzzzzz", ""),
-        ("", ""),
+        ("--config.train.epochs=3", "train.epochs", 3),
+        ("-config.train.epochs=3", "train.epochs", 3),
+        ("--config.train.epochs=0x10", "train.epochs", 16),
+        ("--config.train.epochs=1_000", "train.epochs", 1000),
+        ("--config.train.learning_rate=1", "train.learning_rate", 1.0),
+        ("--config.train.learning_rate=5e-4", "train.learning_rate", 5e-4),
+        ("--config.model.positions", "model.positions", True),
+        ("--config.model.positions=true", "model.positions", True),
+        ("--config.model.positions=1", "model.positions", True),
+        ("--config.train.finetune.flip=False", "train.finetune.flip", False),
+        ("--config.train.finetune.flip=0", "train.finetune.flip", False),
+        ("--config.model.embeddings=a=b c", "model.embeddings", "a=b c"),
+        ("--config.model.embeddings='x'", "model.embeddings", "'x'"),
+        ("--config.model.embeddings=1", "model.embeddings", "1"),
+        ("--config.data.test_split=", "data.test_split", ""),
     ],
 )
-def test_nearest(name, expected):
-    assert nearest(name, list(leaves(Config()))) == expected
+def test_an_override_is_parsed_by_its_fields_type(argument, field, value):
+    config = Config()
+    found = override(config, [argument], "train")
+    assert config == Config()
+    assert found == changed(**{field.replace(".", "__"): value})
+    assert type(flatten(found)[field].value) is type(value)
+
+
+def test_the_last_override_of_a_field_counts_and_the_preset_is_checked_at_the_end():
+    assert override(Config(), ["--config.seed=3", "--config.seed=4"], "train").seed == 4
+    found = override(Config(), ["--config.model.tied", "--config.model.embedding_dim=512"], "train")
+    assert (found.model.tied, found.model.embedding_dim) == (True, 512)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.train.epochs=1e3", "--config.train.epochs=1e3: expected a whole number"),
+        ("--config.train.epochs=true", "--config.train.epochs=true: expected a whole number"),
+        ("--config.train.learning_rate=", "--config.train.learning_rate=: expected a number"),
+        ("--config.train.learning_rate=1/2", "--config.train.learning_rate=1/2: expected a number"),
+        ("--config.train.learning_rate", "expected --config.train.learning_rate=VALUE, where VALUE is a number"),
+        ("--config.model.tied=yes", "--config.model.tied=yes: expected true or false"),
+        ("--config.model.tied=", "--config.model.tied=: expected true or false"),
+        ("--config.train.epochs=99999999999999999999", "epochs=99999999999999999999: expected at most 2147483647"),
+        ("--config.dropout=1", "--config.dropout: no such field (`flaxcap train --help` lists them)"),
+        ("--config.train.dropout=1", "it is a group, as in 'train.dropout.image'"),
+        ("--config.train.epochs.x=3", "--config.train.epochs.x: no such field"),
+        ("--config.=3", "--config.: no such field"),
+        ("--config.", "--config.: no such field"),
+    ],
+)
+def test_a_bad_override_is_explained(argument, message):
+    with pytest.raises(ConfigError) as error:
+        override(Config(), [argument], "train", "p.json")
+    assert message in str(error.value)
+    assert not str(error.value).startswith("p.json")
+
+
+def test_an_error_in_a_field_without_an_override_names_the_file():
+    with pytest.raises(ConfigError, match=r"^p\.json: --config\.seed=-1: expected 0 to"):
+        override(changed(seed=-1), ["--config.train.epochs=3"], "train", "p.json")
+    with pytest.raises(ConfigError, match=r"^--config\.seed=-1: expected 0 to"):
+        override(changed(seed=-1), ["--config.train.epochs=3"], "train")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flaxcap import config as config_lib
-from flaxcap import presets
+from flaxcap import fields, presets
 from flaxcap.data.base import DataError
 from flaxcap.data.folder import Folder
 from flaxcap.features.store import Row
@@ -224,7 +224,7 @@ class Preset(NamedTuple):
     named: str = ""
 
 
-_LEAVES = {name: value for name, (value, _) in config_lib.leaves(config_lib.Config()).items()}
+_LEAVES = {name: field.value for name, field in fields.flatten(config_lib.Config()).items()}
 
 
 @st.composite

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 from flaxcap.errors import UserError
-from flaxcap.runtime import huge_pages
 
 RATES = ("captions_s", "images_s")
 LINES = 10  # of a failed program's stderr
@@ -54,7 +53,6 @@ class Peer:
             found = subprocess.run(
                 self._words,
                 cwd=self._directory,
-                env=huge_pages.others_environment(),
                 capture_output=True,
                 text=True,
                 errors="replace",

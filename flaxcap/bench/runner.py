@@ -17,7 +17,7 @@ from flaxcap.bench import decode, extract, inputs, machine, score, train
 from flaxcap.bench.base import Figures, Given, Work, flat, medians
 from flaxcap.bench.baselines import Peer
 from flaxcap.encoders import base as encoders
-from flaxcap.errors import UserError
+from flaxcap.errors import UserError, nearest
 
 WORKS: dict[str, Callable[[config_lib.Config, Given], AbstractContextManager[Work]]] = {
     "train": train.work,
@@ -45,7 +45,7 @@ def bench(
     A peer of `against` runs once after each of our repetitions. The line is also appended to the file `out`.
     """
     if what not in WORKS:
-        raise UserError(f"{what}: expected one of {', '.join(WORKS)}{config_lib.nearest(what, list(WORKS))}")
+        raise UserError(f"{what}: expected one of {', '.join(WORKS)}{nearest(what, WORKS)}")
     peers = [Peer(command) for command in against]
     if peers:
         # JAX would take most of a GPU's memory at once, and leave a peer too little.

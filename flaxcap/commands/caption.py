@@ -1,6 +1,8 @@
 """`flaxcap caption`: captions of images, and attention plots."""
 
 import pathlib
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +10,9 @@ from etils import epath
 from PIL import Image
 
 from flaxcap import data
+from flaxcap.commands import FAILED, from_flags
+from flaxcap.config import Config
+from flaxcap.errors import UserError, plain
 from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
 from flaxcap.inference.captioner import Captioned, Captioner, stem
@@ -80,3 +85,25 @@ def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count:
     examples = data.read(data.of_preset(config, data_dir), splits[role])
     some = [examples[n] for n in range(min(count, len(examples)))]
     return [(e.filename, lambda e=e: e.image) for e in some]
+
+
+def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
+    """Runs `flaxcap caption` and returns its exit status."""
+    if bool(positional) == bool(flags.split):
+        raise UserError("name images to caption (files, directories, addresses), or a --split")
+    captioner = from_flags.captioner(flags, config)
+    if positional:
+        images = from_sources(positional, private_urls=flags.allow_private_urls)
+    else:
+        images = from_split(captioner, flags.data_dir, flags.split, flags.num_images)
+    failed = 0
+    for found in caption(captioner, images, plot_dir=flags.out_dir if flags.plot else None, seed=flags.seed):
+        if found.reason:
+            failed += 1
+            reason = found.reason.removeprefix(f"{found.name}: ")
+            print(f"{plain(found.name)}: {plain(reason)}", file=sys.stderr)
+            continue
+        print(f"{plain(found.name)}: {plain(found.caption)}  (log-probability {found.log_prob:.2f})")
+        if found.plot:
+            print(f"  {found.plot}")
+    return FAILED if failed else 0

@@ -1,6 +1,8 @@
 """`flaxcap evaluate`: free-running captions of a whole split, or anyone's captions of it, and their scores."""
 
 import json
+import os
+import types
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +14,9 @@ from absl import logging
 from etils import epath
 
 from flaxcap import data
+from flaxcap.commands import from_flags
 from flaxcap.config import Config
+from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.store import Row
 from flaxcap.inference import coco_results
@@ -164,3 +168,24 @@ def _of_pictures(
         texts.append(found.caption.text)
         log_probs.append(found.caption.log_prob)
     return rows, texts, log_probs
+
+
+def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
+    """Runs `flaxcap evaluate` and returns its exit status."""
+    source = flags.data_dir, flags.split
+    if flags.predictions:
+        if flags.workdir or flags.model:
+            raise UserError("--predictions holds a model's captions: give it without --workdir and --model")
+        out_dir = flags.out_dir or os.path.join("evaluation", flags.split)
+        report = evaluate_file(flags.predictions, config, *source, out_dir, manual_dir=flags.manual_dir)
+    else:
+        out_dir = flags.out_dir or os.path.join(flags.workdir[0] if flags.workdir else "evaluation", flags.split)
+        captioner = from_flags.captioner(flags, config)
+        report = evaluate(captioner, *source, out_dir, manual_dir=flags.manual_dir, seed=flags.seed)
+    width = max(map(len, report.scores))
+    for name, value in report.scores.items():
+        print(f"{name:{width}}  {value:.4f}")
+    for name, reason in report.missing.items():
+        print(f"{name:{width}}  none: {reason}")
+    print(f"{out_dir}/predictions.json, {out_dir}/scores.json")
+    return 0

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -23,7 +24,7 @@ from flaxcap.files import integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
-from flaxcap.runtime import multihost
+from flaxcap.runtime import cache, multihost
 from flaxcap.text.vocabulary import Vocabulary, words
 
 
@@ -80,7 +81,7 @@ def _dataset(
     config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
 ) -> tfds.core.DatasetBuilder:
     """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
-    root = epath.Path(config_lib.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
+    root = epath.Path(cache.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
     directory = root / config.dataset
     if config.dataset not in data.NAMES:
         return data.of_preset(config, data_dir, manual_dir=manual_dir)
@@ -224,3 +225,17 @@ def _check_space(store: Store, config: config_lib.Config) -> None:
             raise StoreError(f"{text}, but only {free / 1e9:.2f} GB are free there")
         text += f" ({free / 1e9:.1f} GB free)"
     print(text)
+
+
+def run(flags: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> int:
+    """Runs `flaxcap prepare` and returns its exit status."""
+    prepare(
+        config,
+        flags.data_dir,
+        manual_dir=flags.manual_dir,
+        npy_dir=flags.npy_dir,
+        encoder_weights=flags.encoder_weights,
+        num_workers=flags.num_workers,
+        max_bad_fraction=flags.max_bad_fraction,
+    )
+    return 0

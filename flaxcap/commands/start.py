@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from flaxcap import data, presets
-from flaxcap.config import Config, ConfigError
+from flaxcap.config import Config, ConfigError, difference
 from flaxcap.features import store
 from flaxcap.files import integrity
 from flaxcap.files.params import check_shapes
@@ -19,12 +19,6 @@ from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
 from flaxcap.training.finetune import FEATURES, Stage
 
-# What a run cannot change on its way: the meaning of its parameters, and of its steps.
-FIXED = (
-    *("dataset", "seed", "data", "encoder", "model"),
-    *("train.batch_images", "train.captions_per_image", "train.num_buckets", "train.steps_per_dispatch", "train.ema"),
-)
-
 
 def claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: bool) -> None:
     """Makes the workdir this run's. ConfigError if it is another's, or is not to be gone on with."""
@@ -32,9 +26,10 @@ def claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: b
     if file.exists():
         if not resume:
             raise ConfigError(f"--noresume, but --workdir={workdir} holds a run; take another, or delete it")
-        # Where self-critical training begins is fixed too.
-        fixed = (*FIXED, "train.epochs") if config.train.cider_epochs else FIXED
-        changed = presets.difference(presets.load(str(file)), config, fixed)
+        old = presets.load(str(file))
+        changed = difference(old, config, "run")
+        if config.train.cider_epochs and old.train.epochs != config.train.epochs:  # self-critical training begins there
+            changed.append(f"train.epochs was {old.train.epochs}, is {config.train.epochs}")
         if changed:
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another preset: {'; '.join(changed)}; take another --workdir"

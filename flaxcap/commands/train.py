@@ -1,6 +1,9 @@
 """`flaxcap train`: the loop. Everything it does to arrays is in train_step, everything it reads in feed."""
 
 import contextlib
+import os
+import sys
+import types
 from collections.abc import Iterator
 
 import jax
@@ -8,7 +11,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from flaxcap.commands import start
+from flaxcap.commands import FAILED, PREEMPTED, start
 from flaxcap.config import Config
 from flaxcap.decoding import generate
 from flaxcap.errors import UserError
@@ -17,7 +20,7 @@ from flaxcap.files import locks
 from flaxcap.inference import plots
 from flaxcap.input_pipeline.batching import Plan
 from flaxcap.models import decoder as decoder_lib
-from flaxcap.runtime import device_memory, multihost, sharding
+from flaxcap.runtime import device_memory, devices, multihost, sharding
 from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs, loop, self_critical, validation
 from flaxcap.training import step as step_lib
@@ -256,3 +259,26 @@ def _plot(workdir: epath.Path) -> None:
     if jax.process_index() == 0:
         with (workdir / "loss.png").open("wb") as f:
             plots.loss_plot(logs.read(workdir), f)
+
+
+def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
+    """Runs `flaxcap train` and returns its exit status."""
+    if not flags.distributed:
+        devices.share_cores(config.train.batch_images, step_lib.CPU_IMAGES)
+    try:
+        train(
+            config,
+            flags.workdir,
+            flags.data_dir,
+            resume=flags.resume,
+            init_from=flags.init_from,
+            profile_dir=flags.profile_dir,
+            max_bad_steps=flags.max_bad_steps,
+        )
+    except Preempted as e:
+        print(f"flaxcap train: {e}")
+        return PREEMPTED
+    except LostError as e:
+        print(f"flaxcap train: {e}", file=sys.stderr, flush=True)
+        os._exit(FAILED)  # a normal exit calls jax.distributed.shutdown, which waits for the lost process
+    return 0

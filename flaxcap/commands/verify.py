@@ -1,12 +1,15 @@
 """`flaxcap verify`: whether the files of a store or a run are still what was written."""
 
 import contextlib
+import types
 from collections.abc import Callable
 
 import tqdm
 from etils import epath
 
 from flaxcap import presets
+from flaxcap.commands import FAILED
+from flaxcap.config import Config
 from flaxcap.errors import UserError
 from flaxcap.features import build, store
 from flaxcap.features.shards import Split, StoreError
@@ -166,3 +169,14 @@ def _store(path: epath.Path, report: Report) -> None:
             report.add(split.path, f"shards {', '.join(map(str, left))} are not finished", "`flaxcap prepare` goes on")
         for number in split.finished():
             report.shard(split, role, number)
+
+
+def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
+    """Runs `flaxcap verify` and returns its exit status."""
+    if not flags.workdir and not flags.config:
+        raise UserError("verify what? give --workdir=RUN, or --config and --data_dir of a store, or both")
+    store_dir = store.path_for(flags.data_dir, config) if flags.config else None
+    report = verify(workdir=flags.workdir or None, store_dir=store_dir)
+    for line in report.lines():
+        print(line)
+    return FAILED if report.wrong else 0

@@ -1,7 +1,6 @@
 """The data sets: `prepare` one, `read` a split of it. Nothing behind these doors knows which one it is."""
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import os
@@ -11,8 +10,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from flaxcap.config import Config, cache_dir
+from flaxcap.config import Config
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Example, Split
+from flaxcap.errors import nearest
+from flaxcap.runtime.cache import cache_dir
 
 __all__ = ["NAMES", "DataError", "Example", "Split", "judge", "of_preset", "options", "prepare", "read", "roles"]
 
@@ -99,8 +100,7 @@ def judge(dataset: str, **builder_kwargs) -> Callable[[int, str], bool] | None:
 
 def _builder_class(dataset: str) -> type[CaptionBuilder]:
     if dataset not in _BUILDERS:
-        nearest = difflib.get_close_matches(dataset, NAMES, n=1, cutoff=0)[0]
-        raise DataError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}; the nearest is {nearest!r}")
+        raise DataError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}{nearest(dataset, NAMES)}")
     return getattr(importlib.import_module(f"flaxcap.data.{dataset}"), _BUILDERS[dataset])
 
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcap.config import ConfigError, nearest
+from flaxcap.config import ConfigError
 from flaxcap.config import Encoder as EncoderConfig
-from flaxcap.errors import UserError
+from flaxcap.errors import UserError, nearest
 from flaxcap.images.preprocess import Preprocess
 
 Params = dict[str, Any]

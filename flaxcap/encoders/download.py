@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from absl import logging
 
-from flaxcap.config import cache_dir as default_cache_dir
 from flaxcap.encoders.base import WeightsError
 from flaxcap.files import size_limits
+from flaxcap.runtime import cache
 
 TIMEOUT_S = 30
 _BLOCK_BYTES = 1 << 20
@@ -41,7 +41,7 @@ def fetch(url: str, md5: str, cache_dir: str | os.PathLike[str] | None = None) -
     Raises:
       WeightsError: the file cannot be downloaded. The message says where to put a copy.
     """
-    path = pathlib.Path(cache_dir or default_cache_dir()) / url.rsplit("/", 1)[-1]
+    path = pathlib.Path(cache_dir or cache.cache_dir()) / url.rsplit("/", 1)[-1]
     part = path.with_name(path.name + ".part")
     by_hand = f"Download {url} by hand and save it as {path}, or name a copy with --encoder_weights=PATH."
     try:

@@ -9,7 +9,6 @@
 Disks and object stores (`gs://…`) alike: paths are epath's, arrays TensorStore's.
 """
 
-import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -47,18 +46,16 @@ MANIFEST, COPY, VOCABULARY = "manifest.json", "manifest.copy.json", "vocabulary.
 
 def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
     """Where this preset's store is: a readable name, and a hash of the fields that the features depend on."""
-    data, encoder = dataclasses.asdict(config.data), dataclasses.asdict(config.encoder)
-    for text_field in ("vocab_size", "max_length"):
-        del data[text_field]
+    fields = config_lib.identity(config, "store")
     if config.dataset != "shapes":
-        del data["shapes"]
-    del encoder["batch_size"], encoder["shard_images"]
+        fields = {name: value for name, value in fields.items() if not name.startswith("data.shapes.")}
     # A file given by hand stands for the published one; which it was, the manifest says.
     if config.encoder.weights != "random":
-        encoder |= {"weights": "pretrained", "seed": 0}
-    key = json.dumps([config.dataset, data, encoder], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-    name = f"{config.dataset}-{encoders.make(config.encoder).name}-{encoder['weights']}-{digest}"
+        fields |= {"encoder.weights": "pretrained", "encoder.seed": 0}
+    encoder = encoders.make(config.encoder)  # its defaults are the same store as their values
+    fields |= {"encoder.block": encoder.name, "encoder.image_size": encoder.preprocess.size}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{config.dataset}-{encoder.name}-{fields['encoder.weights']}-{digest}"
     return epath.Path(data_dir).expanduser() / "features" / name
 
 

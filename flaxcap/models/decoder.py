@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flaxcap.config import Config, ConfigError, nearest
+from flaxcap.config import Config, ConfigError
 from flaxcap.config import Dropout as DropoutConfig
 from flaxcap.config import Model as ModelConfig
 from flaxcap.config import Train as TrainConfig
+from flaxcap.errors import nearest
 from flaxcap.models.output_layer import Weights
 
 Params = dict[str, Any]

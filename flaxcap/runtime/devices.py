@@ -5,8 +5,8 @@ import os
 
 import jax
 
-from flaxcap import config as config_lib
 from flaxcap.errors import UserError
+from flaxcap.runtime import cache
 
 # A process that is silent for so long is taken for dead, and the others end.
 HEARTBEAT_S = 60
@@ -65,6 +65,6 @@ def keep_compiled(directory: str | None) -> None:
     """
     if directory == "":
         return
-    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(config_lib.cache_dir() / "compiled")
+    default = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(cache.cache_dir() / "compiled")
     jax.config.update("jax_compilation_cache_dir", directory or default)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -1,6 +1,5 @@
 """The command line, as its users meet it: what it says, what it writes, and its exit status."""
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -20,6 +19,7 @@ from flaxcap import config as config_lib
 from flaxcap import presets
 from flaxcap.commands import main as main_lib
 from flaxcap.commands.main import main
+from flaxcap.fields import flatten
 from flaxcap.training import logs
 
 # Every flag of every command: a new one belongs here and in the help.
@@ -36,15 +36,6 @@ FLAGS = {
     "verify": "config data_dir verbosity workdir",
     "bench": "config verbosity images steps warmup repeats workers against out",
 }
-
-
-def fields(config: object, prefix: str = "") -> list[str]:
-    names = []
-    for field in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        value = getattr(config, field.name)
-        group = dataclasses.is_dataclass(value)
-        names += fields(value, f"{prefix}{field.name}.") if group else [prefix + field.name]
-    return names
 
 
 @pytest.fixture
@@ -91,7 +82,11 @@ def test_help_tells_every_flag_and_field(command, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert sorted(re.findall(r"^  --(\S+): \S", out, re.MULTILINE)) == sorted(FLAGS[command].split())
-    assert re.findall(r"^  (\S+) = .+?: \w", out, re.MULTILINE) == fields(config_lib.Config())
+    assert sorted(re.findall(r"^  (\S+) = .+?: \w", out, re.MULTILINE)) == sorted(flatten(config_lib.Config()))
+    blocks = dict(re.findall(r"^(\S+): \w.*\n((?:  .+\n?)+)", out, re.MULTILINE))
+    assert set(blocks) >= {"data", "data.shapes", "encoder", "model", "train", "train.dropout", "decode"}
+    for group, lines in blocks.items():
+        assert all(re.match(rf"  {group}\.\w+ = ", line) for line in lines.splitlines())
     assert re.search(rf"^  flaxcap {command} \S", out, re.MULTILINE)
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == out
@@ -109,7 +104,8 @@ def test_what_a_choice_may_be_is_told(capsys):
     main(["evaluate", "--help"])
     out = capsys.readouterr().out
     assert "--split: <train|val|test>" in out
-    assert re.search(r"model\.cell = 'gru': .*<gru\|lstm>", out)
+    assert re.search(r"model\.cell = 'gru': .* <gru\|lstm>$", out, re.MULTILINE)
+    assert re.search(r"train\.dropout\.image = 0\.0: .* \[0 to 0\.99\]$", out, re.MULTILINE)
 
 
 def test_an_unknown_command_names_the_nearest(capsys):
@@ -157,7 +153,7 @@ def test_what_is_missing_or_too_much(args, message, refused, tmp_path, monkeypat
         ("train.epochs=", "--config.train.epochs=: expected a whole number"),
         ("train.learning_rate=fast", "--config.train.learning_rate=fast: expected a number"),
         ("model.positions=maybe", "--config.model.positions=maybe: expected true or false"),
-        ("train.epochs", "give it as --config.train.epochs=VALUE"),
+        ("train.epochs", "expected --config.train.epochs=VALUE, where VALUE is a whole number"),
         ("train.epochs=0", "--config.train.epochs=0 and cider_epochs=0: expected more than 0 of either"),
         ("train.learning_rate=nan", "--config.train.learning_rate=nan: expected more than 0"),
         ("model.cell=lsmt", "--config.model.cell=lsmt: expected one of gru, lstm; did you mean 'lstm'?"),
@@ -294,8 +290,8 @@ def test_what_decodes_may_be_overridden_and_what_was_trained_may_not(trained: Tr
     assert main([*command, "--config.decode.max_length=2", "--config.encoder.batch_size=2"]) == 0
     assert re.search(r"picture.png: \w+  \(", capsys.readouterr().out)
     assert "model.hidden_dim was 32, is 64" in refused(*command, "--config.model.hidden_dim=64")
-    assert "name pictures to caption" in refused(*command, "--split=test")
-    assert "name pictures to caption" in refused(command[0], *command[2:])
+    assert "name images to caption" in refused(*command, "--split=test")
+    assert "name images to caption" in refused(command[0], *command[2:])
     assert "nothere.png: no such file or directory" in refused(*command, "nothere.png")
 
 

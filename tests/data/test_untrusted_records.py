@@ -83,8 +83,12 @@ def test_hard_captions_go_through_the_whole_of_prepare(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("tree", "override", "message"),
     [
-        ({"decode": {"max_length": 10**12}}, "", "p.json: --config.decode.max_length=1000000000000: expected at most"),
-        ({"model": {"hidden_dim": 10**9}}, "", "p.json: --config.model.hidden_dim=1000000000: expected at most 65536"),
+        (
+            {"decode": {"max_length": 10**12}},
+            "",
+            "p.json: --config.decode.max_length=1000000000000: expected 1 to",
+        ),
+        ({"model": {"hidden_dim": 10**9}}, "", "p.json: --config.model.hidden_dim=1000000000: expected 1 to 65536"),
         ({"train": {"weight_decay": float("inf")}}, "", "p.json: --config.train.weight_decay=inf: expected a finite"),
         ({"seed": -1}, "train.epochs=3", "p.json: --config.seed=-1: expected 0 to"),
         ({}, "seed=-1", "prepare: --config.seed=-1: expected 0 to"),

@@ -11,9 +11,10 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.config import Config, Data, Encoder, Shapes, leaves
+from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.features import store
 from flaxcap.features.store import POSITIONS, Skipped, Split, StoreError
+from flaxcap.fields import flatten
 from flaxcap.files.integrity import WriteError
 
 WIDTH = 3
@@ -80,8 +81,8 @@ RENDERED = {f"data.shapes.{name}" for name in ("num_train", "num_val", "num_test
 )
 def test_the_path_depends_on_the_fields_that_the_features_depend_on(config, depends):
     here = store.path_for("data", config)
-    changes = {name for name, (value, _) in leaves(config).items()
-               if store.path_for("data", with_field(config, name, other(value))) != here}  # fmt: skip
+    changes = {name for name, field in flatten(config).items()
+               if store.path_for("data", with_field(config, name, other(field.value))) != here}  # fmt: skip
     assert changes == depends
 
 

@@ -116,7 +116,7 @@ def test_a_models_preset_is_checked_and_named(model):
     tree = json.loads((model / "config.json").read_text())
     tree["decode"]["max_length"] = 10**9
     (model / "config.json").write_text(json.dumps(tree))
-    refuse(model, r"config\.json: --config\.decode\.max_length=1000000000: expected at most 10000")
+    refuse(model, r"config\.json: --config\.decode\.max_length=1000000000: expected 1 to 10000")
 
 
 def write_member(folder: pathlib.Path, name: str, **changes) -> None:

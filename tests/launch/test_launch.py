@@ -44,6 +44,30 @@ def test_preset_and_places_are_taken_from_the_environment(launch: Launch):
     assert "flaxcap train --config=experiments/coco.py --data_dir=/d --workdir=runs/coco" in launch.log()
 
 
+MADVISE = "always [madvise] never"
+
+
+@pytest.mark.parametrize(
+    ("setting", "before", "expected"),
+    [
+        (MADVISE, None, "glibc.malloc.hugetlb=1"),
+        (MADVISE, "", "glibc.malloc.hugetlb=1"),
+        (MADVISE, "glibc.malloc.arena_max=4", "glibc.malloc.arena_max=4:glibc.malloc.hugetlb=1"),
+        (MADVISE, "glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+        ("[always] madvise never", None, "unset"),
+        ("always madvise [never]", "glibc.malloc.arena_max=4", "glibc.malloc.arena_max=4"),
+        (None, None, "unset"),
+    ],
+)
+def test_programs_get_huge_pages_where_the_kernel_offers_them(launch: Launch, setting, before, expected):
+    if setting:
+        launch.script("huge_pages", setting)
+    launch("install")
+    write_program(launch.repo / ".venv/bin/flaxcap", '#!/bin/sh\necho "${GLIBC_TUNABLES-unset}" >>"$STUB/tunables"\n')
+    launch(**({} if before is None else {"GLIBC_TUNABLES": before}))
+    assert (launch.stub / "tunables").read_text().splitlines() == [expected] * 4
+
+
 def test_a_failing_step_ends_the_job_with_its_status(launch: Launch):
     launch("install")
     flaxcap = '#!/bin/sh\necho "$1" >>"$STUB/ran"\n[ "$1" != train ] || exit 75\n'
@@ -127,3 +151,5 @@ def test_dry_run_prints_and_runs_nothing(pod: Launch):
         assert pod(command, DRY_RUN="1").stdout.startswith(("gcloud", "mkdir"))
     assert pod.log() == []
     assert not (pod.repo / "build").exists()
+    pod.script("huge_pages", MADVISE)
+    assert "export GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in pod(DRY_RUN="1", TPU_NAME="").stdout.splitlines()

@@ -234,8 +234,10 @@ def test_worker_runs_one_program_and_stops_it_gently(vm: Launch):
     vm("stop", STOP_TIMEOUT="0.1")
     assert vm("worker", "state", HOME=str(machine)).stdout == "state=died\n"
 
-    vm("run", "--", "bash", "-c", "setsid sleep 5 & exit 3")
+    vm.script("huge_pages", "always [madvise] never")
+    vm("run", "--", "bash", "-c", "echo $GLIBC_TUNABLES; setsid sleep 5 & exit 3")
     wait_for(machine / "flaxcap.status", "exited 3")
+    assert "\nglibc.malloc.hugetlb=1\n" in (machine / "flaxcap.log").read_text()
     # what a program leaves behind does not pass for the program
     subprocess.run(["flock", "-w", "2", machine / "flaxcap.lock", "true"], check=True)
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcap.config import ConfigError, nearest
+from flaxcap.config import ConfigError
 from flaxcap.config import Encoder as EncoderConfig
 from flaxcap.encoders.base import Params, Sample, normalise
 from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.errors import nearest
 from flaxcap.images.preprocess import Preprocess
 
 SIZE = 299  # pixels a side, as in training
