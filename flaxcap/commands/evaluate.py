@@ -18,7 +18,8 @@ from flaxcap.features.store import Row
 from flaxcap.inference import coco_results
 from flaxcap.inference.captioner import Captioner
 from flaxcap.runtime import sharding
-from flaxcap.text.vocabulary import SPECIAL, words
+from flaxcap.text.vocabulary import SPECIAL
+from flaxcap.text.words import words
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
 

@@ -24,7 +24,8 @@ from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 from flaxcap.runtime import multihost
-from flaxcap.text.vocabulary import Vocabulary, words
+from flaxcap.text.vocabulary import Vocabulary
+from flaxcap.text.words import words
 
 
 def prepare(

@@ -20,7 +20,8 @@ from flaxcap.features import extract
 from flaxcap.features.store import Store, StoreError
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
-from flaxcap.text.vocabulary import UNK, Tokens, VocabularyError
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import UNK, VocabularyError
 
 RANDOM = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=4)
 WIDTH = 3
@@ -199,7 +200,7 @@ def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
 
 
 def test_training_captions_without_a_word_are_explained(tmp_path):
-    with pytest.raises(VocabularyError, match="the training captions hold no word"):
+    with pytest.raises(VocabularyError, match="the training captions contain no word"):
         imported(tmp_path, {"train": {"t.jpg": ["?!", "…"]}, "val": {"v.jpg": ["two"]}})
 
 
