@@ -158,7 +158,7 @@ class _Shards:
             raise DataError(f"{self._paths[-1]}: could not be written: {error}") from error
 
 
-class Split(Sequence[Example]):
+class Examples(Sequence[Example]):
     """The examples of a split, in the order on disk, read one at a time; threads may share it.
 
     Args:

@@ -187,7 +187,7 @@ def _forms() -> list[re.Pattern]:
 _FORMS = _forms()
 
 
-def judge(image_id: int, caption: str, seed: int = 0) -> bool:
+def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
     """Whether a caption is true of a picture: two objects of it, each attribute named, and their relation.
 
     Any sentence outside the grammar of `captions` is false.

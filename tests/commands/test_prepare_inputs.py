@@ -14,7 +14,7 @@ from PIL import Image
 
 from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, ConfigError, Data, Encoder, Shapes
-from flaxcap.data import DataError
+from flaxcap.data.base import DataError
 from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.features import extract
 from flaxcap.features.store import Store, StoreError
