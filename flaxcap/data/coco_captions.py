@@ -47,7 +47,7 @@ class _Image(NamedTuple):
     captions: list[tuple[int, str]]
 
 
-class CocoCaptions(CaptionBuilder):
+class CocoCaptionsBuilder(CaptionBuilder):
     """COCO 2014 captions in Karpathy's splits: train 82,783, restval 30,504, val 5,000 and test 5,000 images.
 
     Takes each of `train2014.zip`, `val2014.zip`, `annotations_trainval2014.zip` and `caption_datasets.zip`
@@ -62,6 +62,7 @@ class CocoCaptions(CaptionBuilder):
       **kwargs: as for CaptionBuilder.
     """
 
+    name = "coco_captions"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(

@@ -15,7 +15,12 @@ from flaxcap.config import Config, cache_dir
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError
 
 # Imported when asked for: each has needs of its own.
-_BUILDERS = {"coco_captions": "CocoCaptions", "flickr8k": "Flickr8k", "folder": "Folder", "shapes": "Shapes"}
+_BUILDERS = {
+    "coco_captions": "CocoCaptionsBuilder",
+    "flickr8k": "Flickr8kBuilder",
+    "folder": "FolderBuilder",
+    "shapes": "ShapesBuilder",
+}
 NAMES = tuple(_BUILDERS)
 
 PathLike = str | os.PathLike

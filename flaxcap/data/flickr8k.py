@@ -27,7 +27,7 @@ class _Image(NamedTuple):
     captions: list[tuple[int, str]]  # (id, text)
 
 
-class Flickr8k(CaptionBuilder):
+class Flickr8kBuilder(CaptionBuilder):
     """Flickr8k: 8,000 photographs of people and dogs, five captions each, in the authors' three splits.
 
     `manual_dir` holds `Flickr8k.token.txt` (lines `NAME.jpg#N<tab>CAPTION`), `Flickr_8k.trainImages.txt`,
@@ -39,6 +39,7 @@ class Flickr8k(CaptionBuilder):
     `2258277193_586949ec62.jpg.1`); an empty caption is dropped, and an image that has no other.
     """
 
+    name = "flickr8k"
     VERSION = tfds.core.Version("1.0.0")
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:

@@ -46,7 +46,7 @@ class _Image(NamedTuple):
     split: str | None
 
 
-class Folder(CaptionBuilder):
+class FolderBuilder(CaptionBuilder):
     """A folder (`manual_dir`) of images, in any subfolders, with one file of captions. That file is one of
 
     - `captions.csv`: a header and the columns image, caption and, if wanted, split; a row a caption;
@@ -61,6 +61,7 @@ class Folder(CaptionBuilder):
     The path of the prepared copy has a hash of the captions file, so that changed captions are prepared anew.
     """
 
+    name = "folder"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, manual_dir, **kwargs):

@@ -205,9 +205,10 @@ def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
     )
 
 
-class Shapes(CaptionBuilder):
+class ShapesBuilder(CaptionBuilder):
     """TFDS builder of `num_train`, `num_val` and `num_test` scenes, rendered from `seed`."""
 
+    name = "shapes"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, seed: int = 0, num_train: int, num_val: int, num_test: int, **kwargs):

@@ -161,7 +161,7 @@ def test_what_cannot_be_fetched_is_asked_for(server, tmp_path, sample):
 
 
 def test_official_sizes_and_addresses():
-    builder_urls = coco_captions.CocoCaptions(data_dir="unused").url_infos
+    builder_urls = coco_captions.CocoCaptionsBuilder(data_dir="unused").url_infos
     assert sorted(builder_urls) == [
         "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
         "http://images.cocodataset.org/zips/train2014.zip",

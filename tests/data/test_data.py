@@ -188,6 +188,11 @@ def test_an_unknown_data_set_names_the_nearest():
     assert datasets.NAMES == ("coco_captions", "flickr8k", "folder", "shapes")
 
 
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_a_data_set_is_stored_under_its_own_name(name):
+    assert datasets._builder_class(name).name == name
+
+
 def test_a_directory_that_is_no_data_set_is_left_alone(tmp_path):
     mine = tmp_path / "coco_captions" / "2014-captions" / "1.0.0" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -199,7 +204,7 @@ def test_a_directory_that_is_no_data_set_is_left_alone(tmp_path):
 
 def test_the_truth_of_captions_is_known_for_shapes_only(monkeypatch):
     shapes = types.ModuleType("flaxcap.data.shapes")
-    vars(shapes).update(Shapes=Tiny, is_true=lambda image_id, caption, seed=0: caption == f"{image_id} {seed}")
+    vars(shapes).update(ShapesBuilder=Tiny, is_true=lambda image_id, caption, seed=0: caption == f"{image_id} {seed}")
     monkeypatch.setitem(sys.modules, shapes.__name__, shapes)
     assert datasets.caption_truth(Config(dataset="folder")) is None
     for seed in (0, 3):

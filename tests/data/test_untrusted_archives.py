@@ -9,7 +9,7 @@ from torture_cases import files as torture_files
 
 from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
-from flaxcap.data.coco_captions import CocoCaptions
+from flaxcap.data.coco_captions import CocoCaptionsBuilder
 from flaxcap.files import size_limits
 from flaxcap.images import decode
 
@@ -71,7 +71,8 @@ def test_broken_archives_are_read_or_named(coco, name):
     for broken in torture_files.broken_copies(whole, 40, seed=1):
         (coco / name).write_bytes(broken)
         try:
-            for examples in CocoCaptions(manual_dir=coco, data_dir=coco / "data")._split_generators(None).values():  # pyright: ignore
+            builder = CocoCaptionsBuilder(manual_dir=coco, data_dir=coco / "data")
+            for examples in builder._split_generators(None).values():  # pyright: ignore[reportArgumentType]
                 list(examples)
         except DataError as error:
             assert str(coco) in str(error), error  # noqa: PT017
