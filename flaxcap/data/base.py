@@ -5,7 +5,7 @@ import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,8 +15,7 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from flaxcap.errors import UserError, listed, quoted, shown
-from flaxcap.files import size_limits
+from flaxcap.errors import UserError
 
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
@@ -35,8 +34,6 @@ FEATURES = tfds.features.FeaturesDict(
 )
 # Not decoded here: a broken picture is the feature extraction's to skip and count.
 _DECODERS = {"image": tfds.decode.SkipDecoding()}
-
-T = TypeVar("T")
 
 
 class DataError(UserError):
@@ -202,72 +199,3 @@ class Examples(Sequence[Example]):
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(self._length))
-
-
-def bad(file: object, record: str, field: str, found: str, expected: str) -> DataError:
-    """The error for one field of one record of a file; `record` and `field` may be empty."""
-    where = ", ".join([str(file)] + [record] * bool(record) + [f"field {field!r}"] * bool(field))
-    return DataError(f"{where}: found {found}, expected {expected}")
-
-
-_KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", dict: "an object"}
-
-
-def field(record: object, key: str, kind: type[T], file: object, where: str) -> T:
-    """`record[key]` of a parsed JSON record; DataError where there is none, it is no `kind` or cannot be stored."""
-    if not isinstance(record, dict):
-        raise bad(file, where, "", shown(record), "an object")
-    if key not in record:
-        raise bad(file, where, key, "none, only " + (listed(record) or "{}"), _KINDS[kind])
-    value = record[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise bad(file, where, key, shown(value), _KINDS[kind])
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise bad(file, where, key, shown(value), "a whole number of 64 bits")
-    if isinstance(value, str):
-        check_text(value, file, where, key)
-    return value
-
-
-def check_text(text: str, file: object, where: str, key: str) -> None:
-    """DataError for half a character, which JSON can hold as `"\\ud83d"`, and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise bad(file, where, key, f"half a character, {quoted(text[error.start])}", "text") from error
-
-
-def read_bytes(path: pathlib.Path) -> bytes:
-    """A file; DataError where it cannot be read or is larger than `limits.CAPTIONS`."""
-    try:
-        return size_limits.read(path, size_limits.CAPTIONS)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_picture(path: pathlib.Path) -> bytes:
-    """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
-    try:
-        return size_limits.start(path, size_limits.PICTURE)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_text(path: pathlib.Path) -> str:
-    """A UTF-8 file, with or without byte order mark; DataError where it cannot be read or is not UTF-8."""
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise bad(path, f"line {line}", "", f"the byte 0x{data[error.start]:02x}", "UTF-8") from error
-
-
-def image_path(folder: pathlib.Path, name: str, file: object, record: str, key: str) -> pathlib.Path:
-    """`folder/name`, an existing file; DataError where it is missing or `name` leads out of the folder."""
-    parts = pathlib.PurePath(name).parts
-    if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts:
-        raise bad(file, record, key, quoted(name), f"a path inside {folder}")
-    if not os.path.isfile(folder / name):  # unlike pathlib's it says no to any name, however long
-        raise bad(file, record, key, f"{quoted(name)}, which is not in {folder}", "an image file")
-    return folder / name

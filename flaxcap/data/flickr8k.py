@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, image_path, read_picture, read_text
+from flaxcap.data.base import CaptionBuilder, DataError
+from flaxcap.data.records import bad_record, image_path, read_image, read_text
 from flaxcap.errors import quoted, shown
 
 TOKENS = "Flickr8k.token.txt"
@@ -48,7 +49,7 @@ class Flickr8kBuilder(CaptionBuilder):
             raise DataError(f"flickr8k: expected --manual_dir to name the directory of {TOKENS} and the images")
         there = [self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()]
         if not there:
-            raise bad(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
+            raise bad_record(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
         tokens = self.manual_dir / TOKENS
         captions = _read_tokens(tokens)
         ids = {name: number for number, name in enumerate(captions)}
@@ -62,9 +63,13 @@ class Flickr8kBuilder(CaptionBuilder):
             for where, line in _lines(file):
                 name = line.strip()
                 if name in taken:
-                    raise bad(file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once")
+                    raise bad_record(
+                        file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once"
+                    )
                 if name not in captions:
-                    raise bad(file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image")
+                    raise bad_record(
+                        file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image"
+                    )
                 taken[name] = f"{filename}, {where}"
                 images.append(_Image(image_path(there[0], name, file, where, ""), ids[name], captions[name]))
             splits[split] = self._generate_examples(images)
@@ -76,7 +81,7 @@ class Flickr8kBuilder(CaptionBuilder):
                 yield (
                     image.image_id,
                     {
-                        "image": read_picture(image.path),
+                        "image": read_image(image.path),
                         "image/filename": image.path.name,
                         "image/id": image.image_id,
                         "captions": [{"id": number, "text": text} for number, text in image.captions],
@@ -90,7 +95,7 @@ def _read_tokens(path: pathlib.Path) -> dict[str, list[tuple[int, str]]]:
     for number, (where, line) in enumerate(_lines(path)):
         match = _TOKEN.fullmatch(line)
         if match is None:
-            raise bad(path, where, "", shown(line), "NAME.jpg#NUMBER, a tab and the caption")
+            raise bad_record(path, where, "", shown(line), "NAME.jpg#NUMBER, a tab and the caption")
         of_image = captions.setdefault(match["name"], [])
         if match["caption"].strip():
             of_image.append((number, match["caption"].strip()))
