@@ -49,6 +49,25 @@ class Example(NamedTuple):
     captions: tuple[str, ...]
 
 
+def example(
+    image: bytes, image_id: int, filename: str, captions: Iterable[tuple[int, str]]
+) -> tuple[int, dict[str, Any]]:
+    """Returns an image with its captions as TFDS takes it: the key and the values of `FEATURES`.
+
+    Args:
+      image: the encoded file, stored as it is.
+      image_id: unique in the data set.
+      filename: the file's name, or its path below the user's folder.
+      captions: (id, text) of each caption.
+    """
+    return image_id, {
+        "image": image,
+        "image/filename": filename,
+        "image/id": image_id,
+        "captions": [{"id": number, "text": text} for number, text in captions],
+    }
+
+
 class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Base of the data sets. A subclass has a VERSION, `_split_generators` and `_generate_examples`.
 

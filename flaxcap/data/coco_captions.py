@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums as tfds_checksums
 from tensorflow_datasets.core.download import download_manager, downloader
 
-from flaxcap.data.base import CaptionBuilder, DataError
+from flaxcap.data.base import CaptionBuilder, DataError, example
 from flaxcap.data.records import bad_record, read_bytes, read_field
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.files import size_limits
@@ -111,15 +111,8 @@ class CocoCaptionsBuilder(CaptionBuilder):
             archives = {year: stack.enter_context(_open(files[f"{year}.zip"])) for year in YEARS}
             for image in images:
                 if image.captions:
-                    yield (
-                        image.image_id,
-                        {
-                            "image": _picture(archives[image.year], image),
-                            "image/filename": image.filename,
-                            "image/id": image.image_id,
-                            "captions": [{"id": number, "text": text} for number, text in image.captions],
-                        },
-                    )
+                    file = _picture(archives[image.year], image)
+                    yield example(file, image.image_id, image.filename, image.captions)
 
     def _file(self, name: str, dl_manager) -> pathlib.Path:
         """The file from `manual_dir`, or else downloaded; DataError where neither can be had."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError
+from flaxcap.data.base import CaptionBuilder, DataError, example
 from flaxcap.data.records import bad_record, image_path, read_image, read_text
 from flaxcap.errors import quoted, shown
 
@@ -78,15 +78,7 @@ class Flickr8kBuilder(CaptionBuilder):
     def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
         for image in images:
             if image.captions:
-                yield (
-                    image.image_id,
-                    {
-                        "image": read_image(image.path),
-                        "image/filename": image.path.name,
-                        "image/id": image.image_id,
-                        "captions": [{"id": number, "text": text} for number, text in image.captions],
-                    },
-                )
+                yield example(read_image(image.path), image.image_id, image.path.name, image.captions)
 
 
 def _read_tokens(path: pathlib.Path) -> dict[str, list[tuple[int, str]]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError
+from flaxcap.data.base import CaptionBuilder, DataError, example
 from flaxcap.data.coco_captions import read_annotations
 from flaxcap.data.records import bad_record, check_text, image_path, read_bytes, read_field, read_image, read_text
 from flaxcap.errors import listed, quoted, shown
@@ -82,15 +82,8 @@ class FolderBuilder(CaptionBuilder):
     def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
         assert self.manual_dir is not None
         for image in images:
-            yield (
-                image.image_id,
-                {
-                    "image": read_image(self.manual_dir / image.filename),
-                    "image/filename": image.filename,
-                    "image/id": image.image_id,
-                    "captions": [{"id": number, "text": text} for number, text in image.captions],
-                },
-            )
+            file = read_image(self.manual_dir / image.filename)
+            yield example(file, image.image_id, image.filename, image.captions)
 
 
 def split_by_name(names: list[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
-from flaxcap.data.base import CaptionBuilder
+from flaxcap.data.base import CaptionBuilder, example
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -226,14 +226,5 @@ class ShapesBuilder(CaptionBuilder):
             image_id = 3 * number + SPLITS.index(split)
             rng = np.random.default_rng([self.seed, image_id])
             things = _scene(rng, split)
-            yield (
-                image_id,
-                {
-                    "image": render(things, rng),
-                    "image/filename": f"{split}-{number:05d}.jpg",
-                    "image/id": image_id,
-                    "captions": [
-                        {"id": 5 * image_id + k, "text": text} for k, text in enumerate(captions(things, rng))
-                    ],
-                },
-            )
+            image, texts = render(things, rng), captions(things, rng)
+            yield example(image, image_id, f"{split}-{number:05d}.jpg", enumerate(texts, start=5 * image_id))

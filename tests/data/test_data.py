@@ -30,17 +30,11 @@ class Tiny(base.CaptionBuilder):
 
     def _generate_examples(self, examples):
         for example in examples:
-            yield example.image_id, features(example)
+            yield record(example)
 
 
-def features(example: Example) -> dict:
-    captions = [{"id": k, "text": text} for k, text in enumerate(example.captions)]
-    return {
-        "image": example.image,
-        "image/filename": example.filename,
-        "image/id": example.image_id,
-        "captions": captions,
-    }
+def record(example: Example) -> tuple[int, dict]:
+    return base.example(example.image, example.image_id, example.filename, enumerate(example.captions))
 
 
 def examples(count: int, first: int = 0) -> list[Example]:
@@ -251,7 +245,8 @@ class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         box = tfds.features.BBox(ymin=0.0, xmin=0.1, ymax=0.5, xmax=1.0)
         thing = {"id": 1, "area": 2, "bbox": box, "label": 3, "is_crowd": False}
         for number, example in enumerate(given):
-            yield example.image_id, features(example) | {"objects": [thing] * number}
+            key, fields = record(example)
+            yield key, fields | {"objects": [thing] * number}
 
 
 def test_coco_prepared_by_tfds_is_used_as_it_is(tmp_path):
