@@ -82,7 +82,7 @@ def _dataset(
     config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
 ) -> tfds.core.DatasetBuilder:
     """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
-    root = epath.Path(config_lib.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
+    root = datasets.local_dir(data_dir)
     directory = root / config.dataset
     if config.dataset not in datasets.NAMES:
         return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)

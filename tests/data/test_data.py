@@ -191,7 +191,7 @@ def test_a_directory_that_is_no_data_set_is_left_alone(tmp_path):
     mine = tmp_path / "coco_captions" / "2014-captions" / "1.0.0" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("keep")
-    with pytest.raises(DataError, match=r"1\.0\.0: there, but not a prepared data set"):
+    with pytest.raises(DataError, match=r"1\.0\.0: found files that are not a prepared data set"):
         datasets.prepare("coco_captions", tmp_path)
     assert mine.read_text() == "keep"
 
