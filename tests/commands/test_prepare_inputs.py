@@ -193,7 +193,7 @@ def test_a_missing_test_split_is_left_out_with_a_warning(tmp_path, caplog):
 def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
     splits = {"train": {"t.jpg": ["one"]}, "val": {"v.jpg": ["two"]}, "test": {"x.jpg": ["three"]}}
     del splits[role]
-    with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Splits that are there: ") as error:
+    with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Existing splits: ") as error:
         imported(tmp_path, splits)
     assert all(f"{other} (1 images)" in str(error.value) for other in splits)
     assert not list((tmp_path / "data" / "features").rglob("manifest.json"))

@@ -135,7 +135,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
     try:
-        with pytest.raises(DataError, match=r"train.*could not be written: .*too large"):
+        with pytest.raises(DataError, match=r"train.*cannot be written: .*too large"):
             prepared(tmp_path, train=big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -143,7 +143,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 
 
 def test_what_a_builder_may_not_do(tmp_path):
-    with pytest.raises(DataError, match=r"split 'val': two examples have the key 3"):
+    with pytest.raises(DataError, match=r"split 'val': found two examples with the key 3"):
         prepared(tmp_path, train=examples(1), val=examples(1, 3) * 2)
     with pytest.raises(DataError, match="no image with a caption"):
         prepared(tmp_path, train=[])
