@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxcap import config as config_lib
-from flaxcap import data
 from flaxcap.config import Config, ConfigError, check, difference
+from flaxcap.data import datasets
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.errors import UserError
 from flaxcap.fields import flatten
@@ -270,7 +270,7 @@ def test_choices_are_what_there_is():
         for cls in GROUPS.values()
         for field in dataclasses.fields(cls)
     }
-    assert fields[Config, "dataset"] == data.NAMES
+    assert fields[Config, "dataset"] == datasets.NAMES
     assert fields[config_lib.Encoder, "block"] == network.BLOCKS
 
 

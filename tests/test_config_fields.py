@@ -98,7 +98,7 @@ def test_no_field_is_dead():
     files = [path for path in (ROOT / "flaxcap").rglob("*.py") if path.name != "config.py"]
     found = set.union(*(reads(path.read_text()) for path in files))
     # These are handed to the builder all together, by their names.
-    given = inspect.signature(shapes.Shapes).parameters
+    given = inspect.signature(shapes.ShapesBuilder).parameters
     found |= {("Shapes", f.name) for f in dataclasses.fields(config_lib.Shapes) if f.name in given}
     fields = {(name, field.name) for name, cls in GROUPS.items() for field in dataclasses.fields(cls)}
     assert fields - found == set()

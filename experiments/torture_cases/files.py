@@ -86,9 +86,9 @@ READERS = {
         "read = lambda path: extract.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
     ),
     "archives": (
-        "from flaxcap.data.coco_captions import CocoCaptions\n"
+        "from flaxcap.data.coco_captions import CocoCaptionsBuilder\n"
         "def read(path):\n"
-        "    builder = CocoCaptions(manual_dir=path, data_dir=path / 'data')\n"
+        "    builder = CocoCaptionsBuilder(manual_dir=path, data_dir=path / 'data')\n"
         "    for examples in builder._split_generators(None).values():\n"
         "        list(examples)"
     ),

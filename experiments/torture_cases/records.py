@@ -15,7 +15,7 @@ from PIL import Image
 from flaxcap import config as config_lib
 from flaxcap import fields, presets
 from flaxcap.data.base import DataError
-from flaxcap.data.folder import Folder
+from flaxcap.data.folder import FolderBuilder
 from flaxcap.features.store import Row
 from flaxcap.inference import coco_results
 from flaxcap.text import vocabulary
@@ -196,7 +196,7 @@ def judge_file(folder: pathlib.Path, file: File) -> str:
     path = folder / file.name
     path.write_bytes(file.content.encode())
     try:
-        builder = Folder(manual_dir=folder, data_dir=folder / "data")
+        builder = FolderBuilder(manual_dir=folder, data_dir=folder / "data")
         nothing: Any = None  # to download
         splits: Any = builder._split_generators(nothing)  # as TFDS calls it: what is wrong is found here
         found = {e["image/filename"]: [c["text"] for c in e["captions"]] for made in splits.values() for _, e in made}

@@ -7,7 +7,8 @@ import numpy as np
 from flaxcap import config as config_lib
 from flaxcap.features.store import POSITIONS
 from flaxcap.input_pipeline.batching import Batch, Plan
-from flaxcap.text.vocabulary import END, START, Tokens
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import END, START
 
 CAPTIONS = 5  # an image
 SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, <start> and <end> included

@@ -13,16 +13,18 @@ import tqdm
 from absl import logging
 from etils import epath
 
-from flaxcap import data
 from flaxcap.commands import from_flags
 from flaxcap.config import Config
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.store import Row
 from flaxcap.inference import coco_results
 from flaxcap.inference.captioner import Captioner
 from flaxcap.runtime import sharding
-from flaxcap.text.vocabulary import SPECIAL, words
+from flaxcap.text.vocabulary import SPECIAL
+from flaxcap.text.words import words
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
 
@@ -66,7 +68,7 @@ def evaluate(
             seed,
         )
     else:
-        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
+        builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
         rows, texts, log_probs = _of_pictures(captioner, builder, split_name, seed)
     found["log_prob"] = float(np.mean(log_probs))
     return _report(config, split_name, rows, texts, captioner.vocabulary.tokens, out_dir, found)
@@ -88,7 +90,7 @@ def evaluate_file(
         rows = prepared.split(split_name).rows
         vocabulary: Sequence[str] = prepared.vocabulary().tokens
     else:
-        builder = data.of_preset(config, data_dir, manual_dir=manual_dir)
+        builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
         rows = _rows(builder, config, split_name)
         vocabulary = sorted({word for row in rows for text in row.captions for word in words(text)})
     texts = coco_results.read(predictions, rows)
@@ -106,7 +108,7 @@ def _report(
 ) -> Report:
     """Scores, written beside the captions."""
     known = [word for word in vocabulary if word not in SPECIAL]
-    more, missing = coco_results.score(rows, texts, known, data.judge(config.dataset, **data.options(config)))
+    more, missing = coco_results.score(rows, texts, known, datasets.caption_truth(config))
     found |= more
     out_dir = epath.Path(out_dir)
     store.write_whole(out_dir / "predictions.json", coco_results.to_json(rows, texts))
@@ -141,14 +143,14 @@ def _likelihood(captioner: Captioner, split: store.Split) -> dict[str, float]:
 
 
 def _rows(builder: tfds.core.DatasetBuilder, config: Config, split_name: str) -> list[Row]:
-    examples = data.read(builder, _split(config, split_name))
+    examples = Examples(builder, _split(config, split_name))
     return [Row(example.image_id, example.filename, example.captions) for example in examples]
 
 
 def _split(config: Config, role: str) -> str:
-    splits = data.roles(config)
+    splits = datasets.splits(config)
     if role not in splits:
-        raise data.DataError(f"--split={role}: expected one of {', '.join(splits)}")
+        raise DataError(f"--split={role}: expected one of {', '.join(splits)}")
     return splits[role]
 
 
@@ -156,7 +158,7 @@ def _of_pictures(
     captioner: Captioner, builder: tfds.core.DatasetBuilder, split_name: str, seed: int
 ) -> tuple[list[Row], list[str], list[float]]:
     """The images of a split that can be read, their captions, and these' log-probabilities."""
-    examples = data.read(builder, _split(captioner.config, split_name))
+    examples = Examples(builder, _split(captioner.config, split_name))
     rows, texts, log_probs = [], [], []
     stream = captioner.stream((lambda n=n: examples[n].image for n in range(len(examples))), seed=seed)
     for number, found in enumerate(tqdm.tqdm(stream, "caption", len(examples), unit=" images", disable=None)):

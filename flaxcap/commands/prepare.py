@@ -13,8 +13,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from flaxcap import config as config_lib
-from flaxcap import data
 from flaxcap.config import ConfigError
+from flaxcap.data import datasets
+from flaxcap.data.base import Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, repair
@@ -24,8 +25,9 @@ from flaxcap.files import integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
-from flaxcap.runtime import cache, multihost
+from flaxcap.runtime import multihost
 from flaxcap.text.vocabulary import Vocabulary, words
+from flaxcap.text.words import words
 
 
 def prepare(
@@ -81,14 +83,14 @@ def _dataset(
     config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
 ) -> tfds.core.DatasetBuilder:
     """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
-    root = epath.Path(cache.cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
+    root = datasets.local_dir(data_dir)
     directory = root / config.dataset
-    if config.dataset not in data.NAMES:
-        return data.of_preset(config, data_dir, manual_dir=manual_dir)
+    if config.dataset not in datasets.NAMES:
+        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
     with locks.flock(root / f".{config.dataset}.lock", str(directory), wait=True):
         for left in (*directory.glob("incomplete.*"), *directory.glob("*/incomplete.*")):  # TFDS's, of one killed
             left.rmtree() if left.is_dir() else left.unlink()
-        return data.of_preset(config, data_dir, manual_dir=manual_dir)
+        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
 
 
 def _make_encoder(config: config_lib.Config, encoder_weights: str | None) -> ImageEncoder:
@@ -192,7 +194,7 @@ def _extract(
     for role in store.roles:
         split = store.split(role)
         if npy_dir is None:
-            examples = data.read(builder, store.manifest["splits"][role]["split"])
+            examples = Examples(builder, store.manifest["splits"][role]["split"])
             load = functools.partial(_pixels, examples, encoder.preprocess)
         else:
             load, encode = extract.npy_loader(epath.Path(npy_dir), split, store.feature_dim), np.asarray
@@ -210,7 +212,7 @@ def _extract(
         )
 
 
-def _pixels(examples: data.Split, preprocess: Preprocess, row: int) -> np.ndarray:
+def _pixels(examples: Examples, preprocess: Preprocess, row: int) -> np.ndarray:
     return decode.for_encoder(examples[row].image, preprocess)
 
 

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from flaxcap import data, presets
+from flaxcap import presets
 from flaxcap.config import Config, ConfigError, difference
+from flaxcap.data import datasets
+from flaxcap.data.base import Examples
 from flaxcap.features import store
 from flaxcap.files import integrity
 from flaxcap.files.params import check_shapes
@@ -57,10 +59,10 @@ def stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_
             f" where the encoder {encoder.name} can be fine-tuned"
         )
     frozen, trained = encoder.split(params, options.block)
-    builder = data.of_preset(config, data_dir)
+    builder = datasets.prepare_for(config, data_dir)
     sources = {}
     for role in ("train", "val"):
-        examples = data.read(builder, prepared.manifest["splits"][role]["split"])
+        examples = Examples(builder, prepared.manifest["splits"][role]["split"])
         images = prepared.split(role).images
         sources[role] = finetune.Pictures(lambda row, e=examples: e[row].image, images, encoder.preprocess)
     encode = finetune.make_encode(encoder, config.encoder, options)

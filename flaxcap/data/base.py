@@ -1,11 +1,11 @@
-"""What every data set shares: the example, the TFDS builder base class, and the messages for bad data."""
+"""Base of the data sets: the example, the TFDS builder, and access to prepared examples."""
 
 import contextlib
 import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -15,16 +15,15 @@ from array_record.python import array_record_module  # pyright: ignore[reportAtt
 from etils import epath
 from google.protobuf.message import DecodeError
 
-from flaxcap.errors import UserError, listed, quoted, shown
-from flaxcap.files import size_limits
+from flaxcap.errors import UserError
 
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
 
-# Pictures are compressed already: compressing them again only costs time.
+# One record a group, so that one can be read alone; image files are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
-# The features of TFDS's own coco_captions without `objects`, which captioning never reads.
+# Those of TFDS's own coco_captions, without `objects`: either builder's copy can be read.
 FEATURES = tfds.features.FeaturesDict(
     {
         "image": tfds.features.Image(),
@@ -33,45 +32,62 @@ FEATURES = tfds.features.FeaturesDict(
         "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
     }
 )
-# Not decoded here: a broken picture is the feature extraction's to skip and count.
+# Image files stay encoded: extraction decodes them, and skips and counts the damaged ones.
 _DECODERS = {"image": tfds.decode.SkipDecoding()}
-
-T = TypeVar("T")
 
 
 class DataError(UserError):
-    """Bad user data; the message names the file, record and field, what was found and what was expected."""
+    """Bad user data. The message names the file, record and field, what was found and what was expected."""
 
 
 class Example(NamedTuple):
     """An image with its captions."""
 
-    image: bytes  # the encoded file as it was given: JPEG, PNG, ..., or whatever a broken file held
+    image: bytes  # the file as the user supplied it: JPEG, PNG, …, or damaged
     image_id: int
     filename: str
     captions: tuple[str, ...]
 
 
-class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Base of the data sets. A subclass has a VERSION, `_split_generators` and `_generate_examples`.
-
-    `_split_generators(dl_manager)` returns `{split: generator of (key, features)}`, the features being those
-    of `FEATURES`. Records are written in the generator's order; a split without any is left out.
+def example(
+    image: bytes, image_id: int, filename: str, captions: Iterable[tuple[int, str]]
+) -> tuple[int, dict[str, Any]]:
+    """Returns an image with its captions as TFDS takes it: the key and the values of `FEATURES`.
 
     Args:
-      manual_dir: the directory that holds the user's own files, where the data set takes any.
-      variant: names what the data are made from, where that can vary; a part of the path of the prepared
-        copy, so that each variant is prepared once and none is taken for another.
+      image: the encoded file, stored as it is.
+      image_id: unique in the data set.
+      filename: the file's name, or its path below the user's folder.
+      captions: (id, text) of each caption.
+    """
+    return image_id, {
+        "image": image,
+        "image/filename": filename,
+        "image/id": image_id,
+        "captions": [{"id": number, "text": text} for number, text in captions],
+    }
+
+
+class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Base of the data sets. A subclass has a `name`, a `VERSION`, `_split_generators` and `_generate_examples`.
+
+    `_split_generators(dl_manager)` returns a generator of `example(...)` for each split's name. Records are
+    written in the generator's order. A split without examples is left out.
+
+    Args:
+      manual_dir: the directory of the user's own files, for the data sets that read any.
+      variant: names the source of the data, if a data set has several. It is part of the prepared copy's path,
+        so that each variant has its own copy.
       **kwargs: for TFDS: `data_dir`, `version`.
     """
 
     def __init_subclass__(cls, **kwargs):
-        # TFDS's global registry knows a coco_captions of its own; flaxcap.data has the registry of these.
+        # TFDS's global registry already has a coco_captions; `data.datasets` has the registry of these builders.
         super().__init_subclass__(**{**kwargs, "skip_registration": True})
 
     def __init__(self, *, manual_dir: os.PathLike | str | None = None, variant: str | None = None, **kwargs):
         self.manual_dir = None if manual_dir is None else pathlib.Path(manual_dir).expanduser()
-        # Only while TFDS chooses: it would note the first as the default of all who share this data_dir.
+        # Emptied again below: TFDS 4.9 would record the first one as the default config of the shared data_dir.
         self.BUILDER_CONFIGS = [] if variant is None else [tfds.core.BuilderConfig(name=variant)]
         super().__init__(**kwargs)
         self.BUILDER_CONFIGS = []
@@ -80,34 +96,34 @@ class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, features=FEATURES)
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
-        """Writes the splits, holding one record at a time.
+        """Writes the splits with one record in memory at a time.
 
-        TFDS's own writer keeps a split in memory to shuffle it, from 1 GB on through TensorFlow's files.
-        No order on disk is needed: batches are drawn by index.
+        TFDS 4.9's own writer shuffles: it keeps a split in memory, and from 1 GB on needs TensorFlow.
+        Batches are drawn by index, so records need no shuffling.
         """
         del download_config
         if self.manual_dir is not None and not self.manual_dir.is_dir():
-            raise DataError(f"--manual_dir={self.manual_dir}: found no directory of this name, expected one")
-        found = [self._write_split(*item) for item in self._split_generators(dl_manager).items()]
-        splits = [split for split in found if split.num_examples]
+            raise DataError(f"--manual_dir={self.manual_dir}: found no such directory, expected one")
+        written = [self._write_split(*item) for item in self._split_generators(dl_manager).items()]
+        splits = [split for split in written if split.num_examples]
         if not splits:
-            raise DataError(f"{self.name}: no image with a caption was found")
+            raise DataError(f"{self.name}: found no image with a caption, expected at least one")
         self.info.set_splits(tfds.core.SplitDict(splits))
 
     def _write_split(self, split: str, examples: Iterable[tuple[int | str, dict]]) -> tfds.core.SplitInfo:
         template = self._get_filename_template(split)
         shards = _Shards(template)
         keys = set()
-        for key, example in tqdm.tqdm(examples, f"{self.name}: {split}", unit=" images", disable=None):
+        for key, features in tqdm.tqdm(examples, f"{self.name}: {split}", unit=" images", disable=None):
             if key in keys:
-                raise DataError(f"{self.name}, split {split!r}: two examples have the key {key!r}")
+                raise DataError(f"{self.name}, split {split!r}: found two examples with the key {key!r}, expected one")
             keys.add(key)
-            shards.write(FEATURES.serialize_example(example))
+            shards.write(FEATURES.serialize_example(features))
         shards.close()
         return tfds.core.SplitInfo(split, shards.lengths, shards.bytes, template)
 
     def _log_download_bytes(self) -> None:
-        """TFDS prints sizes here, and knows none of them."""
+        """Replaces TFDS's message about sizes, which are not known."""
         logging.info("preparing %s in %s", self.name, self.data_dir)
 
     def _log_download_done(self) -> None:
@@ -115,7 +131,7 @@ class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class _Shards:
-    """Writes the records of a split to files of about SHARD_BYTES; DataError where the disk takes no more."""
+    """Writes the records of a split to shards of about SHARD_BYTES; DataError if the disk is full."""
 
     def __init__(self, template: tfds.core.ShardedFileTemplate):
         self.lengths: list[int] = []  # records of each shard
@@ -123,20 +139,20 @@ class _Shards:
         self._template = template
         self._paths: list[epath.Path] = []
         self._writer: Any = None
-        self._room = 0
+        self._left = 0
 
     def write(self, record: bytes) -> None:
-        if self._room < len(record):
+        if self._left < len(record):
             self._finish()
-            # Their proper names say how many there are, which is known at the end.
+            # `close` renames the shards: their final names contain the number of shards.
             self._paths.append(self._template.data_dir / f"{self._template.split}.{len(self._paths)}.unfinished")
-            with self._explained():
+            with self._disk_errors():
                 self._writer = array_record_module.ArrayRecordWriter(str(self._paths[-1]), _WRITER_OPTIONS)
-            self._room = SHARD_BYTES
+            self._left = SHARD_BYTES
             self.lengths.append(0)
-        with self._explained():
+        with self._disk_errors():
             self._writer.write(record)
-        self._room -= len(record)
+        self._left -= len(record)
         self.bytes += len(record)
         self.lengths[-1] += 1
 
@@ -147,40 +163,41 @@ class _Shards:
 
     def _finish(self) -> None:
         if self._writer is not None:
-            with self._explained():
+            with self._disk_errors():
                 self._writer.close()
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _disk_errors(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # array_record has no other for a full disk
-            raise DataError(f"{self._paths[-1]}: could not be written: {error}") from error
+        except RuntimeError as error:  # array_record 0.8 raises it for a full disk
+            raise DataError(f"{self._paths[-1]}: cannot be written: {error}") from error
 
 
-class Split(Sequence[Example]):
-    """The examples of a split, in the order on disk, read one at a time; threads may share it.
+class Examples(Sequence[Example]):
+    """The examples of a prepared split, read from disk one at a time, in the order on disk. Thread-safe.
 
     Args:
-      builder: a prepared builder, of this package or of TFDS's own coco_captions.
+      builder: the builder of a prepared copy, of this package or of TFDS's own coco_captions.
       split: in TFDS's notation: "train", "train+restval", "train[:100]", "val[50%:]".
 
-    Raises DataError for a split that there is not, and where a record cannot be read.
+    Raises:
+      DataError: the split does not exist, or a record cannot be read.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
         self.name = split
         self._where = f"{builder.data_dir}, split {split!r}"
         try:
-            self._source: Any = builder.as_data_source(  # its decorator hides the parameters
+            self._source: Any = builder.as_data_source(  # TFDS 4.9's decorator hides the parameters from pyright
                 split=split,  # pyright: ignore[reportCallIssue]
                 file_format=FILE_FORMAT,
                 deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
             )
             self._length = len(self._source)
         except (ValueError, NotImplementedError) as error:
-            there = ", ".join(f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items())
-            raise DataError(f"{self._where}: {error}\nSplits that are there: {there}.") from error
+            existing = ", ".join(f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items())
+            raise DataError(f"{self._where}: {error}\nExisting splits: {existing}.") from error
 
     def __len__(self) -> int:
         return self._length
@@ -197,77 +214,8 @@ class Split(Sequence[Example]):
             )
         except (RuntimeError, KeyError, ValueError, DecodeError) as error:
             raise DataError(
-                f"{self._where}, record {index}: {error}\nThe prepared copy is damaged; delete it."
+                f"{self._where}, record {index}: {error}\nThe prepared copy is damaged; delete it and prepare it again."
             ) from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(self._length))
-
-
-def bad(file: object, record: str, field: str, found: str, expected: str) -> DataError:
-    """The error for one field of one record of a file; `record` and `field` may be empty."""
-    where = ", ".join([str(file)] + [record] * bool(record) + [f"field {field!r}"] * bool(field))
-    return DataError(f"{where}: found {found}, expected {expected}")
-
-
-_KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", dict: "an object"}
-
-
-def field(record: object, key: str, kind: type[T], file: object, where: str) -> T:
-    """`record[key]` of a parsed JSON record; DataError where there is none, it is no `kind` or cannot be stored."""
-    if not isinstance(record, dict):
-        raise bad(file, where, "", shown(record), "an object")
-    if key not in record:
-        raise bad(file, where, key, "none, only " + (listed(record) or "{}"), _KINDS[kind])
-    value = record[key]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise bad(file, where, key, shown(value), _KINDS[kind])
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise bad(file, where, key, shown(value), "a whole number of 64 bits")
-    if isinstance(value, str):
-        check_text(value, file, where, key)
-    return value
-
-
-def check_text(text: str, file: object, where: str, key: str) -> None:
-    """DataError for half a character, which JSON can hold as `"\\ud83d"`, and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise bad(file, where, key, f"half a character, {quoted(text[error.start])}", "text") from error
-
-
-def read_bytes(path: pathlib.Path) -> bytes:
-    """A file; DataError where it cannot be read or is larger than `limits.CAPTIONS`."""
-    try:
-        return size_limits.read(path, size_limits.CAPTIONS)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_picture(path: pathlib.Path) -> bytes:
-    """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
-    try:
-        return size_limits.start(path, size_limits.PICTURE)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def read_text(path: pathlib.Path) -> str:
-    """A UTF-8 file, with or without byte order mark; DataError where it cannot be read or is not UTF-8."""
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise bad(path, f"line {line}", "", f"the byte 0x{data[error.start]:02x}", "UTF-8") from error
-
-
-def image_path(folder: pathlib.Path, name: str, file: object, record: str, key: str) -> pathlib.Path:
-    """`folder/name`, an existing file; DataError where it is missing or `name` leads out of the folder."""
-    parts = pathlib.PurePath(name).parts
-    if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts:
-        raise bad(file, record, key, quoted(name), f"a path inside {folder}")
-    if not os.path.isfile(folder / name):  # unlike pathlib's it says no to any name, however long
-        raise bad(file, record, key, f"{quoted(name)}, which is not in {folder}", "an image file")
-    return folder / name

@@ -13,7 +13,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums as tfds_checksums
 from tensorflow_datasets.core.download import download_manager, downloader
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, field, read_bytes
+from flaxcap.data.base import CaptionBuilder, DataError, example
+from flaxcap.data.records import bad_record, read_bytes, read_field
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.files import size_limits
 
@@ -47,7 +48,7 @@ class _Image(NamedTuple):
     captions: list[tuple[int, str]]
 
 
-class CocoCaptions(CaptionBuilder):
+class CocoCaptionsBuilder(CaptionBuilder):
     """COCO 2014 captions in Karpathy's splits: train 82,783, restval 30,504, val 5,000 and test 5,000 images.
 
     Takes each of `train2014.zip`, `val2014.zip`, `annotations_trainval2014.zip` and `caption_datasets.zip`
@@ -62,6 +63,7 @@ class CocoCaptions(CaptionBuilder):
       **kwargs: as for CaptionBuilder.
     """
 
+    name = "coco_captions"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(
@@ -95,7 +97,9 @@ class CocoCaptions(CaptionBuilder):
             for filename, annotated in read_annotations(tree, where).items():
                 if f"{year}/{filename}" not in members or posixpath.basename(filename) != filename:
                     zipped = f"{quoted(filename)}, which is not in {files[f'{year}.zip']}"
-                    raise bad(where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/")
+                    raise bad_record(
+                        where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/"
+                    )
                 # By their ids, as Karpathy's file and TFDS's builder have them.
                 captions = sorted((number, text) for number, text in annotated.captions if text.strip())
                 images[filename] = _Image(filename, year, annotated.image_id, captions)
@@ -107,15 +111,8 @@ class CocoCaptions(CaptionBuilder):
             archives = {year: stack.enter_context(_open(files[f"{year}.zip"])) for year in YEARS}
             for image in images:
                 if image.captions:
-                    yield (
-                        image.image_id,
-                        {
-                            "image": _picture(archives[image.year], image),
-                            "image/filename": image.filename,
-                            "image/id": image.image_id,
-                            "captions": [{"id": number, "text": text} for number, text in image.captions],
-                        },
-                    )
+                    file = _picture(archives[image.year], image)
+                    yield example(file, image.image_id, image.filename, image.captions)
 
     def _file(self, name: str, dl_manager) -> pathlib.Path:
         """The file from `manual_dir`, or else downloaded; DataError where neither can be had."""
@@ -148,25 +145,25 @@ def read_annotations(tree: object, file: object) -> dict[str, Annotated]:
     """
     by_name: dict[str, Annotated] = {}
     by_id: dict[int, Annotated] = {}
-    for index, record in enumerate(field(tree, "images", list, file, "")):
+    for index, record in enumerate(read_field(tree, "images", list, file, "")):
         where = f"images[{index}]"
-        image = Annotated(field(record, "id", int, file, where), [])
-        name = field(record, "file_name", str, file, where)
+        image = Annotated(read_field(record, "id", int, file, where), [])
+        name = read_field(record, "file_name", str, file, where)
         if image.image_id in by_id:
-            raise bad(file, where, "id", f"{image.image_id} a second time", "an id of its own")
+            raise bad_record(file, where, "id", f"{image.image_id} a second time", "an id of its own")
         if name in by_name:
-            raise bad(file, where, "file_name", f"{quoted(name)} a second time", "a file name of its own")
+            raise bad_record(file, where, "file_name", f"{quoted(name)} a second time", "a file name of its own")
         by_id[image.image_id] = by_name[name] = image
     seen: set[int] = set()
-    for index, record in enumerate(field(tree, "annotations", list, file, "")):
+    for index, record in enumerate(read_field(tree, "annotations", list, file, "")):
         where = f"annotations[{index}]"
-        number, image_id = (field(record, key, int, file, where) for key in ("id", "image_id"))
+        number, image_id = (read_field(record, key, int, file, where) for key in ("id", "image_id"))
         if number in seen:
-            raise bad(file, where, "id", f"{number} a second time", "an id of its own")
+            raise bad_record(file, where, "id", f"{number} a second time", "an id of its own")
         if image_id not in by_id:
-            raise bad(file, where, "image_id", str(image_id), "the id of one of the images")
+            raise bad_record(file, where, "image_id", str(image_id), "the id of one of the images")
         seen.add(number)
-        by_id[image_id].captions.append((number, field(record, "caption", str, file, where)))
+        by_id[image_id].captions.append((number, read_field(record, "caption", str, file, where)))
     return by_name
 
 
@@ -177,16 +174,16 @@ def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str
     file, tree = _load(path, KARPATHY_JSON, lambda record: {key: record[key] for key in wanted if key in record})
     splits: dict[str, list[_Image]] = {split: [] for split in SPLITS}
     seen: set[str] = set()
-    for index, record in enumerate(field(tree, "images", list, file, "")):
+    for index, record in enumerate(read_field(tree, "images", list, file, "")):
         where = f"images[{index}]"
-        filename = field(record, "filename", str, file, where)
-        split = field(record, "split", str, file, where)
+        filename = read_field(record, "filename", str, file, where)
+        split = read_field(record, "split", str, file, where)
         if split not in splits:
-            raise bad(file, where, "split", shown(split), "one of " + ", ".join(SPLITS))
+            raise bad_record(file, where, "split", shown(split), "one of " + ", ".join(SPLITS))
         if filename not in images:
-            raise bad(file, where, "filename", shown(filename), "an image of the COCO annotations")
+            raise bad_record(file, where, "filename", shown(filename), "an image of the COCO annotations")
         if filename in seen:
-            raise bad(file, where, "filename", f"{quoted(filename)} a second time", "each image once")
+            raise bad_record(file, where, "filename", f"{quoted(filename)} a second time", "each image once")
         seen.add(filename)
         splits[split].append(images[filename])
     return splits
@@ -233,7 +230,7 @@ def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
         info = archive.getinfo(name)
     except KeyError:
         there = [other for other in archive.namelist()[:5] if posixpath.basename(other)]
-        raise bad(archive.filename, "", "", f"no {plain(name)} in it (but {listed(there)}, ...)", "it") from None
+        raise bad_record(archive.filename, "", "", f"no {plain(name)} in it (but {listed(there)}, ...)", "it") from None
     try:
         with archive.open(info) as file:
             return file.read(min(info.file_size, most) + 1)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import CaptionBuilder, DataError, bad, image_path, read_picture, read_text
+from flaxcap.data.base import CaptionBuilder, DataError, example
+from flaxcap.data.records import bad_record, image_path, read_image, read_text
 from flaxcap.errors import quoted, shown
 
 TOKENS = "Flickr8k.token.txt"
@@ -27,7 +28,7 @@ class _Image(NamedTuple):
     captions: list[tuple[int, str]]  # (id, text)
 
 
-class Flickr8k(CaptionBuilder):
+class Flickr8kBuilder(CaptionBuilder):
     """Flickr8k: 8,000 photographs of people and dogs, five captions each, in the authors' three splits.
 
     `manual_dir` holds `Flickr8k.token.txt` (lines `NAME.jpg#N<tab>CAPTION`), `Flickr_8k.trainImages.txt`,
@@ -39,6 +40,7 @@ class Flickr8k(CaptionBuilder):
     `2258277193_586949ec62.jpg.1`); an empty caption is dropped, and an image that has no other.
     """
 
+    name = "flickr8k"
     VERSION = tfds.core.Version("1.0.0")
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -47,7 +49,7 @@ class Flickr8k(CaptionBuilder):
             raise DataError(f"flickr8k: expected --manual_dir to name the directory of {TOKENS} and the images")
         there = [self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()]
         if not there:
-            raise bad(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
+            raise bad_record(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
         tokens = self.manual_dir / TOKENS
         captions = _read_tokens(tokens)
         ids = {name: number for number, name in enumerate(captions)}
@@ -61,9 +63,13 @@ class Flickr8k(CaptionBuilder):
             for where, line in _lines(file):
                 name = line.strip()
                 if name in taken:
-                    raise bad(file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once")
+                    raise bad_record(
+                        file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once"
+                    )
                 if name not in captions:
-                    raise bad(file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image")
+                    raise bad_record(
+                        file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image"
+                    )
                 taken[name] = f"{filename}, {where}"
                 images.append(_Image(image_path(there[0], name, file, where, ""), ids[name], captions[name]))
             splits[split] = self._generate_examples(images)
@@ -72,15 +78,7 @@ class Flickr8k(CaptionBuilder):
     def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
         for image in images:
             if image.captions:
-                yield (
-                    image.image_id,
-                    {
-                        "image": read_picture(image.path),
-                        "image/filename": image.path.name,
-                        "image/id": image.image_id,
-                        "captions": [{"id": number, "text": text} for number, text in image.captions],
-                    },
-                )
+                yield example(read_image(image.path), image.image_id, image.path.name, image.captions)
 
 
 def _read_tokens(path: pathlib.Path) -> dict[str, list[tuple[int, str]]]:
@@ -89,7 +87,7 @@ def _read_tokens(path: pathlib.Path) -> dict[str, list[tuple[int, str]]]:
     for number, (where, line) in enumerate(_lines(path)):
         match = _TOKEN.fullmatch(line)
         if match is None:
-            raise bad(path, where, "", shown(line), "NAME.jpg#NUMBER, a tab and the caption")
+            raise bad_record(path, where, "", shown(line), "NAME.jpg#NUMBER, a tab and the caption")
         of_image = captions.setdefault(match["name"], [])
         if match["caption"].strip():
             of_image.append((number, match["caption"].strip()))

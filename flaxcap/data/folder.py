@@ -11,18 +11,9 @@ from typing import Any, NamedTuple
 
 import tensorflow_datasets as tfds
 
-from flaxcap.data.base import (
-    CaptionBuilder,
-    DataError,
-    bad,
-    check_text,
-    field,
-    image_path,
-    read_bytes,
-    read_picture,
-    read_text,
-)
+from flaxcap.data.base import CaptionBuilder, DataError, example
 from flaxcap.data.coco_captions import read_annotations
+from flaxcap.data.records import bad_record, check_text, image_path, read_bytes, read_field, read_image, read_text
 from flaxcap.errors import listed, quoted, shown
 
 COLUMNS = ("image", "caption", "split")
@@ -46,7 +37,7 @@ class _Image(NamedTuple):
     split: str | None
 
 
-class Folder(CaptionBuilder):
+class FolderBuilder(CaptionBuilder):
     """A folder (`manual_dir`) of images, in any subfolders, with one file of captions. That file is one of
 
     - `captions.csv`: a header and the columns image, caption and, if wanted, split; a row a caption;
@@ -61,6 +52,7 @@ class Folder(CaptionBuilder):
     The path of the prepared copy has a hash of the captions file, so that changed captions are prepared anew.
     """
 
+    name = "folder"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, manual_dir, **kwargs):
@@ -78,7 +70,7 @@ class Folder(CaptionBuilder):
         captions, ids = _READERS[file.suffix](read_text(file), file)
         images = _group(captions, ids, file)
         if not images:
-            raise bad(file, "", "", "no captions", "at least one")
+            raise bad_record(file, "", "", "no captions", "at least one")
         if next(iter(images.values())).split is None:
             splits = split_by_name(list(images))
         else:
@@ -90,15 +82,8 @@ class Folder(CaptionBuilder):
     def _generate_examples(self, images: list[_Image]) -> Iterator[tuple[int, dict]]:
         assert self.manual_dir is not None
         for image in images:
-            yield (
-                image.image_id,
-                {
-                    "image": read_picture(self.manual_dir / image.filename),
-                    "image/filename": image.filename,
-                    "image/id": image.image_id,
-                    "captions": [{"id": number, "text": text} for number, text in image.captions],
-                },
-            )
+            file = read_image(self.manual_dir / image.filename)
+            yield example(file, image.image_id, image.filename, image.captions)
 
 
 def split_by_name(names: list[str]) -> dict[str, list[str]]:
@@ -123,7 +108,9 @@ def _captions_file(folder: pathlib.Path) -> pathlib.Path:
     files = [folder / f"captions.{suffix}" for suffix in ("csv", "jsonl", "json")]
     files = [file for file in files if file.is_file()] or sorted(folder.glob("*.json"))
     if len(files) != 1:
-        raise bad(folder, "", "", ", ".join(file.name for file in files) or "no captions file", f"one of {expected}")
+        raise bad_record(
+            folder, "", "", ", ".join(file.name for file in files) or "no captions file", f"one of {expected}"
+        )
     return files[0]
 
 
@@ -133,18 +120,20 @@ def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Pa
     any_split = captions[0].split if captions else None
     for number, caption in enumerate(captions):
         if not caption.text.strip():
-            raise bad(file, caption.where, "caption", shown(caption.text), "words")
+            raise bad_record(file, caption.where, "caption", shown(caption.text), "words")
         if (caption.split is None) != (any_split is None):
-            raise bad(file, caption.where, "split", shown(caption.split), "one in every record, or in none")
+            raise bad_record(file, caption.where, "split", shown(caption.split), "one in every record, or in none")
         if caption.split is not None and (not _SPLIT_NAME.fullmatch(caption.split) or caption.split == "all"):
-            raise bad(file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val")
+            raise bad_record(
+                file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val"
+            )
         image = images.get(caption.image)
         if image is None:
             image_path(file.parent, caption.image, file, caption.where, "image")
             image_id = len(images) if ids is None else ids[caption.image]
             image = images[caption.image] = _Image(caption.image, image_id, [], caption.split)
         if image.split != caption.split:
-            raise bad(
+            raise bad_record(
                 file,
                 caption.where,
                 "split",
@@ -161,13 +150,13 @@ def _read_csv(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
     try:
         header = next(rows, [])
         if not {"image", "caption"} <= set(header) <= set(COLUMNS) or len(set(header)) != len(header):
-            raise bad(file, "line 1", "", shown(header), "the columns image, caption and perhaps split")
+            raise bad_record(file, "line 1", "", shown(header), "the columns image, caption and perhaps split")
         for row in rows:
             where = f"line {rows.line_num}"
             if not row:
                 continue
             if len(row) != len(header):
-                raise bad(file, where, "", f"{len(row)} values", f"{len(header)}; quote text that has commas")
+                raise bad_record(file, where, "", f"{len(row)} values", f"{len(header)}; quote text that has commas")
             record = dict(zip(header, row, strict=True))
             captions.append(Caption(record["image"], record["caption"], record.get("split"), where))
     except csv.Error as error:
@@ -182,19 +171,21 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
         if not line.strip():
             continue
         record = _parse(line, f"{file}, {where}")
-        image = field(record, "image", str, file, where)
+        image = read_field(record, "image", str, file, where)
         assert isinstance(record, dict)
         unknown = sorted(set(record) - set(LINE_KEYS))
         if unknown or ("caption" in record) == ("captions" in record):
             lacking = "" if unknown or "caption" in record else "caption"
-            raise bad(file, where, lacking, f"the keys {listed(record)}", "image, caption or captions, perhaps split")
-        split = field(record, "split", str, file, where) if "split" in record else None
+            raise bad_record(
+                file, where, lacking, f"the keys {listed(record)}", "image, caption or captions, perhaps split"
+            )
+        split = read_field(record, "split", str, file, where) if "split" in record else None
         if "caption" in record:
-            texts = [field(record, "caption", str, file, where)]
+            texts = [read_field(record, "caption", str, file, where)]
         else:
-            texts = field(record, "captions", list, file, where)
+            texts = read_field(record, "captions", list, file, where)
             if not texts or not all(isinstance(each, str) for each in texts):
-                raise bad(file, where, "captions", shown(texts), "a list of strings, not empty")
+                raise bad_record(file, where, "captions", shown(texts), "a list of strings, not empty")
             for each in texts:
                 check_text(each, file, where, "captions")
         captions += [Caption(image, each, split, where) for each in texts]

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw
 
-from flaxcap.data.base import CaptionBuilder
+from flaxcap.data.base import CaptionBuilder, example
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -187,7 +187,7 @@ def _forms() -> list[re.Pattern]:
 _FORMS = _forms()
 
 
-def judge(image_id: int, caption: str, seed: int = 0) -> bool:
+def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
     """Whether a caption is true of a picture: two objects of it, each attribute named, and their relation.
 
     Any sentence outside the grammar of `captions` is false.
@@ -205,9 +205,10 @@ def judge(image_id: int, caption: str, seed: int = 0) -> bool:
     )
 
 
-class Shapes(CaptionBuilder):
+class ShapesBuilder(CaptionBuilder):
     """TFDS builder of `num_train`, `num_val` and `num_test` scenes, rendered from `seed`."""
 
+    name = "shapes"
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, *, seed: int = 0, num_train: int, num_val: int, num_test: int, **kwargs):
@@ -225,14 +226,5 @@ class Shapes(CaptionBuilder):
             image_id = 3 * number + SPLITS.index(split)
             rng = np.random.default_rng([self.seed, image_id])
             things = _scene(rng, split)
-            yield (
-                image_id,
-                {
-                    "image": render(things, rng),
-                    "image/filename": f"{split}-{number:05d}.jpg",
-                    "image/id": image_id,
-                    "captions": [
-                        {"id": 5 * image_id + k, "text": text} for k, text in enumerate(captions(things, rng))
-                    ],
-                },
-            )
+            image, texts = render(things, rng), captions(things, rng)
+            yield example(image, image_id, f"{split}-{number:05d}.jpg", enumerate(texts, start=5 * image_id))

@@ -9,7 +9,8 @@ from absl import logging
 from etils import epath
 
 from flaxcap import config as config_lib
-from flaxcap import data
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import Params
 from flaxcap.features import extract, store
@@ -58,10 +59,10 @@ def _write_captions(
 ) -> dict:
     """The captions of every split; the manifest's words on them. Their sums are put into `sums`."""
     splits = {}
-    for role, split in data.roles(config).items():
+    for role, split in datasets.splits(config).items():
         try:
-            examples = data.read(builder, split)
-        except data.DataError as e:
+            examples = Examples(builder, split)
+        except DataError as e:
             if role != "test":
                 raise
             logging.warning("no test split: %s", e)
@@ -74,7 +75,7 @@ def _write_captions(
     return splits
 
 
-def read_rows(examples: data.Split, limits: config_lib.Data, name: str) -> list[Row]:
+def read_rows(examples: Examples, limits: config_lib.Data, name: str) -> list[Row]:
     """The images of a split, up to the preset's limits."""
     rows, captions = [], 0
     numbers = range(min(len(examples), limits.max_images or len(examples)))
@@ -103,7 +104,7 @@ def _write_encoder(
         "preprocessing": decode.describe(encoder.preprocess),
     }
     if npy_dir is not None:
-        first = data.read(builder, config.data.train_split)[0]
+        first = Examples(builder, config.data.train_split)[0]
         feats = extract.read_npy(epath.Path(npy_dir), first.filename)
         return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
@@ -118,12 +119,12 @@ def read_encoder(
     encoder = encoders.make(config.encoder)
 
     def sample() -> np.ndarray:
-        return _sample(data.read(builder, config.data.train_split), encoder.preprocess)
+        return _sample(Examples(builder, config.data.train_split), encoder.preprocess)
 
     return encoder.load(encoder_weights or config.encoder.weights, sample)
 
 
-def _sample(examples: data.Split, preprocess: Preprocess) -> np.ndarray:
+def _sample(examples: Examples, preprocess: Preprocess) -> np.ndarray:
     """Returns the first readable images, uint8 [at most SAMPLE_IMAGES, size, size, 3]."""
     found = []
     for example in examples:

@@ -5,7 +5,7 @@ from absl import logging
 from etils import epath
 
 from flaxcap import config as config_lib
-from flaxcap import data
+from flaxcap.data.base import Examples
 from flaxcap.features import build, store
 from flaxcap.features.build import ENCODER
 from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions_text
@@ -67,7 +67,7 @@ def _mend_captions(
         integrity.check(file, expected)
     except DamagedError as e:
         print(f"{file}: {e}; it is made anew")
-        examples = data.read(builder, found.manifest["splits"][role]["split"])
+        examples = Examples(builder, found.manifest["splits"][role]["split"])
         text = captions_text(build.read_rows(examples, config.data, f"captions of {role}"))
         if integrity.of_bytes(text.encode()) != expected:
             raise StoreError(

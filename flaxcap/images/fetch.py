@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from flaxcap.errors import UserError, cut, plain
-from flaxcap.files import size_limits
+from flaxcap.files import integrity, size_limits
 
 MAX_BYTES = size_limits.PICTURE
 TIMEOUT_S = 20  # that a server may be silent
@@ -33,7 +33,7 @@ class FetchError(UserError):
 def names(sources: list[str]) -> Iterator[str]:
     """Files and addresses as they stand, a directory's pictures by name. FetchError for what there is not."""
     for source in sources:
-        if "://" in source:
+        if integrity.is_remote(source):
             yield source
             continue
         path = os.path.expanduser(source)
@@ -55,7 +55,7 @@ def read(name: str, *, private: bool = False) -> bytes:
     Addresses of this machine and of local networks are read, and the environment's proxies used, only if `private`:
     they show what is not for everyone, and whoever wrote the list of pictures may not be who runs the program.
     """
-    if "://" in name:
+    if integrity.is_remote(name):
         return _download(name, private)
     try:
         return size_limits.read(pathlib.Path(name), MAX_BYTES)

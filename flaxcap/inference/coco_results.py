@@ -12,7 +12,7 @@ from flaxcap.files import size_limits
 from flaxcap.metrics import diagnostics, meteor_spice
 from flaxcap.metrics import scorer as scorer_lib
 
-Judge = Callable[[int, str], bool]
+IsTrue = Callable[[int, str], bool]
 
 
 class PredictionsError(UserError):
@@ -20,13 +20,13 @@ class PredictionsError(UserError):
 
 
 def score(
-    rows: Sequence[Row], texts: Sequence[str], vocabulary: Collection[str], judge: Judge | None = None
+    rows: Sequence[Row], texts: Sequence[str], vocabulary: Collection[str], is_true: IsTrue | None = None
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Scores of one caption for each image, and for those that could not be had the reason.
 
     Bleu_1 … 4, ROUGE_L and CIDEr as the COCO evaluation names them, METEOR and SPICE where Java is; `health/…`, see
     `metrics.health`; CIDEr_swapped, of each image's caption given to another image, which tells what captions are
-    worth that do not look; `true` and `true_swapped`, where `judge` knows what is.
+    worth that do not look; `true` and `true_swapped`, where `is_true` knows what is.
     """
     references = [row.captions for row in rows]
     scorer = scorer_lib.Scorer(references)
@@ -36,9 +36,9 @@ def score(
     half = len(texts) // 2
     swapped = [*texts[half:], *texts[:half]]
     found |= more | {"CIDEr_swapped": float(scorer.cider(swapped).mean())}
-    if judge is not None:
+    if is_true is not None:
         for name, some in (("true", texts), ("true_swapped", swapped)):
-            found[name] = float(np.mean([judge(row.image_id, text) for row, text in zip(rows, some, strict=True)]))
+            found[name] = float(np.mean([is_true(row.image_id, text) for row, text in zip(rows, some, strict=True)]))
     report = diagnostics.health(texts, references, vocabulary)
     return found | {f"health/{name}": value for name, value in report.items()}, missing
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxcap.errors import UserError
-from flaxcap.text.vocabulary import PAD, Tokens
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import PAD
 
 
 class Batch(NamedTuple):

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Collection, Sequence
 
 from flaxcap.errors import UserError
-from flaxcap.text.vocabulary import words
+from flaxcap.text.words import words
 
 # They want a word to follow. One caption in a hundred of Flickr8k's ends in one, most of those in "on".
 FUNCTION_WORDS = frozenset({
@@ -20,7 +20,7 @@ def health(
 ) -> dict[str, float]:
     """A report on the captions of a split, as shares from 0 to 1 where nothing else is said.
 
-    `vocabulary`: the words that the model can write. Words are those of `flaxcap.text.vocabulary.words`.
+    `vocabulary`: the words that the model can write. Words are those of `flaxcap.text.words.words`.
 
         empty                captions without a word
         function_word_end    captions that end in one of FUNCTION_WORDS

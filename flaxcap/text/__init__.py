@@ -1,1 +1,1 @@
-"""Captions as words and token ids."""
+"""Text: words, the vocabulary, token ids."""

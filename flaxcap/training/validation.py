@@ -18,7 +18,8 @@ from flaxcap.input_pipeline.device_feed import Feed, Source
 from flaxcap.metrics import scorer
 from flaxcap.models.decoder import Params
 from flaxcap.runtime import devices, sharding
-from flaxcap.text.vocabulary import Tokens, Vocabulary
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training.finetune import Stage
 
 Read = Callable[[Sequence[int]], np.ndarray]  # rows -> features [len(rows), P, F]

@@ -14,9 +14,11 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from flaxcap import data, presets
+from flaxcap import presets
 from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, Data, Encoder, Shapes
+from flaxcap.data import datasets
+from flaxcap.data.base import Examples
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.features import extract, store
 from flaxcap.features.store import Store, StoreError
@@ -72,10 +74,10 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     found = Store.finished(undisturbed, config)
     assert found.roles == ("train", "val", "test")
     assert found.feature_dim == 256
-    builder = data.of_preset(config, undisturbed)
+    builder = datasets.prepare_for(config, undisturbed)
     encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
     for role, count in (("train", 48), ("val", 4), ("test", 3)):
-        split, examples = found.split(role), list(data.read(builder, role))
+        split, examples = found.split(role), list(Examples(builder, role))
         assert split.images == len(examples) == count
         assert [row.captions for row in split.rows] == [example.captions for example in examples]
         assert [row.image_id for row in split.rows] == [example.image_id for example in examples]

@@ -14,13 +14,14 @@ from PIL import Image
 
 from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, ConfigError, Data, Encoder, Shapes
-from flaxcap.data import DataError
+from flaxcap.data.base import DataError
 from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.features import extract
 from flaxcap.features.store import Store, StoreError
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
-from flaxcap.text.vocabulary import UNK, Tokens, VocabularyError
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import UNK, VocabularyError
 
 RANDOM = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8, shard_images=4)
 WIDTH = 3
@@ -192,14 +193,14 @@ def test_a_missing_test_split_is_left_out_with_a_warning(tmp_path, caplog):
 def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
     splits = {"train": {"t.jpg": ["one"]}, "val": {"v.jpg": ["two"]}, "test": {"x.jpg": ["three"]}}
     del splits[role]
-    with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Splits that are there: ") as error:
+    with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Existing splits: ") as error:
         imported(tmp_path, splits)
     assert all(f"{other} (1 images)" in str(error.value) for other in splits)
     assert not list((tmp_path / "data" / "features").rglob("manifest.json"))
 
 
 def test_training_captions_without_a_word_are_explained(tmp_path):
-    with pytest.raises(VocabularyError, match="the training captions hold no word"):
+    with pytest.raises(VocabularyError, match="the training captions contain no word"):
         imported(tmp_path, {"train": {"t.jpg": ["?!", "…"]}, "val": {"v.jpg": ["two"]}})
 
 

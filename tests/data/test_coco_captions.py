@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from coco_sample import captions_of, id_of, jpeg_of, write_coco_zips
 
-from flaxcap import data
-from flaxcap.data import coco_captions
+from flaxcap.data import coco_captions, datasets
+from flaxcap.data.base import DataError, Examples
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +83,8 @@ def hosts(url: str, folder: pathlib.Path) -> dict:
 
 def test_zips_of_a_directory_become_karpathys_splits(sample, tmp_path):
     folder, names = sample
-    builder = data.prepare("coco_captions", tmp_path, manual_dir=folder)
-    splits = {split: list(data.read(builder, split)) for split in ("train", "restval", "val", "test")}
+    builder = datasets.prepare("coco_captions", tmp_path, manual_dir=folder)
+    splits = {split: list(Examples(builder, split)) for split in ("train", "restval", "val", "test")}
     assert {split: sorted(e.filename for e in found) for split, found in splits.items()} == names
     by_id = {example.image_id: example for found in splits.values() for example in found}
     assert sorted(by_id) == [id_of(number) for number in range(14)]
@@ -92,24 +92,24 @@ def test_zips_of_a_directory_become_karpathys_splits(sample, tmp_path):
         example = by_id[id_of(number)]
         assert example.image == jpeg_of(number)
         assert example.captions == tuple(captions_of(number))
-    both = data.read(builder, "train+restval")
+    both = Examples(builder, "train+restval")
     assert [e.image_id for e in both] == [e.image_id for e in splits["train"] + splits["restval"]]
 
 
 def test_prepared_once_and_without_unpacking(sample, tmp_path):
     folder, _ = sample
-    first = data.prepare("coco_captions", tmp_path, manual_dir=folder)
-    again = data.prepare("coco_captions", tmp_path, manual_dir=tmp_path / "no longer there")
+    first = datasets.prepare("coco_captions", tmp_path, manual_dir=folder)
+    again = datasets.prepare("coco_captions", tmp_path, manual_dir=tmp_path / "no longer there")
     assert again.data_dir == first.data_dir
-    assert list(data.read(again, "val")) == list(data.read(first, "val"))
+    assert list(Examples(again, "val")) == list(Examples(first, "val"))
     assert not list(tmp_path.rglob("*.jpg"))
     assert not list(tmp_path.rglob("*unfinished*"))
 
 
 def test_downloads_are_checked_and_kept(server, tmp_path):
     url, served, asked = server
-    builder = data.prepare("coco_captions", tmp_path, **hosts(url, served))
-    assert len(data.read(builder, "train")) == 6
+    builder = datasets.prepare("coco_captions", tmp_path, **hosts(url, served))
+    assert len(Examples(builder, "train")) == 6
     assert sorted(asked) == [
         "/annotations/annotations_trainval2014.zip",
         "/caption_datasets.zip",
@@ -117,7 +117,7 @@ def test_downloads_are_checked_and_kept(server, tmp_path):
         "/zips/val2014.zip",
     ]
     shutil.rmtree(builder.data_dir)
-    data.prepare("coco_captions", tmp_path, **hosts(url, served))
+    datasets.prepare("coco_captions", tmp_path, **hosts(url, served))
     assert len(asked) == 4, "files that were downloaded before were fetched again"
 
 
@@ -128,7 +128,7 @@ def test_a_file_in_manual_dir_is_not_downloaded(server, tmp_path):
     shutil.copy(served / "zips" / "val2014.zip", by_hand)
     with zipfile.ZipFile(served / "caption_datasets.zip") as archive:
         archive.extract("dataset_coco.json", by_hand)
-    data.prepare("coco_captions", tmp_path / "data", manual_dir=by_hand, **hosts(url, served))
+    datasets.prepare("coco_captions", tmp_path / "data", manual_dir=by_hand, **hosts(url, served))
     assert sorted(asked) == ["/annotations/annotations_trainval2014.zip", "/zips/train2014.zip"]
 
 
@@ -137,31 +137,31 @@ def test_a_wrong_checksum_names_the_file(server, tmp_path):
     arguments = hosts(url, served)
     size, digest = arguments["checksums"]["val2014.zip"]
     arguments["checksums"]["val2014.zip"] = (size, digest[::-1])
-    with pytest.raises(data.DataError, match=r"^val2014\.zip: the download is not the expected file(.|\n)*" + digest):
-        data.prepare("coco_captions", tmp_path, **arguments)
+    with pytest.raises(DataError, match=r"^val2014\.zip: the download is not the expected file(.|\n)*" + digest):
+        datasets.prepare("coco_captions", tmp_path, **arguments)
     assert not list(tmp_path.glob("coco_captions/*/*"))
 
 
 def test_the_official_checksums_hold_for_a_mirror_too(server, tmp_path):
     url, _, _ = server
-    with pytest.raises(data.DataError, match=r"^train2014\.zip: .*wrong checksum"):
-        data.prepare("coco_captions", tmp_path, base_url=url)
+    with pytest.raises(DataError, match=r"^train2014\.zip: .*wrong checksum"):
+        datasets.prepare("coco_captions", tmp_path, base_url=url)
 
 
 def test_what_cannot_be_fetched_is_asked_for(server, tmp_path, sample):
     url, served, _ = server
     arguments = hosts(url, served)
-    with pytest.raises(data.DataError, match=r"caption_datasets\.zip: could not be .*404(.|\n)*put it as caption_data"):
-        data.prepare("coco_captions", tmp_path, **arguments | {"karpathy_url": f"{url}/gone/caption_datasets.zip"})
+    with pytest.raises(DataError, match=r"caption_datasets\.zip: could not be .*404(.|\n)*put it as caption_data"):
+        datasets.prepare("coco_captions", tmp_path, **arguments | {"karpathy_url": f"{url}/gone/caption_datasets.zip"})
     nobody = "http://127.0.0.1:9"  # the discard port: refused
     folder = tmp_path / "by hand"
     folder.mkdir()
-    with pytest.raises(data.DataError, match=rf"^train2014\.zip(.|\n)*by hand and put.*{re.escape(str(folder))}"):
-        data.prepare("coco_captions", tmp_path, manual_dir=folder, **arguments | {"base_url": nobody})
+    with pytest.raises(DataError, match=rf"^train2014\.zip(.|\n)*by hand and put.*{re.escape(str(folder))}"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=folder, **arguments | {"base_url": nobody})
 
 
 def test_official_sizes_and_addresses():
-    builder_urls = coco_captions.CocoCaptions(data_dir="unused").url_infos
+    builder_urls = coco_captions.CocoCaptionsBuilder(data_dir="unused").url_infos
     assert sorted(builder_urls) == [
         "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
         "http://images.cocodataset.org/zips/train2014.zip",
@@ -258,29 +258,29 @@ TRAIN_JSON, VAL_JSON = "annotations/captions_train2014.json", "annotations/capti
 )
 def test_bad_records_are_named(zips, tmp_path, archive, member, change, message):
     rewrite(zips / archive, member, change)
-    with pytest.raises(data.DataError, match=message):
-        data.prepare("coco_captions", tmp_path, manual_dir=zips)
+    with pytest.raises(DataError, match=message):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     assert not list(tmp_path.glob("coco_captions/*/*")), "something half-made was left behind"
 
 
 def test_damaged_zips_are_named(zips, tmp_path):
     whole = (zips / "train2014.zip").read_bytes()
     (zips / "train2014.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.DataError, match=r"train2014\.zip: is not a whole zip file"):
-        data.prepare("coco_captions", tmp_path, manual_dir=zips)
+    with pytest.raises(DataError, match=r"train2014\.zip: is not a whole zip file"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     at = whole.index(jpeg_of(0)) + 300
     (zips / "train2014.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-    with pytest.raises(data.DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: is damaged \(Bad CRC"):
-        data.prepare("coco_captions", tmp_path, manual_dir=zips)
+    with pytest.raises(DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: is damaged \(Bad CRC"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     (zips / "caption_datasets.zip").unlink()
     (zips / "dataset_coco.json").write_text("{")
     (zips / "train2014.zip").write_bytes(whole)
-    with pytest.raises(data.DataError, match=r"dataset_coco\.json: is not JSON"):
-        data.prepare("coco_captions", tmp_path, manual_dir=zips)
+    with pytest.raises(DataError, match=r"dataset_coco\.json: is not JSON"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     with zipfile.ZipFile(zips / ANNOTATIONS, "w") as archive:
         archive.writestr("annotations/instances_val2014.json", "{}")
-    with pytest.raises(data.DataError, match=r"annotations.*: found no annotations/captions_train2014\.json in it"):
-        data.prepare("coco_captions", tmp_path, manual_dir=zips)
+    with pytest.raises(DataError, match=r"annotations.*: found no annotations/captions_train2014\.json in it"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
 
 
 def test_an_empty_caption_is_dropped_and_an_image_without_any_left_out(zips, tmp_path):
@@ -292,8 +292,8 @@ def test_an_empty_caption_is_dropped_and_an_image_without_any_left_out(zips, tmp
                 record["caption"] = ""
 
     rewrite(zips / ANNOTATIONS, TRAIN_JSON, blank)
-    builder = data.prepare("coco_captions", tmp_path, manual_dir=zips)
-    found = {example.image_id: example.captions for example in data.read(builder, "train")}
+    builder = datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
+    found = {example.image_id: example.captions for example in Examples(builder, "train")}
     assert found[id_of(0)] == tuple(captions_of(0)[1:])
     assert id_of(1) not in found
     assert len(found) == 5

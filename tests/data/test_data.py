@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flaxcap import data
 from flaxcap.config import Config, Data, Shapes
-from flaxcap.data import base
+from flaxcap.data import base, datasets
+from flaxcap.data.base import DataError, Example, Examples
 
 
 class Tiny(base.CaptionBuilder):
@@ -30,23 +30,17 @@ class Tiny(base.CaptionBuilder):
 
     def _generate_examples(self, examples):
         for example in examples:
-            yield example.image_id, features(example)
+            yield record(example)
 
 
-def features(example: data.Example) -> dict:
-    captions = [{"id": k, "text": text} for k, text in enumerate(example.captions)]
-    return {
-        "image": example.image,
-        "image/filename": example.filename,
-        "image/id": example.image_id,
-        "captions": captions,
-    }
+def record(example: Example) -> tuple[int, dict]:
+    return base.example(example.image, example.image_id, example.filename, enumerate(example.captions))
 
 
-def examples(count: int, first: int = 0) -> list[data.Example]:
+def examples(count: int, first: int = 0) -> list[Example]:
     # Descending, so that an order of TFDS's or the file system's own would show.
     ids = range(first + count - 1, first - 1, -1)
-    return [data.Example(b"%d" % i * 200, i, f"{i}.jpg", ("one", f"number {i}")) for i in ids]
+    return [Example(b"%d" % i * 200, i, f"{i}.jpg", ("one", f"number {i}")) for i in ids]
 
 
 def prepared(directory: pathlib.Path, **splits) -> tfds.core.DatasetBuilder:
@@ -61,8 +55,8 @@ def builder(tmp_path_factory) -> tfds.core.DatasetBuilder:
 
 
 def test_examples_come_back_as_they_were_in_order(builder):
-    assert list(data.read(builder, "train")) == examples(5)
-    assert list(data.read(builder, "val")) == examples(3, 10)
+    assert list(Examples(builder, "train")) == examples(5)
+    assert list(Examples(builder, "val")) == examples(3, 10)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +71,7 @@ def test_examples_come_back_as_they_were_in_order(builder):
     ],
 )
 def test_splits_in_tfds_notation(builder, split, ids):
-    found = data.read(builder, split)
+    found = Examples(builder, split)
     assert len(found) == len(ids)
     assert [example.image_id for example in found] == ids
     assert [found[k].image_id for k in range(-len(ids), 0)] == ids
@@ -85,13 +79,13 @@ def test_splits_in_tfds_notation(builder, split, ids):
 
 @pytest.mark.parametrize("split", ["test", "none", "train+dev", "train[:100]", "train[:0]", "train[3:1]", "train[", ""])
 def test_an_unknown_split_lists_those_there_are(builder, split):
-    with pytest.raises(data.DataError, match=r"train \(5 images\), val \(3 images\)\.$") as error:
-        data.read(builder, split)
+    with pytest.raises(DataError, match=r"train \(5 images\), val \(3 images\)\.$") as error:
+        Examples(builder, split)
     assert repr(split) in str(error.value)
 
 
 def test_indices_beyond_the_ends(builder):
-    found = data.read(builder, "train")
+    found = Examples(builder, "train")
     for index in (5, -6):
         with pytest.raises(IndexError):
             found[index]
@@ -101,9 +95,9 @@ def test_indices_beyond_the_ends(builder):
 
 def test_bytes_pass_untouched(tmp_path):
     hard = [b"", b"\0", b"\xff\xd8 not a JPEG", b"trailing\0\0\0", bytes(range(256)) * 300]
-    given = [data.Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0")) for k, image in enumerate(hard)]
-    given.append(data.Example(b"no caption", 2**62, "", ()))
-    assert list(data.read(prepared(tmp_path, train=given), "train")) == given
+    given = [Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0")) for k, image in enumerate(hard)]
+    given.append(Example(b"no caption", 2**62, "", ()))
+    assert list(Examples(prepared(tmp_path, train=given), "train")) == given
 
 
 def test_shards_and_threads(tmp_path, monkeypatch):
@@ -113,7 +107,7 @@ def test_shards_and_threads(tmp_path, monkeypatch):
     shards = sorted(path.name for path in pathlib.Path(builder.data_dir).glob("*array_record*"))
     assert len(shards) > 10
     assert shards[0] == f"tiny-train.array_record-00000-of-{len(shards):05d}"
-    found = data.read(builder, "train")
+    found = Examples(builder, "train")
     order = np.random.default_rng(0).integers(0, 100, 500).tolist()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(found.__getitem__, order)) == [given[k] for k in order]
@@ -124,7 +118,7 @@ def test_memory_does_not_grow_with_the_split(tmp_path):
 
     def pictures():
         for k in range(count):
-            yield data.Example(bytes(size), k, "", ("text",))
+            yield Example(bytes(size), k, "", ("text",))
 
     tracemalloc.start()
     try:
@@ -132,16 +126,16 @@ def test_memory_does_not_grow_with_the_split(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(data.read(builder, "train")) == count
+    assert len(Examples(builder, "train")) == count
     assert peak < count * size / 4, f"{peak >> 20} MiB held while writing {count * size >> 20} MiB"
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
-    big = [data.Example(bytes(1 << 20), 0, "", ("text",))]
+    big = [Example(bytes(1 << 20), 0, "", ("text",))]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
     try:
-        with pytest.raises(data.DataError, match=r"train.*could not be written: .*too large"):
+        with pytest.raises(DataError, match=r"train.*cannot be written: .*too large"):
             prepared(tmp_path, train=big)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -149,9 +143,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
 
 
 def test_what_a_builder_may_not_do(tmp_path):
-    with pytest.raises(data.DataError, match=r"split 'val': two examples have the key 3"):
+    with pytest.raises(DataError, match=r"split 'val': found two examples with the key 3"):
         prepared(tmp_path, train=examples(1), val=examples(1, 3) * 2)
-    with pytest.raises(data.DataError, match="no image with a caption"):
+    with pytest.raises(DataError, match="no image with a caption"):
         prepared(tmp_path, train=[])
     assert not list(tmp_path.rglob("*1.0.0*"))
 
@@ -161,13 +155,13 @@ def test_variants_lie_side_by_side(tmp_path):
         builder = Tiny({"train": examples(count)}, data_dir=tmp_path, variant=variant)
         assert not list(builder.info.splits)
         builder.download_and_prepare(file_format="array_record")
-    assert len(data.read(Tiny({}, data_dir=tmp_path, variant="a"), "train")) == 1
-    assert len(data.read(Tiny({}, data_dir=tmp_path, variant="b"), "train")) == 2
+    assert len(Examples(Tiny({}, data_dir=tmp_path, variant="a"), "train")) == 1
+    assert len(Examples(Tiny({}, data_dir=tmp_path, variant="b"), "train")) == 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "missing"])
 def test_a_damaged_copy_is_named(tmp_path, damage):
-    builder = prepared(tmp_path, train=[data.Example(bytes(1 << 18), k, "", ("text",)) for k in range(4)])
+    builder = prepared(tmp_path, train=[Example(bytes(1 << 18), k, "", ("text",)) for k in range(4)])
     (shard,) = pathlib.Path(builder.data_dir).glob("*array_record*")
     if damage == "missing":
         shard.unlink()
@@ -175,38 +169,43 @@ def test_a_damaged_copy_is_named(tmp_path, damage):
         whole = shard.read_bytes()
         middle = len(whole) // 2
         shard.write_bytes(whole[:middle] + (b"?" * middle if damage == "overwritten" else b""))
-    with pytest.raises(data.DataError, match=r"tiny.1\.0\.0, split 'train', record \d.*\n.*delete it"):
-        list(data.read(builder, "train"))
+    with pytest.raises(DataError, match=r"tiny.1\.0\.0, split 'train', record \d.*\n.*delete it"):
+        list(Examples(builder, "train"))
 
 
 def test_an_unknown_data_set_names_the_nearest():
-    for call in (lambda: data.prepare("coco", "unused"), lambda: data.judge("coco")):
+    for call in (lambda: datasets.prepare("coco", "unused"), lambda: datasets.caption_truth(Config(dataset="coco"))):
         with pytest.raises(
-            data.DataError, match=r"'coco': expected one of coco_captions, flickr8k, folder, shapes; .*'coco_"
+            DataError, match=r"'coco': expected one of coco_captions, flickr8k, folder, shapes; .*'coco_"
         ):
             call()
-    assert data.NAMES == ("coco_captions", "flickr8k", "folder", "shapes")
+    assert datasets.NAMES == ("coco_captions", "flickr8k", "folder", "shapes")
+
+
+@pytest.mark.parametrize("name", datasets.NAMES)
+def test_a_data_set_is_stored_under_its_own_name(name):
+    assert datasets._builder_class(name).name == name
 
 
 def test_a_directory_that_is_no_data_set_is_left_alone(tmp_path):
     mine = tmp_path / "coco_captions" / "2014-captions" / "1.0.0" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("keep")
-    with pytest.raises(data.DataError, match=r"1\.0\.0: there, but not a prepared data set"):
-        data.prepare("coco_captions", tmp_path)
+    with pytest.raises(DataError, match=r"1\.0\.0: found files that are not a prepared data set"):
+        datasets.prepare("coco_captions", tmp_path)
     assert mine.read_text() == "keep"
 
 
-def test_only_shapes_can_be_judged(monkeypatch):
+def test_the_truth_of_captions_is_known_for_shapes_only(monkeypatch):
     shapes = types.ModuleType("flaxcap.data.shapes")
-    vars(shapes).update(Shapes=Tiny, judge=lambda image_id, caption, seed=0: caption == f"{image_id} {seed}")
+    vars(shapes).update(ShapesBuilder=Tiny, is_true=lambda image_id, caption, seed=0: caption == f"{image_id} {seed}")
     monkeypatch.setitem(sys.modules, shapes.__name__, shapes)
-    assert data.judge("folder") is None
-    for kwargs, caption in (({}, "7 0"), ({"seed": 3, "num_train": 10}, "7 3")):
-        judge = data.judge("shapes", **kwargs)
-        assert judge is not None
-        assert judge(7, caption)
-        assert not judge(8, caption)
+    assert datasets.caption_truth(Config(dataset="folder")) is None
+    for seed in (0, 3):
+        is_true = datasets.caption_truth(Config(dataset="shapes", data=Data(shapes=Shapes(seed=seed))))
+        assert is_true is not None
+        assert is_true(7, f"7 {seed}")
+        assert not is_true(8, f"7 {seed}")
 
 
 class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -246,18 +245,19 @@ class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         box = tfds.features.BBox(ymin=0.0, xmin=0.1, ymax=0.5, xmax=1.0)
         thing = {"id": 1, "area": 2, "bbox": box, "label": 3, "is_crowd": False}
         for number, example in enumerate(given):
-            yield example.image_id, features(example) | {"objects": [thing] * number}
+            key, fields = record(example)
+            yield key, fields | {"objects": [thing] * number}
 
 
 def test_coco_prepared_by_tfds_is_used_as_it_is(tmp_path):
     stock = CocoCaptions(data_dir=tmp_path)
     stock.download_and_prepare(file_format="array_record")
-    builder = data.prepare("coco_captions", tmp_path)
+    builder = datasets.prepare("coco_captions", tmp_path)
     assert builder.data_dir == str(tmp_path / "coco_captions" / "2014" / "1.1.0")
-    found = data.read(builder, "train+restval")
+    found = Examples(builder, "train+restval")
     assert sorted(found) == sorted(examples(4) + examples(2, 50))
-    with pytest.raises(data.DataError, match=r"train \(4 images\), restval \(2 images\)"):
-        data.read(builder, "test")
+    with pytest.raises(DataError, match=r"train \(4 images\), restval \(2 images\)"):
+        Examples(builder, "test")
 
 
 def test_coco_prepared_by_tfds_as_tfrecord_is_not(tmp_path):
@@ -265,8 +265,8 @@ def test_coco_prepared_by_tfds_as_tfrecord_is_not(tmp_path):
     stock.download_and_prepare(file_format="array_record")
     info = pathlib.Path(stock.data_dir) / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(data.DataError, match=r"train2014\.zip: could not be downloaded"):
-        data.prepare("coco_captions", tmp_path, base_url="http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"train2014\.zip: could not be downloaded"):
+        datasets.prepare("coco_captions", tmp_path, base_url="http://127.0.0.1:9")
 
 
 def test_tensorflow_is_not_needed():
@@ -277,6 +277,6 @@ def test_tensorflow_is_not_needed():
 def test_a_data_dir_in_an_object_store_leaves_the_data_set_on_this_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = Config(dataset="shapes", data=Data(shapes=Shapes(num_train=2, num_val=1, num_test=1)))
-    builder = data.of_preset(config, "gs://bucket/data")
-    assert len(data.read(builder, "train")) == 2
+    builder = datasets.prepare_for(config, "gs://bucket/data")
+    assert len(Examples(builder, "train")) == 2
     assert (tmp_path / "flaxcap" / "shapes").is_dir()

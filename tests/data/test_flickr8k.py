@@ -7,7 +7,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from flaxcap import data
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Examples
 
 STRAY = "2258277193_586949ec62.jpg.1"
 
@@ -41,14 +42,14 @@ def spoil(file: pathlib.Path, old: str, new: str) -> None:
 
 
 def fails(folder: pathlib.Path, message: str) -> None:
-    with pytest.raises(data.DataError, match=message):
-        data.prepare("flickr8k", folder.parent / "data", manual_dir=folder)
+    with pytest.raises(DataError, match=message):
+        datasets.prepare("flickr8k", folder.parent / "data", manual_dir=folder)
     assert not list((folder.parent / "data").glob("flickr8k/*"))
 
 
 def test_splits_captions_and_ids(folder, tmp_path):
-    builder = data.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
-    found = {split: list(data.read(builder, split)) for split in ("train", "val", "test")}
+    builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
+    found = {split: list(Examples(builder, split)) for split in ("train", "val", "test")}
     # f 0, b 1, the stray entry 2, c 3, a 4, d 5, e 6: by first appearance in the token file.
     assert {split: [(e.image_id, e.filename) for e in all_of] for split, all_of in found.items()} == {
         "train": [(3, "c.jpg"), (1, "b.jpg")],
@@ -57,8 +58,8 @@ def test_splits_captions_and_ids(folder, tmp_path):
     }
     assert found["train"][0].captions == ("Picture c , caption 0 .", "Picture c , caption 1 .")
     assert found["train"][0].image == jpeg(80)
-    again = data.prepare("flickr8k", tmp_path / "data")
-    assert list(data.read(again, "test")) == found["test"]
+    again = datasets.prepare("flickr8k", tmp_path / "data")
+    assert list(Examples(again, "test")) == found["test"]
 
 
 def test_the_original_names_and_line_ends(folder, tmp_path):
@@ -66,10 +67,10 @@ def test_the_original_names_and_line_ends(folder, tmp_path):
     (folder / "Flickr_8k.testImages.txt").unlink()
     for file in folder.glob("*.txt"):
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    builder = data.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
-    assert data.read(builder, "train")[1].captions[1] == "Picture b , caption 1 ."
-    with pytest.raises(data.DataError, match=r"train \(2 images\), val \(1 images\)"):
-        data.read(builder, "test")
+    builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
+    assert Examples(builder, "train")[1].captions[1] == "Picture b , caption 1 ."
+    with pytest.raises(DataError, match=r"train \(2 images\), val \(1 images\)"):
+        Examples(builder, "test")
 
 
 def test_empty_captions_are_dropped(folder, tmp_path):
@@ -77,16 +78,16 @@ def test_empty_captions_are_dropped(folder, tmp_path):
     spoil(tokens, "b.jpg#0\tPicture b , caption 0 .", "b.jpg#0\t ")
     spoil(tokens, "a.jpg#0\tPicture a , caption 0 .", "a.jpg#0\t")
     spoil(tokens, "a.jpg#1\tPicture a , caption 1 .", "a.jpg#1\t")
-    builder = data.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
-    assert data.read(builder, "train")[1].captions == ("Picture b , caption 1 .",)
+    builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
+    assert Examples(builder, "train")[1].captions == ("Picture b , caption 1 .",)
     assert list(builder.info.splits) == ["train", "test"]
 
 
 def test_a_broken_picture_is_kept_for_the_extraction_to_count(folder, tmp_path):
     (folder / "Images" / "c.jpg").write_bytes(b"")
     (folder / "Images" / "b.jpg").write_bytes(jpeg(40)[:100])
-    builder = data.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
-    assert [example.image for example in data.read(builder, "train")] == [b"", jpeg(40)[:100]]
+    builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
+    assert [example.image for example in Examples(builder, "train")] == [b"", jpeg(40)[:100]]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_missing_files_are_named(folder):
     fails(folder, "no images in it, expected a directory Images or Flicker8k_Dataset")
     shutil.rmtree(folder)
     fails(folder, "--manual_dir=.*flickr: found no directory")
-    with pytest.raises(data.DataError, match=r"expected --manual_dir to name the directory of Flickr8k\.token"):
-        data.prepare("flickr8k", folder.parent / "data")
+    with pytest.raises(DataError, match=r"expected --manual_dir to name the directory of Flickr8k\.token"):
+        datasets.prepare("flickr8k", folder.parent / "data")
 
 
 def test_bytes_that_are_not_utf8_are_named(folder):
@@ -170,8 +171,8 @@ def test_real_photographs(flickr_dir, tmp_path):
     for split, count in (("train", 30), ("dev", 10)):
         names = (flickr_dir / f"Flickr_8k.{split}Images.txt").read_text().split()[:count]
         (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(names))
-    builder = data.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
-    found = [*data.read(builder, "train"), *data.read(builder, "val")]
+    builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
+    found = [*Examples(builder, "train"), *Examples(builder, "val")]
     assert len(found) == 40
     assert len({example.image_id for example in found}) == 40
     for example in found:

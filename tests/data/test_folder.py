@@ -9,7 +9,8 @@ import pathlib
 import pytest
 from PIL import Image
 
-from flaxcap import data
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Example, Examples
 from flaxcap.data.folder import split_by_name
 
 IMAGES = ["a.jpg", "b.png", "deep/c d.webp", "é.jpg"]
@@ -58,13 +59,13 @@ def coco_tree() -> dict:
     }
 
 
-def everything(builder) -> dict[str, data.Example]:
-    return {example.filename: example for split in builder.info.splits for example in data.read(builder, split)}
+def everything(builder) -> dict[str, Example]:
+    return {example.filename: example for split in builder.info.splits for example in Examples(builder, split)}
 
 
 def fails(folder: pathlib.Path, message: str) -> None:
-    with pytest.raises(data.DataError, match=message):
-        data.prepare("folder", folder.parent / "data", manual_dir=folder)
+    with pytest.raises(DataError, match=message):
+        datasets.prepare("folder", folder.parent / "data", manual_dir=folder)
     assert not list((folder.parent / "data").glob("folder/*/*"))
 
 
@@ -82,7 +83,7 @@ def test_each_kind_of_captions_file(folder, tmp_path, kind):
         name = "captions.json" if kind == "json" else "instances_mine.json"
         (folder / name).write_text(json.dumps(coco_tree() | {"info": {}, "licenses": []}))
         ids = range(100, 104)
-    found = everything(data.prepare("folder", tmp_path / "data", manual_dir=folder))
+    found = everything(datasets.prepare("folder", tmp_path / "data", manual_dir=folder))
     assert {name: list(example.captions) for name, example in found.items()} == CAPTIONS
     assert {name: example.image_id for name, example in found.items()} == dict(zip(CAPTIONS, ids, strict=True))
     for name in IMAGES:
@@ -97,12 +98,12 @@ def test_splits_that_are_given(folder, tmp_path):
         ("a.jpg", "four", "dev"),
     ]
     write_csv(folder, rows, ("image", "caption", "split"))
-    builder = data.prepare("folder", tmp_path / "csv", manual_dir=folder)
-    assert [e.filename for e in data.read(builder, "train")] == ["b.png", "é.jpg"]
-    assert [e.captions for e in data.read(builder, "dev")] == [("one", "four")]
+    builder = datasets.prepare("folder", tmp_path / "csv", manual_dir=folder)
+    assert [e.filename for e in Examples(builder, "train")] == ["b.png", "é.jpg"]
+    assert [e.captions for e in Examples(builder, "dev")] == [("one", "four")]
     (folder / "captions.csv").unlink()
     write_jsonl(folder, [{"image": name, "caption": text, "split": split} for name, text, split in rows])
-    other = data.prepare("folder", tmp_path / "jsonl", manual_dir=folder)
+    other = datasets.prepare("folder", tmp_path / "jsonl", manual_dir=folder)
     assert everything(other) == everything(builder)
 
 
@@ -127,21 +128,21 @@ def test_split_by_name_is_stable_and_never_without_val():
 def test_changed_captions_are_prepared_anew(folder, tmp_path):
     where = tmp_path / "data"
     write_csv(folder, [("a.jpg", "before"), ("b.png", "same")])
-    first = data.prepare("folder", where, manual_dir=folder)
+    first = datasets.prepare("folder", where, manual_dir=folder)
     assert first.builder_config is not None
     assert first.builder_config.name.startswith("my_pictures-")
-    assert data.prepare("folder", where, manual_dir=folder).data_dir == first.data_dir
-    assert data.prepare("folder", where).data_dir == first.data_dir, "the only one there is"
+    assert datasets.prepare("folder", where, manual_dir=folder).data_dir == first.data_dir
+    assert datasets.prepare("folder", where).data_dir == first.data_dir, "the only one there is"
     write_csv(folder, [("a.jpg", "after"), ("b.png", "same")])
-    second = data.prepare("folder", where, manual_dir=folder)
+    second = datasets.prepare("folder", where, manual_dir=folder)
     assert everything(second)["a.jpg"].captions == ("after",)
     assert everything(first)["a.jpg"].captions == ("before",)
     with pytest.raises(
-        data.DataError, match=r"which folder is not said \(--manual_dir\); prepared ones: .*my_pictures-"
+        DataError, match=r"^--manual_dir: found none, .*; prepared copies: .*my_pictures-.*, .*my_pictures-"
     ):
-        data.prepare("folder", where)
-    with pytest.raises(data.DataError, match="prepared ones: none"):
-        data.prepare("folder", tmp_path / "elsewhere")
+        datasets.prepare("folder", where)
+    with pytest.raises(DataError, match="prepared copies: none"):
+        datasets.prepare("folder", tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_bad_csv(folder, text, message):
 
 def test_a_byte_order_mark_is_no_part_of_a_column(folder, tmp_path):
     (folder / "captions.csv").write_bytes("\ufeffimage,caption\r\na.jpg,x\r\n".encode())
-    assert everything(data.prepare("folder", tmp_path, manual_dir=folder))["a.jpg"].captions == ("x",)
+    assert everything(datasets.prepare("folder", tmp_path, manual_dir=folder))["a.jpg"].captions == ("x",)
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "captions.json"])
@@ -286,7 +287,7 @@ def test_an_image_without_annotation_is_left_out(folder, tmp_path):
     tree = coco_tree()
     tree["annotations"] = [record for record in tree["annotations"] if record["image_id"] != 101]
     (folder / "captions.json").write_text(json.dumps(tree))
-    found = everything(data.prepare("folder", tmp_path, manual_dir=folder))
+    found = everything(datasets.prepare("folder", tmp_path, manual_dir=folder))
     assert sorted(found) == sorted(set(CAPTIONS) - {"a.jpg"})
 
 
@@ -298,5 +299,5 @@ def test_which_captions_file_is_meant(folder):
     write_csv(folder, [("a.jpg", "x")])
     write_jsonl(folder, [])
     fails(folder, r"found captions\.csv, captions\.jsonl, expected one of")
-    with pytest.raises(data.DataError, match=r"--manual_dir=.*gone: found no directory"):
-        data.prepare("folder", folder.parent, manual_dir=folder / "gone")
+    with pytest.raises(DataError, match=r"--manual_dir=.*gone: found no directory"):
+        datasets.prepare("folder", folder.parent, manual_dir=folder / "gone")

@@ -1,4 +1,4 @@
-"""The rendered scenes, their captions, and the judge of captions."""
+"""The rendered scenes, their captions, and the truth of captions."""
 
 import io
 import itertools
@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flaxcap import data
-from flaxcap.data import shapes
+from flaxcap import config
+from flaxcap.config import Config, Data
+from flaxcap.data import datasets, shapes
+from flaxcap.data.base import Example, Examples
 from flaxcap.images import decode
 
 IDS = st.integers(0, 2**40)
@@ -32,12 +34,12 @@ def example(image_id: int, seed: int = 0) -> tuple[list[shapes.Thing], list[str]
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory):
-    return data.prepare("shapes", tmp_path_factory.mktemp("shapes"), seed=5, num_train=60, num_val=20, num_test=20)
+    return datasets.prepare("shapes", tmp_path_factory.mktemp("shapes"), seed=5, num_train=60, num_val=20, num_test=20)
 
 
 @pytest.fixture(scope="module")
-def splits(builder) -> dict[str, list[data.Example]]:
-    return {split: list(data.read(builder, split)) for split in shapes.SPLITS}
+def splits(builder) -> dict[str, list[Example]]:
+    return {split: list(Examples(builder, split)) for split in shapes.SPLITS}
 
 
 @given(IDS, SEEDS)
@@ -79,8 +81,8 @@ def test_captions_are_true_of_their_own_picture(image_id, seed):
     _, captions = example(image_id, seed)
     assert len(set(captions)) == 5
     for caption in captions:
-        assert shapes.judge(image_id, caption, seed), caption
-        assert shapes.judge(image_id, f" {caption.capitalize()}. ", seed)
+        assert shapes.is_true(image_id, caption, seed), caption
+        assert shapes.is_true(image_id, f" {caption.capitalize()}. ", seed)
 
 
 def wrong(word: str, things: list[shapes.Thing]) -> list[str]:
@@ -103,7 +105,7 @@ def test_one_false_word_makes_a_caption_false(image_id, seed):
             for other in wrong(word, things)
         ]
         assert len(changed) >= 2 * (3 + 2) + 1  # of each object its colour and shape, and the relation
-        assert not [text for text in changed if shapes.judge(image_id, text, seed)]
+        assert not [text for text in changed if shapes.is_true(image_id, text, seed)]
 
 
 @given(IDS)
@@ -116,15 +118,17 @@ def test_objects_changed_round_make_a_caption_false(image_id):
         "below": "below",
     }.items():
         said = f"a {a.colour} {a.shape} {words} a {b.colour} {b.shape}"
-        assert shapes.judge(image_id, said) == (shapes.relation(a, b) == where)
+        assert shapes.is_true(image_id, said) == (shapes.relation(a, b) == where)
         said = f"a {b.colour} {b.shape} {words} a {a.colour} {a.shape}"
-        assert shapes.judge(image_id, said) == (shapes.relation(b, a) == where)
-        assert not shapes.judge(image_id, f"a {a.colour} {a.shape} {words} a {a.colour} {a.shape}")
+        assert shapes.is_true(image_id, said) == (shapes.relation(b, a) == where)
+        assert not shapes.is_true(image_id, f"a {a.colour} {a.shape} {words} a {a.colour} {a.shape}")
 
 
 def test_captions_of_another_picture_are_mostly_false():
-    judged = [shapes.judge(image_id, caption) for image_id in range(1, 900, 3) for caption in example(image_id + 3)[1]]
-    assert 0 < np.mean(judged) < 0.05
+    verdicts = [
+        shapes.is_true(image_id, caption) for image_id in range(1, 900, 3) for caption in example(image_id + 3)[1]
+    ]
+    assert 0 < np.mean(verdicts) < 0.05
 
 
 TWO = next(image_id for image_id in itertools.count() if len(shapes.scene(image_id)) == 2)
@@ -148,7 +152,7 @@ def garbled(draw):
 @given(st.text() | garbled())
 def test_what_is_no_caption_is_false(text):
     assert len(SAID) == 5 * 2 * 3 * 3
-    assert shapes.judge(TWO, text) == (text.strip(" .").lower() in SAID)
+    assert shapes.is_true(TWO, text) == (text.strip(" .").lower() in SAID)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +173,9 @@ def test_names_outside_the_grammar_are_false(change):
     a, b = shapes.scene(0)[:2]
     names = f"{a.colour} {a.shape}", f"{b.colour} {b.shape}"
     where = {"left": "to the left of", "right": "to the right of"}.get(shapes.relation(a, b), shapes.relation(a, b))
-    assert shapes.judge(0, f"a {names[0]} {where} a {names[1]}")
-    assert not shapes.judge(0, f"a {change(names[0])} {where} a {names[1]}")
-    assert not shapes.judge(0, f"a {names[0]} {where} a {change(names[1])}")
+    assert shapes.is_true(0, f"a {names[0]} {where} a {names[1]}")
+    assert not shapes.is_true(0, f"a {change(names[0])} {where} a {names[1]}")
+    assert not shapes.is_true(0, f"a {names[0]} {where} a {change(names[1])}")
 
 
 def test_held_out_kinds_are_shown_only_by_their_split(splits):
@@ -194,22 +198,23 @@ def test_every_attribute_is_learnt_from_training_captions(splits):
 
 
 def test_the_data_set_is_the_scenes(builder, splits):
-    judge = data.judge("shapes", seed=5, num_train=60, num_val=20, num_test=20)
-    assert judge is not None
+    is_true, other_seed = (
+        datasets.caption_truth(Config(dataset="shapes", data=Data(shapes=config.Shapes(seed=seed)))) for seed in (5, 6)
+    )
+    assert is_true is not None
     assert {split: len(found) for split, found in splits.items()} == {"train": 60, "val": 20, "test": 20}
     found = list(itertools.chain.from_iterable(splits.values()))
     assert len({e.image_id for e in found}) == len({e.filename for e in found}) == len({e.image for e in found}) == 100
-    assert all(len(e.captions) == 5 and judge(e.image_id, caption) for e in found for caption in e.captions)
-    other_seed = data.judge("shapes", seed=6)
+    assert all(len(e.captions) == 5 and is_true(e.image_id, caption) for e in found for caption in e.captions)
     assert other_seed is not None
     assert np.mean([other_seed(e.image_id, caption) for e in found for caption in e.captions]) < 0.05
     assert re.search(r"seed5-60-20-20", str(builder.data_dir))
 
 
 def test_a_smaller_data_set_begins_like_a_larger_one(splits, tmp_path):
-    builder = data.prepare("shapes", tmp_path, seed=5, num_train=7, num_val=2, num_test=0)
-    assert list(data.read(builder, "train")) == splits["train"][:7]
-    assert list(data.read(builder, "val")) == splits["val"][:2]
+    builder = datasets.prepare("shapes", tmp_path, seed=5, num_train=7, num_val=2, num_test=0)
+    assert list(Examples(builder, "train")) == splits["train"][:7]
+    assert list(Examples(builder, "val")) == splits["val"][:2]
     assert set(builder.info.splits) == {"train", "val"}
 
 

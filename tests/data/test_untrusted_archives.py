@@ -7,8 +7,9 @@ import zipfile
 import pytest
 from torture_cases import files as torture_files
 
-from flaxcap import data
-from flaxcap.data.coco_captions import CocoCaptions
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Examples
+from flaxcap.data.coco_captions import CocoCaptionsBuilder
 from flaxcap.files import size_limits
 from flaxcap.images import decode
 
@@ -32,7 +33,7 @@ def rewrite(path: pathlib.Path, **changes: bytes) -> None:
 
 
 def pictures_of(builder) -> dict[str, bytes]:
-    return {e.filename: e.image for split in builder.info.splits for e in data.read(builder, split)}
+    return {e.filename: e.image for split in builder.info.splits for e in Examples(builder, split)}
 
 
 def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
@@ -40,7 +41,7 @@ def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
     outside = {"../../escaped": b"x", "/escaped": b"x", "train2014/../../escaped": b"x"}
     rewrite(coco / "train2014.zip", **outside)
     before = {p for p in tmp_path.parent.rglob("*") if p.name == "escaped"}
-    assert len(pictures_of(data.prepare("coco_captions", tmp_path / "data", manual_dir=coco))) == 4
+    assert len(pictures_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))) == 4
     assert {p for p in tmp_path.parent.rglob("*") if "escaped" in p.name} == before == set()
     assert not pathlib.Path("/escaped").exists()
     name = "annotations/captions_train2014.json"
@@ -48,20 +49,20 @@ def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
         tree = json.loads(archive.read(name))
     tree["images"][0]["file_name"] = "../../escaped"
     rewrite(coco / "annotations_trainval2014.zip", **{name: json.dumps(tree).encode()})
-    with pytest.raises(data.DataError, match=r"captions_train2014\.json, image 0, field 'file_name': found '\.\./"):
-        data.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
+    with pytest.raises(DataError, match=r"captions_train2014\.json, image 0, field 'file_name': found '\.\./"):
+        datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
 
 
 def test_a_packed_picture_that_is_too_large_is_left_to_be_skipped(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(size_limits, "PICTURE", 50_000)
     rewrite(coco / "val2014.zip", **{"val2014/val2014_0.jpg": bytes(1 << 24)})
-    found = pictures_of(data.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
+    found = pictures_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
     assert len(found["val2014_0.jpg"]) == 50_001
     with pytest.raises(decode.ImageError, match="more than the 50000 bytes allowed"):
         decode.to_square(found["val2014_0.jpg"])
     monkeypatch.setattr(size_limits, "CAPTIONS", 100)
-    with pytest.raises(data.DataError, match=r"annotations_trainval2014\.zip/.*: has more than the 100 bytes allowed"):
-        data.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
+    with pytest.raises(DataError, match=r"annotations_trainval2014\.zip/.*: has more than the 100 bytes allowed"):
+        datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
 
 
 @pytest.mark.parametrize("name", torture_files.COCO_ZIPS)
@@ -70,9 +71,10 @@ def test_broken_archives_are_read_or_named(coco, name):
     for broken in torture_files.broken_copies(whole, 40, seed=1):
         (coco / name).write_bytes(broken)
         try:
-            for examples in CocoCaptions(manual_dir=coco, data_dir=coco / "data")._split_generators(None).values():  # pyright: ignore
+            builder = CocoCaptionsBuilder(manual_dir=coco, data_dir=coco / "data")
+            for examples in builder._split_generators(None).values():  # pyright: ignore[reportArgumentType]
                 list(examples)
-        except data.DataError as error:
+        except DataError as error:
             assert str(coco) in str(error), error  # noqa: PT017
             refused += 1
     assert refused > 10

@@ -10,9 +10,11 @@ from etils import epath
 from hypothesis import given
 from torture_cases import records as torture_records
 
-from flaxcap import data, presets
+from flaxcap import presets
 from flaxcap.commands.main import main
 from flaxcap.config import Config, ConfigError, check
+from flaxcap.data import datasets
+from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.features import extract
 from flaxcap.features.store import StoreError
@@ -75,8 +77,8 @@ def test_hard_captions_go_through_the_whole_of_prepare(pictures, tmp_path):
     captions = [text for text in torture_records.HARD if text.strip()]
     record = {"image": "a.jpg", "captions": captions}
     (folder / "captions.jsonl").write_text(json.dumps(record) + '\n{"image": "é.gif", "caption": "a"}\n')
-    builder = data.prepare("folder", tmp_path / "data", manual_dir=folder)
-    found = {e.filename: e.captions for split in builder.info.splits for e in data.read(builder, split)}
+    builder = datasets.prepare("folder", tmp_path / "data", manual_dir=folder)
+    found = {e.filename: e.captions for split in builder.info.splits for e in Examples(builder, split)}
     assert found == {"a.jpg": tuple(text.strip() for text in captions), "é.gif": ("a",)}
 
 
@@ -121,8 +123,8 @@ def test_files_of_words_and_numbers_are_read_no_further_than_allowed(tmp_path, m
         presets.load(str(tmp_path / "p.json"))
     (tmp_path / "captions.csv").write_text("image,caption\na.jpg,x\n")
     monkeypatch.setattr(size_limits, "CAPTIONS", 10)
-    with pytest.raises(data.DataError, match=r"captions\.csv: cannot be read: more than the 10 bytes allowed"):
-        data.prepare("folder", tmp_path / "data", manual_dir=tmp_path)
+    with pytest.raises(DataError, match=r"captions\.csv: cannot be read: more than the 10 bytes allowed"):
+        datasets.prepare("folder", tmp_path / "data", manual_dir=tmp_path)
 
 
 def test_a_feature_map_that_says_it_is_huge_takes_no_memory(tmp_path):
@@ -141,8 +143,8 @@ def test_pictures_of_a_folder_are_read_no_further_than_allowed(pictures, tmp_pat
     (folder / "captions.csv").write_text("image,caption\na.jpg,x\né.gif,y\n")
     (folder / "a.jpg").write_bytes(bytes(10_000))
     monkeypatch.setattr(size_limits, "PICTURE", 5000)
-    builder = data.prepare("folder", tmp_path / "data", manual_dir=folder)
-    found = {e.filename: e.image for split in builder.info.splits for e in data.read(builder, split)}
+    builder = datasets.prepare("folder", tmp_path / "data", manual_dir=folder)
+    found = {e.filename: e.image for split in builder.info.splits for e in Examples(builder, split)}
     assert {name: len(image) for name, image in found.items()} == {
         "a.jpg": 5001,
         "é.gif": (folder / "é.gif").stat().st_size,

@@ -21,7 +21,7 @@ WORDS = sorted({word for row in ROWS for text in row.captions for word in text.s
 
 def test_scores_are_those_of_the_metrics_and_swapped_captions_are_worth_less():
     found, missing = coco_results.score(
-        ROWS, TEXTS, WORDS, judge=lambda image_id, text: (image_id == 7) == ("dog" in text)
+        ROWS, TEXTS, WORDS, is_true=lambda image_id, text: (image_id == 7) == ("dog" in text)
     )
     expected = scorer.score(TEXTS, [row.captions for row in ROWS])
     assert found.items() >= expected.items()

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from flaxcap.errors import UserError
 from flaxcap.input_pipeline.batching import Plan, choose_buckets
-from flaxcap.text.vocabulary import END, PAD, START, Tokens
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import END, PAD, START
 
 
 def tokens_of(lengths: list[list[int]]) -> Tokens:

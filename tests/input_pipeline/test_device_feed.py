@@ -14,7 +14,8 @@ from flaxcap.features.store import Row, Split, write_rows
 from flaxcap.input_pipeline.batching import Plan
 from flaxcap.input_pipeline.device_feed import Feed, Inputs, rows
 from flaxcap.runtime import sharding
-from flaxcap.text.vocabulary import END, START, Tokens
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import END, START
 
 N, F = 21, 3
 
