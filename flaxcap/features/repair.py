@@ -59,10 +59,7 @@ def mend(
 def _mend_captions(
     split: Split, found: store.Store, role: str, config: config_lib.Config, builder: tfds.core.DatasetBuilder
 ) -> Sum:
-    file, expected = split.path / CAPTIONS, found.sums.get(f"{role}/{CAPTIONS}")
-    if expected is None:  # an older version's
-        _ = split.rows
-        return integrity.of_file(file)
+    file, expected = split.path / CAPTIONS, found.sums[f"{role}/{CAPTIONS}"]
     try:
         integrity.check(file, expected)
     except DamagedError as e:
@@ -78,10 +75,9 @@ def _mend_captions(
 
 
 def _mend_array(split: Split, found: store.Store, role: str, config: config_lib.Config) -> Sum:
-    file, expected = split.path / ARRAY, found.sums.get(f"{role}/{ARRAY}")
+    file = split.path / ARRAY
     try:
-        if expected is not None:
-            integrity.check(file, expected)
+        integrity.check(file, found.sums[f"{role}/{ARRAY}"])
     except DamagedError as e:
         print(f"{file}: {e}; it is made anew")
         file.unlink(missing_ok=True)
@@ -93,15 +89,10 @@ def _mend_encoder(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
 ) -> None:
     directory, made_by = found.path / ENCODER, found.manifest["encoder"]["weights_sha256"]
-    older = not found.sums
-    if older and directory.exists():
-        if not (directory / integrity.SUMS).exists():
-            integrity.write_sums(directory)
+    damage = next(integrity.damages(directory), None)
+    if damage is None:
         return
-    damages = list(integrity.damages(directory))
-    if not damages and (directory / integrity.SUMS).exists():
-        return
-    where, what = damages[0] if damages else (directory, "missing")
+    where, what = damage
     print(f"{where}: {what}; the encoder is written anew")
     params, digest = build.read_encoder(config, builder, encoder_weights)
     if digest != made_by:

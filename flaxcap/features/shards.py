@@ -51,8 +51,7 @@ class Note(NamedTuple):
     """What is known of a shard that is wholly on disk."""
 
     skipped: list[Skipped]
-    file: Sum | None  # None: all its images were skipped, or it was written before there were checksums
-    sealed: bool  # False: written before there were checksums
+    file: Sum | None  # None: all its images were skipped
 
 
 class Split:
@@ -133,12 +132,11 @@ class Split:
         """Of a finished shard. StoreError if it is not as it was written."""
         file = self.note_file(number)
         try:
-            found, sealed = integrity.unseal(file.read_bytes(), "file")
-            known = found.get("file")
+            found = integrity.unseal(file.read_bytes())
+            known = found["file"]
             return Note(
                 [Skipped(**s) for s in found["skipped"]],
                 Sum(int(known["size"]), str(known["sha256"])) if known else None,
-                sealed,
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` makes this shard anew") from e
@@ -146,12 +144,11 @@ class Split:
     def check_shard(self, number: int, tell: Callable[[int], object] | None = None) -> int:
         """The bytes of a finished shard's file; with `tell`, which hears of bytes as they are read, all are read.
 
-        StoreError if its note is damaged, DamagedError if the file is not as it was written. Of shards without a
-        checksum, written by an older version, nothing is known.
+        StoreError if its note is damaged, DamagedError if the file is not as it was written.
         """
         note, file = self.note(number), self.shard_file(number)
         if note.file is None:
-            if note.sealed and len(note.skipped) < len(self.shard(number)):
+            if len(note.skipped) < len(self.shard(number)):
                 raise DamagedError("missing")
             return 0
         if tell is not None:

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 ROLES = ("train", "val", "test")
+ONCE = (CAPTIONS, ARRAY)  # files of a split that are written once
 MANIFEST, COPY, VOCABULARY = "manifest.json", "manifest.copy.json", "vocabulary.json"
 
 
@@ -81,7 +82,8 @@ class Store:
             _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
             if min(self.feature_dim, self._shard_rows, *self._images.values()) < 1:
                 raise ValueError("a size that is not positive")
-            self.sums = integrity.from_json(self.manifest.get("files", {}))
+            self.sums = integrity.from_json(self.manifest["files"])
+            _ = self.sums[VOCABULARY], [self.sums[f"{role}/{name}"] for role in self._images for name in ONCE]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             copied = (self.path / COPY).exists()
             mend = "restores it" if copied else "makes it anew"
@@ -109,7 +111,7 @@ class Store:
     def split(self, role: str) -> "Split":
         if role not in self.roles:
             raise StoreError(f"{self.path}: no split {role!r}; there are {', '.join(self.roles)}")
-        sums = {name: self.sums[f"{role}/{name}"] for name in (CAPTIONS, ARRAY) if f"{role}/{name}" in self.sums}
+        sums = {name: self.sums[f"{role}/{name}"] for name in ONCE}
         return Split(self.path / role, self._images[role], self._shard_rows, sums)
 
     def vocabulary(self) -> Vocabulary:
@@ -123,8 +125,7 @@ class Store:
         if found.hash != self.manifest["vocabulary"]["sha256"]:  # a prepare was stopped between the two files
             raise StoreError(f"{file}: not the vocabulary that the manifest names; `flaxcap prepare` makes it anew")
         try:
-            if VOCABULARY in self.sums:
-                integrity.check_bytes(data, self.sums[VOCABULARY])
+            integrity.check_bytes(data, self.sums[VOCABULARY])
         except DamagedError as e:
             raise StoreError(f"{file}: {e}; `flaxcap prepare` makes it anew") from e
         return found
@@ -132,7 +133,7 @@ class Store:
 
 def read_manifest(file: epath.Path) -> dict[str, Any]:
     """A manifest, or its copy, without its own sum. OSError, ValueError or RecursionError if it cannot be read."""
-    return integrity.unseal(file.read_bytes(), "files", indent=2)[0]
+    return integrity.unseal(file.read_bytes(), indent=2)
 
 
 def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
