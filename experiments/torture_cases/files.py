@@ -85,8 +85,8 @@ def presets_and_vocabularies_fuzzed(scratch: pathlib.Path, scale: float) -> dict
 READERS = {
     "weights": "from flaxcap.encoders.inception_v3 import weights\nread = lambda path: weights.read(path, 'mixed0')",
     "maps": (
-        "from etils import epath\nfrom flaxcap.features import extract\n"
-        "read = lambda path: extract.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
+        "from etils import epath\nfrom flaxcap.features import npy_maps\n"
+        "read = lambda path: npy_maps.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
     ),
     "archives": (
         "from flaxcap.data.coco_captions import CocoCaptions\n"

@@ -79,7 +79,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
 def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Split]:
     """A store's split of made-up features, and GB a second of its writing. UserError if the disk is too small."""
-    size = given.images * store.bytes_an_image(given.feature_dim, config.encoder.store_dtype)
+    size = given.images * store.bytes_an_image(given.positions, given.feature_dim, config.encoder.store_dtype)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
@@ -87,10 +87,10 @@ def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Spli
             " TMPDIR names another place"
         )
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    source = synthetic.MadeUp(given.images, given.positions, given.feature_dim, dtype, config.seed)
     split = store.Split(epath.Path(folder), given.images, config.encoder.shard_images)
     begin = time.perf_counter()
-    array = split.create_array(given.feature_dim, config.encoder.store_dtype)
+    array = split.create_array(given.positions, given.feature_dim, config.encoder.store_dtype)
     for number in tqdm.trange(split.num_shards, desc="store", unit=" shards", disable=None):
         split.write(array, number, source.read(split.shard(number)), [])
     return size / (time.perf_counter() - begin) / 1e9, split

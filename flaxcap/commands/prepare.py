@@ -16,7 +16,7 @@ from flaxcap import data
 from flaxcap.config import ConfigError
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
-from flaxcap.features import build, extract, repair
+from flaxcap.features import build, extract, npy_maps, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.store import Row, Store, StoreError
 from flaxcap.files import integrity, locks
@@ -194,13 +194,15 @@ def _extract(
             examples = data.read(builder, store.manifest["splits"][role]["split"])
             load = functools.partial(_pixels, examples, encoder.preprocess)
         else:
-            load, encode = extract.npy_loader(epath.Path(npy_dir), split, store.feature_dim), np.asarray
+            shape = npy_maps.FeatureShape(store.positions, store.feature_dim, store.positions_vary)
+            load, encode = npy_maps.loader(epath.Path(npy_dir), split, shape), np.asarray
         extract.extract(
             split,
             load,
             encode,
             batch_size=extract.batch_size(config.encoder),
             at_once=extract.batches_at_once(),
+            positions=store.positions,
             feature_dim=store.feature_dim,
             dtype=config.encoder.store_dtype,
             num_workers=num_workers,
@@ -216,7 +218,7 @@ def _pixels(examples: data.Split, preprocess: Preprocess, row: int) -> np.ndarra
 def _check_space(store: Store, config: config_lib.Config) -> None:
     """Says what the features will take; StoreError if the disk has less."""
     images = sum(len(store.split(r).shard(n)) for r in store.roles for n in store.split(r).unfinished())
-    needed = images * store_lib.bytes_an_image(store.feature_dim, config.encoder.store_dtype)
+    needed = images * store_lib.bytes_an_image(store.positions, store.feature_dim, config.encoder.store_dtype)
     text = f"features of {images} images: {needed / 1e9:.2f} GB in {store.path}"
     if not integrity.is_remote(store.path):
         free = shutil.disk_usage(store.path).free

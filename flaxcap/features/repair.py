@@ -81,7 +81,7 @@ def _mend_array(split: Split, found: store.Store, role: str, config: config_lib.
     except DamagedError as e:
         print(f"{file}: {e}; it is made anew")
         file.unlink(missing_ok=True)
-    split.create_array(found.feature_dim, config.encoder.store_dtype)
+    split.create_array(found.positions, found.feature_dim, config.encoder.store_dtype)
     return integrity.of_file(file)
 
 

@@ -1,7 +1,7 @@
 """One split of a store on disk: the captions of its images, and their features in shards.
 
 SPLIT/captions.jsonl        a line an image, in the order of the features' rows
-      features/             [N, 64, F], TensorStore zarr3
+      features/             [N, P, F], TensorStore zarr3
       shards/00000.json     written when shard 0 is wholly on disk: its skipped images, its file's SHA-256
 """
 
@@ -21,7 +21,6 @@ from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
 
 CAPTIONS, ARRAY = "captions.jsonl", "features/zarr.json"  # a split's files that are written once, below its directory
-POSITIONS = 64
 _AGAIN = "`flaxcap prepare` makes it anew"
 
 
@@ -191,9 +190,9 @@ class Split:
         """Of the features."""
         return self.array.dtype.numpy_dtype
 
-    def create_array(self, feature_dim: int, dtype: str) -> ts.TensorStore:
+    def create_array(self, positions: int, feature_dim: int, dtype: str) -> ts.TensorStore:
         """The array for writing, made if it is not there. StoreError if one of another shape is."""
-        chunk = [1, POSITIONS, feature_dim]
+        chunk = [1, positions, feature_dim]
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": chunk,

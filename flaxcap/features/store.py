@@ -20,13 +20,12 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap.encoders import base as encoders
-from flaxcap.features.shards import ARRAY, CAPTIONS, POSITIONS, Row, Skipped, Split, StoreError, write_rows
+from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Skipped, Split, StoreError, write_rows
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, write_whole
 from flaxcap.text.vocabulary import Vocabulary
 
 __all__ = [
-    "POSITIONS",
     "ROLES",
     "Row",
     "Skipped",
@@ -73,14 +72,14 @@ class Store:
             raise StoreError(f"no prepared features at {self.path}; `flaxcap prepare` makes them")
         try:
             self.manifest = read_manifest(file)
-            self.feature_dim = int(self.manifest["feature_dim"])
-            self.positions, self.positions_vary = POSITIONS, False
+            self.positions, self.feature_dim = (int(self.manifest[name]) for name in ("positions", "feature_dim"))
+            self.positions_vary = bool(self.manifest["positions_vary"])  # then NaN fills a row's unused positions
             splits = self.manifest["splits"]
             self._images = {role: int(splits[role]["images"]) for role in ROLES if role in splits}
             self._shard_rows = int(self.manifest["shard_rows"])
             _ = [self.manifest[a][b] for a, b in (("vocabulary", "size"), ("vocabulary", "sha256"))]
             _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
-            if min(self.feature_dim, self._shard_rows, *self._images.values()) < 1:
+            if min(self.positions, self.feature_dim, self._shard_rows, *self._images.values()) < 1:
                 raise ValueError("a size that is not positive")
             self.sums = integrity.from_json(self.manifest["files"])
             _ = self.sums[VOCABULARY], [self.sums[f"{role}/{name}"] for role in self._images for name in ONCE]
@@ -142,5 +141,5 @@ def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
         write_whole(path / name, integrity.seal(manifest, indent=2))
 
 
-def bytes_an_image(feature_dim: int, dtype: str) -> int:
-    return POSITIONS * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+def bytes_an_image(positions: int, feature_dim: int, dtype: str) -> int:
+    return positions * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize

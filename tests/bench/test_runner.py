@@ -76,7 +76,7 @@ def test_train(tmp_path, capsys):
     dispatches = synthetic.sample(plan, 4)
     counted = synthetic.counts(dispatches)
     flop = flops.training(
-        TINY.model, images=counted["images"], tokens=counted["tokens"], feature_dim=256, vocabulary=41
+        TINY.model, images=counted["images"], tokens=counted["tokens"], positions=64, feature_dim=256, vocabulary=41
     )
     for figures in result["repetitions"]:
         check_rates(figures)

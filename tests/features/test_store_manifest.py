@@ -27,7 +27,7 @@ def make(path: epath.Path, config: Config) -> epath.Path:
     for role, rows in (("train", TRAIN), ("val", TRAIN[:1])):
         store.write_rows(path / role, rows)
         split = Split(path / role, len(rows), 2)
-        split.create_array(4, "bfloat16")
+        split.create_array(5, 4, "bfloat16")
         for number in range(split.num_shards):
             split.finish(number, [])
     store.write_whole(path / "vocabulary.json", VOCABULARY.to_json())
@@ -35,7 +35,9 @@ def make(path: epath.Path, config: Config) -> epath.Path:
         "source": "made up",
         "splits": {"train": {"split": "train", "images": 3}, "val": {"split": "val", "images": 1}},
         "encoder": {"weights_sha256": "abc"},
+        "positions": 5,
         "feature_dim": 4,
+        "positions_vary": False,
         "shard_rows": 2,
         "vocabulary": {"size": config.data.vocab_size, "words": len(VOCABULARY), "sha256": VOCABULARY.hash},
         "files": integrity.to_json({name: integrity.of_file(path / name) for name in FILES}),
@@ -58,7 +60,7 @@ def test_a_finished_store_has_everything(path, tmp_path):
     found = Store.finished(tmp_path, Config())
     assert found.path == path
     assert found.roles == ("train", "val")
-    assert found.feature_dim == 4
+    assert (found.positions, found.feature_dim, found.positions_vary) == (5, 4, False)
     assert found.vocabulary().tokens == VOCABULARY.tokens
     assert found.split("train").rows == TRAIN
     assert found.split("val").rows == TRAIN[:1]
@@ -80,13 +82,15 @@ def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
         Store.finished(tmp_path, other)
 
 
-MANIFEST = ["source", "splits", "encoder", "feature_dim", "shard_rows", "vocabulary", "files"]
+MANIFEST = ["source", "splits", "encoder", "positions", "feature_dim", "shard_rows", "vocabulary", "files"]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        *({"drop": name} for name in MANIFEST),
+        *({"drop": name} for name in [*MANIFEST, "positions_vary"]),
+        {"positions": 0},
+        {"positions": "many"},
         *({name: None} for name in MANIFEST[1:]),
         {"text": ""},
         {"text": '{"source": '},
