@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, npy_maps, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.store import Row, Store, StoreError
-from flaxcap.files import integrity, locks
+from flaxcap.files import disk_space, integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
@@ -186,7 +185,7 @@ def _extract(
 ) -> None:
     """The features of every split that are not there yet."""
     if npy_dir is None:
-        params = load_params(store.path / build.ENCODER)
+        params = load_params(store.path / store_lib.ENCODER_DIR)
         encode = extract.make_encode(encoder, params, config.encoder, many=True)
     for role in store.roles:
         split = store.split(role)
@@ -216,13 +215,9 @@ def _pixels(examples: data.Split, preprocess: Preprocess, row: int) -> np.ndarra
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:
-    """Says what the features will take; StoreError if the disk has less."""
+    """Says what the features will take; WriteError if the disk has less."""
     images = sum(len(store.split(r).shard(n)) for r in store.roles for n in store.split(r).unfinished())
     needed = images * store_lib.bytes_an_image(store.positions, store.feature_dim, config.encoder.store_dtype)
-    text = f"features of {images} images: {needed / 1e9:.2f} GB in {store.path}"
-    if not integrity.is_remote(store.path):
-        free = shutil.disk_usage(store.path).free
-        if needed > free:
-            raise StoreError(f"{text}, but only {free / 1e9:.2f} GB are free there")
-        text += f" ({free / 1e9:.1f} GB free)"
-    print(text)
+    what = f"features of {images} images"
+    free = disk_space.check(store.path, needed, what, "free some, or take another --data_dir")
+    print(f"{what}: {needed / 1e9:.2f} GB in {store.path}{f' ({free / 1e9:.1f} GB free)' if free is not None else ''}")

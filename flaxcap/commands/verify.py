@@ -7,7 +7,7 @@ import tqdm
 from etils import epath
 
 from flaxcap.errors import UserError
-from flaxcap.features import build, store
+from flaxcap.features import store
 from flaxcap.features.shards import Split, StoreError
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
@@ -143,7 +143,7 @@ def _store(path: epath.Path, report: Report) -> None:
     for name, expected in found.sums.items():
         report.file(path / name, expected, ANEW)
     if "imported_from" not in found.manifest["encoder"]:
-        report.directory(path / build.ENCODER, ANEW)
+        report.directory(path / store.ENCODER_DIR, ANEW)
     for role in found.roles:
         split = found.split(role)
         left = split.unfinished()

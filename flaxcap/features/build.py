@@ -22,7 +22,6 @@ from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 
 SAMPLE_IMAGES = 64  # whose statistics the batch norms of random weights take
-ENCODER = "encoder"  # its directory
 
 
 def make(
@@ -111,7 +110,7 @@ def _write_encoder(
         shape = npy_maps.find_shape(epath.Path(npy_dir), filenames)
         return shape, described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
-    save_params(path / ENCODER, params)
+    save_params(path / store.ENCODER_DIR, params)
     return FeatureShape(encoder.positions, encoder.features), described | {"weights_sha256": digest}
 
 

@@ -7,7 +7,6 @@ from etils import epath
 from flaxcap import config as config_lib
 from flaxcap import data
 from flaxcap.features import build, store
-from flaxcap.features.build import ENCODER
 from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
@@ -88,7 +87,7 @@ def _mend_array(split: Split, found: store.Store, role: str, config: config_lib.
 def _mend_encoder(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
 ) -> None:
-    directory, made_by = found.path / ENCODER, found.manifest["encoder"]["weights_sha256"]
+    directory, made_by = found.path / store.ENCODER_DIR, found.manifest["encoder"]["weights_sha256"]
     damage = next(integrity.damages(directory), None)
     if damage is None:
         return

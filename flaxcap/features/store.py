@@ -43,6 +43,7 @@ __all__ = [
 ROLES = ("train", "val", "test")
 ONCE = (CAPTIONS, ARRAY)  # files of a split that are written once
 MANIFEST, COPY, VOCABULARY = "manifest.json", "manifest.copy.json", "vocabulary.json"
+ENCODER_DIR = "encoder"
 
 
 def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
