@@ -13,7 +13,7 @@ from flaxcap.files import integrity
 from flaxcap.text.vocabulary import Vocabulary
 
 WORDS = ["a", "dog", "cat", "runs", "sleeps", "on", "under", "the", "mat", "table", "red", "blue", "big", "small"]
-FEATURES = 6
+POSITIONS, FEATURES = 64, 6
 
 
 def tiny_config(**train: Any) -> Config:
@@ -47,8 +47,8 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         ]
         store.write_rows(path / role, rows)
         split = store.Split(path / role, count, shard_rows=16)
-        feats = rng.standard_normal((count, store.POSITIONS, FEATURES)) + np.eye(FEATURES)[kinds][:, None]
-        split.create_array(FEATURES, "bfloat16")[:].write(feats.astype(ml_dtypes.bfloat16)).result()
+        feats = rng.standard_normal((count, POSITIONS, FEATURES)) + np.eye(FEATURES)[kinds][:, None]
+        split.create_array(POSITIONS, FEATURES, "bfloat16")[:].write(feats.astype(ml_dtypes.bfloat16)).result()
         for number in range(split.num_shards):
             split.finish(number, [])
         splits[role] = {"split": role, "images": count}
@@ -59,7 +59,9 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
     manifest = {
         "source": "made up",
         "splits": splits,
+        "positions": POSITIONS,
         "feature_dim": FEATURES,
+        "positions_vary": False,
         "shard_rows": 16,
         "encoder": {"weights_sha256": None, "imported_from": "nowhere"},
         "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 import hypothesis
 import numpy as np
+from etils import epath
 from hypothesis import HealthCheck, Phase
 from hypothesis.strategies import SearchStrategy
 from torture_cases import images as torture_images
@@ -20,6 +21,8 @@ from torture_cases import programs as torture_programs
 from torture_cases import records as torture_records
 
 from flaxcap.encoders.inception_v3 import network
+from flaxcap.files import integrity
+from flaxcap.inference import captioner
 
 FUZZED = 5000  # of each kind of record
 BROKEN = 1000  # weights, feature maps, archives
@@ -82,8 +85,8 @@ def presets_and_vocabularies_fuzzed(scratch: pathlib.Path, scale: float) -> dict
 READERS = {
     "weights": "from flaxcap.encoders.inception_v3 import weights\nread = lambda path: weights.read(path, 'mixed0')",
     "maps": (
-        "from etils import epath\nfrom flaxcap.features import extract\n"
-        "read = lambda path: extract.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
+        "from etils import epath\nfrom flaxcap.features import npy_maps\n"
+        "read = lambda path: npy_maps.read_npy(epath.Path(path.parent), path.name.removesuffix('.npy'))"
     ),
     "archives": (
         "from flaxcap.data.coco_captions import CocoCaptionsBuilder\n"
@@ -234,12 +237,10 @@ def write_files(folder: pathlib.Path, files: dict[str, bytes]) -> None:
 
 
 def models_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """An export whose maker has left out, or made anew, its checksums is read as data, or refused."""
+    """An export whose maker has changed it and made its checksums right is read as data, or refused."""
     whole = torture_programs.model(scratch)
     about = json.loads((whole / "about.json").read_text())
     (whole / "about.json").write_text(json.dumps(about | {"files": {}}))
-    for sums in whole.rglob("sha256.json"):
-        sums.unlink()
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
 
     def write(path: pathlib.Path, number: int) -> None:
@@ -249,6 +250,9 @@ def models_broken(scratch: pathlib.Path, scale: float) -> dict:
             file = path / names[number % len(names)]
             kind = KINDS[draw.integers(len(KINDS))]
             file.write_bytes(torture_images.MUTATIONS[kind](file.read_bytes() or b"\0", draw))
+            if file.name != integrity.SUMS:
+                for part in captioner.PARAMS:
+                    integrity.write_sums(epath.Path(path / part))
 
     count = max(1, round(MODELS * scale))
     return read_all("models_broken", "models", ((lambda path, n=n: write(path, n)) for n in range(count)), scratch)

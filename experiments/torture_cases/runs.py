@@ -218,7 +218,8 @@ def not_finite(scratch: pathlib.Path, scale: float) -> dict:
     bench, rng, lost = Bench(scratch), np.random.default_rng(4), []
     tries = times(scale, 5)
     split = Store(path_for(bench.data_dir, bench.config)).split("train")
-    array = split.create_array(split.shape[-1], bench.config.encoder.store_dtype)
+    _, positions, width = split.shape
+    array = split.create_array(positions, width, bench.config.encoder.store_dtype)
     sound = np.array(array.read().result())
     skipped = ended_runs = 0
     for n in range(tries):

@@ -17,7 +17,8 @@ class Given(NamedTuple):
     steps: int  # timed, in each repetition
     warmup: int  # steps before the first repetition
     workers: int  # threads that decode pictures
-    feature_dim: int  # of the preset's encoder
+    positions: int  # of the preset's encoder
+    feature_dim: int
 
 
 @dataclasses.dataclass(frozen=True)

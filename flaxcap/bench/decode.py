@@ -23,10 +23,9 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     """A repetition decodes `steps` batches, then `steps` single images, each to the preset's greatest length."""
     mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
-    bind, init = decoder_lib.create(
-        config, decoder_lib.Sizes(64, given.feature_dim, synthetic.vocabulary_size(config.data))
-    )
+    source = synthetic.MadeUp(given.images, given.positions, given.feature_dim, dtype, config.seed)
+    sizes = decoder_lib.Sizes(given.positions, given.feature_dim, synthetic.vocabulary_size(config.data))
+    bind, init = decoder_lib.create(config, sizes)
     params = jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
     # No caption ends before its last token: every run does the same work.
     endless = decoder_lib.with_output(bind, lambda weights: output_layer.exclude(weights, slice(END, END + 1)))

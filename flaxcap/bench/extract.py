@@ -71,6 +71,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
                     encode,
                     batch_size=batch,
                     at_once=at_once,
+                    positions=given.positions,
                     feature_dim=given.feature_dim,
                     dtype=config.encoder.store_dtype,
                     num_workers=given.workers,

@@ -1,10 +1,9 @@
 """The arithmetic that training needs, whatever a program does beside it."""
 
 from flaxcap.config import Model
-from flaxcap.features.store import POSITIONS
 
 
-def forward(model: Model, *, images: int, tokens: int, feature_dim: int, vocabulary: int) -> int:
+def forward(model: Model, *, images: int, tokens: int, positions: int, feature_dim: int, vocabulary: int) -> int:
     """Floating-point operations (a multiplication and an addition are two) of the matrix products of a forward pass.
 
     Once an image, whatever the number of its captions: the projection of its grid, and the attention's keys. Once a
@@ -14,11 +13,11 @@ def forward(model: Model, *, images: int, tokens: int, feature_dim: int, vocabul
     m = model
     carried = 2 if m.cell == "lstm" else 1
     gates = (3 if m.cell == "gru" else 4) * m.hidden_dim
-    image = POSITIONS * (feature_dim * m.image_dim + m.image_dim * m.attention_dim)
+    image = positions * (feature_dim * m.image_dim + m.image_dim * m.attention_dim)
     if m.initial_state == "mean":
         image += m.image_dim * m.hidden_dim * carried
     token = m.hidden_dim * (m.attention_dim + gates)
-    token += POSITIONS * (m.attention_dim + m.image_dim)
+    token += positions * (m.attention_dim + m.image_dim)
     token += (m.image_dim + m.embedding_dim) * gates
     states = m.hidden_dim + (m.image_dim + m.embedding_dim if m.output == "deep" else 0)
     token += states * m.head_dim + m.head_dim * vocabulary

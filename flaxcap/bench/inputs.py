@@ -1,7 +1,6 @@
 """`flaxcap bench input`: batches onto the devices, and nothing done with them there."""
 
 import contextlib
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from etils import epath
 from flaxcap.bench import synthetic
 from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
-from flaxcap.errors import UserError
 from flaxcap.features import store
+from flaxcap.files import disk_space
 from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.runtime import sharding
 
@@ -78,19 +77,14 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
 
 def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Split]:
-    """A store's split of made-up features, and GB a second of its writing. UserError if the disk is too small."""
-    size = given.images * store.bytes_an_image(given.feature_dim, config.encoder.store_dtype)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise UserError(
-            f"--images={given.images} take {size / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free;"
-            " TMPDIR names another place"
-        )
+    """A store's split of made-up features, and GB a second of its writing. WriteError if the disk is too small."""
+    size = given.images * store.bytes_an_image(given.positions, given.feature_dim, config.encoder.store_dtype)
+    disk_space.check(folder, size, f"--images={given.images}", "set TMPDIR to a larger disk")
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    source = synthetic.MadeUp(given.images, given.positions, given.feature_dim, dtype, config.seed)
     split = store.Split(epath.Path(folder), given.images, config.encoder.shard_images)
     begin = time.perf_counter()
-    array = split.create_array(given.feature_dim, config.encoder.store_dtype)
+    array = split.create_array(given.positions, given.feature_dim, config.encoder.store_dtype)
     for number in tqdm.trange(split.num_shards, desc="store", unit=" shards", disable=None):
         split.write(array, number, source.read(split.shard(number)), [])
     return size / (time.perf_counter() - begin) / 1e9, split

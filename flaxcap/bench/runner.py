@@ -52,7 +52,8 @@ def bench(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if out:
         _append(out, "")  # what cannot be written is told before anything is measured
-    given = Given(images, steps, warmup, workers, encoders.make(config.encoder).features)
+    encoder = encoders.make(config.encoder)
+    given = Given(images, steps, warmup, workers, encoder.positions, encoder.features)
     repetitions: list[Figures] = []
     peaks: list[dict[str, float]] = []
     with WORKS[what](config, given) as work:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from flaxcap import config as config_lib
-from flaxcap.features.store import POSITIONS
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.text.tokens import Tokens
 from flaxcap.text.vocabulary import END, START
@@ -40,11 +39,11 @@ def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:
 class MadeUp:
     """Features of as many images as are asked for, `|normal|` as the last block's; a `feed.Source`."""
 
-    def __init__(self, images: int, feature_dim: int, dtype: np.dtype, seed: int = 0):
+    def __init__(self, images: int, positions: int, feature_dim: int, dtype: np.dtype, seed: int = 0):
         rng = np.random.default_rng(seed)
-        feats_NPF = rng.standard_normal((min(images, BLOCK), POSITIONS, feature_dim), np.float32)
+        feats_NPF = rng.standard_normal((min(images, BLOCK), positions, feature_dim), np.float32)
         self._block_NPF = np.abs(feats_NPF, out=feats_NPF).astype(dtype)
-        self.shape = (images, POSITIONS, feature_dim)
+        self.shape = (images, positions, feature_dim)
         self.dtype = self._block_NPF.dtype
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

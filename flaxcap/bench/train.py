@@ -23,10 +23,10 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     plan = synthetic.plan(given.images, config)
     mesh = sharding.make_mesh()
     dtype = jnp.dtype(config.encoder.store_dtype)
-    source = synthetic.MadeUp(given.images, given.feature_dim, dtype, config.seed)
+    source = synthetic.MadeUp(given.images, given.positions, given.feature_dim, dtype, config.seed)
     feed = Feed(source, plan, mesh, config.train.features)
     vocabulary = synthetic.vocabulary_size(config.data)
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, given.feature_dim, vocabulary))
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(given.positions, given.feature_dim, vocabulary))
     last = config.train.epochs * plan.steps_per_epoch
     schedule = step_lib.learning_rate(config.train, last)
     optimizer = step_lib.make_optimizer(config.train)
@@ -38,7 +38,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     counted = synthetic.counts(dispatches)
     sizes = {name: counted[name] for name in ("images", "tokens")}
     flop = 3 * decoder_lib.find(config.model.name).flops(
-        config.model, **sizes, positions=64, features=given.feature_dim, vocabulary=vocabulary
+        config.model, **sizes, positions=given.positions, features=given.feature_dim, vocabulary=vocabulary
     )  # a backward pass takes two products for each of the forward pass
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import types
 
 import jax
@@ -18,15 +17,15 @@ from flaxcap.data import datasets
 from flaxcap.data.base import Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
-from flaxcap.features import build, extract, repair
+from flaxcap.features import build, extract, npy_maps, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.store import Row, Store, StoreError
-from flaxcap.files import integrity, locks
+from flaxcap.files import disk_space, integrity, locks
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 from flaxcap.runtime import multihost
-from flaxcap.text.vocabulary import Vocabulary, words
+from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.text.words import words
 
 
@@ -189,7 +188,7 @@ def _extract(
 ) -> None:
     """The features of every split that are not there yet."""
     if npy_dir is None:
-        params = load_params(store.path / build.ENCODER)
+        params = load_params(store.path / store_lib.ENCODER_DIR)
         encode = extract.make_encode(encoder, params, config.encoder, many=True)
     for role in store.roles:
         split = store.split(role)
@@ -197,13 +196,15 @@ def _extract(
             examples = Examples(builder, store.manifest["splits"][role]["split"])
             load = functools.partial(_pixels, examples, encoder.preprocess)
         else:
-            load, encode = extract.npy_loader(epath.Path(npy_dir), split, store.feature_dim), np.asarray
+            shape = npy_maps.FeatureShape(store.positions, store.feature_dim, store.positions_vary)
+            load, encode = npy_maps.loader(epath.Path(npy_dir), split, shape), np.asarray
         extract.extract(
             split,
             load,
             encode,
             batch_size=extract.batch_size(config.encoder),
             at_once=extract.batches_at_once(),
+            positions=store.positions,
             feature_dim=store.feature_dim,
             dtype=config.encoder.store_dtype,
             num_workers=num_workers,
@@ -217,16 +218,12 @@ def _pixels(examples: Examples, preprocess: Preprocess, row: int) -> np.ndarray:
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:
-    """Says what the features will take; StoreError if the disk has less."""
+    """Says what the features will take; WriteError if the disk has less."""
     images = sum(len(store.split(r).shard(n)) for r in store.roles for n in store.split(r).unfinished())
-    needed = images * store_lib.bytes_an_image(store.feature_dim, config.encoder.store_dtype)
-    text = f"features of {images} images: {needed / 1e9:.2f} GB in {store.path}"
-    if not integrity.is_remote(store.path):
-        free = shutil.disk_usage(store.path).free
-        if needed > free:
-            raise StoreError(f"{text}, but only {free / 1e9:.2f} GB are free there")
-        text += f" ({free / 1e9:.1f} GB free)"
-    print(text)
+    needed = images * store_lib.bytes_an_image(store.positions, store.feature_dim, config.encoder.store_dtype)
+    what = f"features of {images} images"
+    free = disk_space.check(store.path, needed, what, "free some, or take another --data_dir")
+    print(f"{what}: {needed / 1e9:.2f} GB in {store.path}{f' ({free / 1e9:.1f} GB free)' if free is not None else ''}")
 
 
 def run(flags: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> int:

@@ -7,18 +7,17 @@ from collections.abc import Callable
 import tqdm
 from etils import epath
 
-from flaxcap import presets
 from flaxcap.commands import FAILED
 from flaxcap.config import Config
 from flaxcap.errors import UserError
-from flaxcap.features import build, store
+from flaxcap.features import store
 from flaxcap.features.shards import Split, StoreError
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
-from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import checkpoints
 
 ANEW = "`flaxcap prepare` makes it anew"
+CUT_OFF = "`flaxcap train` writes it when it goes on"
 
 
 class Report:
@@ -27,7 +26,6 @@ class Report:
     def __init__(self, tell: Callable[[int], object]):
         self.files, self.size = 0, 0  # that were compared with their checksums, and their bytes
         self.wrong: list[str] = []  # a line each: the file, what is wrong with it, and what to do about it
-        self.unknown: list[epath.Path] = []  # files and directories written before there were checksums
         self._tell = tell
 
     def add(self, path: epath.Path, found: Exception | str, mend: str) -> None:
@@ -41,17 +39,16 @@ class Report:
         except DamagedError as e:
             self.add(path, e, mend)
 
-    def directory(self, path: epath.Path, mend: str) -> bool:
-        """Compares all files that it has sums of; False if it has none."""
+    def directory(self, path: epath.Path, mend: str) -> None:
+        """Compares all files that it has sums of."""
         try:
             sums = integrity.read_sums(path)
         except DamagedError as e:
             self.add(path / integrity.SUMS, e, mend)
-            return True
-        for name, expected in (sums or {}).items():
+            return
+        for name, expected in sums.items():
             self.file(path / name, expected, mend)
-        self.files += sums is not None
-        return sums is not None
+        self.files += 1
 
     def parsed(self, path: epath.Path, read: Callable[[epath.Path], object], mend: str) -> None:
         """Reads a file that tells itself whether it is whole."""
@@ -72,8 +69,6 @@ class Report:
             note = split.note(number)
             split.check_shard(number, self._count)
             self.files += 2 if note.file else 1
-            if not note.sealed:
-                self.unknown.append(split.note_file(number))
         except StoreError as e:
             self.add(split.note_file(number), str(e).removeprefix(f"{split.note_file(number)}: "), mend)
         except DamagedError as e:
@@ -91,8 +86,6 @@ class Report:
     def lines(self) -> list[str]:
         """For the user; the last one sums up."""
         lines = list(self.wrong)
-        if self.unknown:
-            lines.append(f"no checksum, being an older version's or unfinished: {', '.join(map(str, self.unknown))}")
         end = f"{len(self.wrong)} to be mended" if self.wrong else "sound"
         return [*lines, f"{self.files} files, {self.size} bytes: {end}"]
 
@@ -125,19 +118,17 @@ def _size(directory: epath.Path) -> int:
 
 
 def _run(workdir: epath.Path, report: Report) -> None:
-    config, words = workdir / "config.json", workdir / "vocabulary.json"
-    if not config.exists() and not (workdir / "checkpoints").exists():
+    if not (workdir / "config.json").exists() and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir}: found neither config.json nor checkpoints, expected a run of flaxcap")
     mend = "delete both config.json and vocabulary.json; `flaxcap train` with the same preset writes them anew"
-    if not report.directory(workdir, mend):
-        report.unknown.append(workdir)
-        report.parsed(config, lambda file: presets.load(str(file)), mend)
-        report.parsed(words, lambda file: Vocabulary.from_json(file.read_text(), str(file)), mend)
+    report.directory(workdir, mend)
     mend = "`flaxcap train` sets this checkpoint aside, and goes on from the newest sound one"
     for step in checkpoints.steps(workdir / "checkpoints"):
         before = len(report.wrong)
-        if not report.directory(step, mend):
-            report.unknown.append(step)
+        if (step / integrity.SUMS).exists():
+            report.directory(step, mend)
+        else:
+            report.add(step / integrity.SUMS, "missing, its save is under way or was cut off", CUT_OFF)
         if not step.exists():  # a run that goes on has deleted it meanwhile
             del report.wrong[before:]
 
@@ -151,17 +142,11 @@ def _store(path: epath.Path, report: Report) -> None:
         found = store.Store(path)
     except StoreError:
         found = store.Store(path, store.COPY)
-    if found.sums or (path / store.COPY).exists():
-        report.parsed(path / store.COPY, store.read_manifest, mend)
+    report.parsed(path / store.COPY, store.read_manifest, mend)
     for name, expected in found.sums.items():
         report.file(path / name, expected, ANEW)
-    if not found.sums:
-        report.unknown.append(path / store.MANIFEST)
-    if "imported_from" not in found.manifest["encoder"] and not report.directory(path / build.ENCODER, ANEW):
-        if found.sums:
-            report.add(path / build.ENCODER, "missing", ANEW)
-        else:
-            report.unknown.append(path / build.ENCODER)
+    if "imported_from" not in found.manifest["encoder"]:
+        report.directory(path / store.ENCODER_DIR, ANEW)
     for role in found.roles:
         split = found.split(role)
         left = split.unfinished()

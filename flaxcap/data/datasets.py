@@ -12,6 +12,7 @@ from etils import epath
 
 from flaxcap.config import Config
 from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError
+from flaxcap.errors import nearest
 from flaxcap.files import integrity
 from flaxcap.runtime.cache import cache_dir
 

@@ -13,7 +13,8 @@ from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import Params
-from flaxcap.features import extract, store
+from flaxcap.features import npy_maps, store
+from flaxcap.features.npy_maps import FeatureShape
 from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import Sum
@@ -22,7 +23,6 @@ from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 
 SAMPLE_IMAGES = 64  # whose statistics the batch norms of random weights take
-ENCODER = "encoder"  # its directory
 
 
 def make(
@@ -36,19 +36,20 @@ def make(
     if any((path / role / "shards").exists() for role in store.ROLES):
         raise StoreError(f"{path}: its {store.MANIFEST}, which tells what made the features, is gone; delete the rest")
     sums: dict[str, Sum] = {}
-    splits = _write_captions(config, path, builder, sums)
-    feature_dim, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights)
-    for role, described in splits.items():
+    rows = _write_captions(config, path, builder, sums)
+    filenames = [row.filename for role in rows for row in rows[role]]
+    shape, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights, filenames)
+    for role in rows:
         if (path / role / "features").exists():  # of a prepare that was killed; perhaps of other captions
             (path / role / "features").rmtree()
-        split = Split(path / role, described["images"], config.encoder.shard_images)
-        split.create_array(feature_dim, config.encoder.store_dtype)
+        split = Split(path / role, len(rows[role]), config.encoder.shard_images)
+        split.create_array(shape.positions, shape.feature_dim, config.encoder.store_dtype)
         sums[f"{role}/{ARRAY}"] = integrity.of_file(split.path / ARRAY)
     manifest = {
         "source": builder.info.full_name,
-        "splits": splits,
+        "splits": {role: {"split": datasets.splits(config)[role], "images": len(rows[role])} for role in rows},
         "encoder": encoder,
-        "feature_dim": feature_dim,
+        **shape._asdict(),
         "shard_rows": config.encoder.shard_images,
     }
     return manifest, sums
@@ -56,9 +57,9 @@ def make(
 
 def _write_captions(
     config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder, sums: dict[str, Sum]
-) -> dict:
-    """The captions of every split; the manifest's words on them. Their sums are put into `sums`."""
-    splits = {}
+) -> dict[str, list[Row]]:
+    """The captions of every split, written and returned. Their sums are put into `sums`."""
+    found = {}
     for role, split in datasets.splits(config).items():
         try:
             examples = Examples(builder, split)
@@ -71,8 +72,8 @@ def _write_captions(
         text = captions_text(rows)
         integrity.write_whole(path / role / CAPTIONS, text)
         sums[f"{role}/{CAPTIONS}"] = integrity.of_bytes(text.encode())
-        splits[role] = {"split": split, "images": len(rows)}
-    return splits
+        found[role] = rows
+    return found
 
 
 def read_rows(examples: Examples, limits: config_lib.Data, name: str) -> list[Row]:
@@ -95,8 +96,11 @@ def _write_encoder(
     builder: tfds.core.DatasetBuilder,
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
-) -> tuple[int, dict]:
-    """Keeps the encoder beside the features, so that new pictures meet the same one; F, and the manifest's words."""
+    filenames: list[str],
+) -> tuple[FeatureShape, dict]:
+    """Keeps the encoder beside the features, so that new pictures meet the same one; the features' shape, and the
+    manifest's words.
+    """
     encoder = encoders.make(config.encoder)
     described = {
         "name": encoder.name,
@@ -104,12 +108,11 @@ def _write_encoder(
         "preprocessing": decode.describe(encoder.preprocess),
     }
     if npy_dir is not None:
-        first = Examples(builder, config.data.train_split)[0]
-        feats = extract.read_npy(epath.Path(npy_dir), first.filename)
-        return feats.shape[-1], described | {"weights_sha256": None, "imported_from": str(npy_dir)}
+        shape = npy_maps.find_shape(epath.Path(npy_dir), filenames)
+        return shape, described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
-    save_params(path / ENCODER, params)
-    return encoder.features, described | {"weights_sha256": digest}
+    save_params(path / store.ENCODER_DIR, params)
+    return FeatureShape(encoder.positions, encoder.features), described | {"weights_sha256": digest}
 
 
 def read_encoder(

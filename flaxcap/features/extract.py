@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxcap import config as config_lib
 from flaxcap.encoders.base import ImageEncoder, Params
 from flaxcap.errors import UserError
-from flaxcap.features.shards import POSITIONS, Skipped, Split, StoreError
+from flaxcap.features.shards import Skipped, Split
 from flaxcap.images.decode import ImageError
 from flaxcap.runtime import devices as devices_lib
 
@@ -79,6 +77,7 @@ def extract(
     *,
     batch_size: int,
     at_once: int,
+    positions: int,
     feature_dim: int,
     dtype: str,
     num_workers: int,
@@ -92,7 +91,7 @@ def extract(
     the next one is made: two shards are held in memory. BadImagesError as soon as more than `max_bad_fraction` of the
     split is skipped.
     """
-    array = split.create_array(feature_dim, dtype)
+    array = split.create_array(positions, feature_dim, dtype)
     # By number, not by place in the list: a process may ask later, when others have finished some of theirs.
     shards = [n for n in split.unfinished() if n % jax.process_count() == jax.process_index()]
     if not shards:
@@ -108,7 +107,7 @@ def extract(
         items = iter(bar)
         for number in shards:
             span = split.shard(number)
-            feats_NPF = np.full((len(span), POSITIONS, feature_dim), np.nan, array.dtype.numpy_dtype)
+            feats_NPF = np.full((len(span), positions, feature_dim), np.nan, array.dtype.numpy_dtype)
             bad: list[Skipped] = []
             good = _without_bad(itertools.islice(items, len(span)), split, bad)
             for rows_I, feats_IPF in encode_ahead(good, encode, batch_size, at_once):
@@ -181,37 +180,3 @@ def encode_ahead(
                 yield rows_I, feats_IPF.result()
         for rows_I, feats_IPF in under_way:
             yield rows_I, feats_IPF.result()
-
-
-def npy_loader(folder: epath.Path, split: Split, feature_dim: int) -> Callable[[int], np.ndarray]:
-    """`load(row)` for feature maps that were made elsewhere: FILENAME.npy, [64, F] or [8, 8, F], as TensorFlow's
-    tutorial writes them. StoreError where one is missing or of another shape.
-    """
-
-    def load(row: int) -> np.ndarray:
-        feats = read_npy(folder, split.rows[row].filename)
-        if feats.shape[-1] != feature_dim:
-            raise StoreError(
-                f"{folder}: features of {split.rows[row].filename} are {feats.shape[-1]} wide, expected {feature_dim}"
-                " as the others"
-            )
-        return feats.reshape(POSITIONS, feature_dim)
-
-    return load
-
-
-def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
-    """The feature map of an image file: floats `[64, F]` or `[8, 8, F]`. StoreError where there is none."""
-    file = folder / f"{filename}.npy"
-    if not file.exists():
-        raise StoreError(f"{file}: not there; expected the features of {filename}")
-    try:
-        with file.open("rb") as f:
-            feats = np.lib.format.read_array(f, allow_pickle=False)
-    except Exception as e:  # for damaged files NumPy raises many kinds
-        raise StoreError(f"{file}: not a NumPy array ({e})") from e
-    if feats.dtype.kind != "f" or feats.ndim < 2 or math.prod(feats.shape[:-1]) != POSITIONS:
-        raise StoreError(f"{file}: found {feats.dtype} {list(feats.shape)}, expected floats of [{POSITIONS}, F]")
-    if not np.isfinite(feats).all():
-        raise StoreError(f"{file}: found numbers that are not finite")
-    return feats

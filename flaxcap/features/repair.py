@@ -7,7 +7,6 @@ from etils import epath
 from flaxcap import config as config_lib
 from flaxcap.data.base import Examples
 from flaxcap.features import build, store
-from flaxcap.features.build import ENCODER
 from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions_text
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
@@ -59,10 +58,7 @@ def mend(
 def _mend_captions(
     split: Split, found: store.Store, role: str, config: config_lib.Config, builder: tfds.core.DatasetBuilder
 ) -> Sum:
-    file, expected = split.path / CAPTIONS, found.sums.get(f"{role}/{CAPTIONS}")
-    if expected is None:  # an older version's
-        _ = split.rows
-        return integrity.of_file(file)
+    file, expected = split.path / CAPTIONS, found.sums[f"{role}/{CAPTIONS}"]
     try:
         integrity.check(file, expected)
     except DamagedError as e:
@@ -78,30 +74,24 @@ def _mend_captions(
 
 
 def _mend_array(split: Split, found: store.Store, role: str, config: config_lib.Config) -> Sum:
-    file, expected = split.path / ARRAY, found.sums.get(f"{role}/{ARRAY}")
+    file = split.path / ARRAY
     try:
-        if expected is not None:
-            integrity.check(file, expected)
+        integrity.check(file, found.sums[f"{role}/{ARRAY}"])
     except DamagedError as e:
         print(f"{file}: {e}; it is made anew")
         file.unlink(missing_ok=True)
-    split.create_array(found.feature_dim, config.encoder.store_dtype)
+    split.create_array(found.positions, found.feature_dim, config.encoder.store_dtype)
     return integrity.of_file(file)
 
 
 def _mend_encoder(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
 ) -> None:
-    directory, made_by = found.path / ENCODER, found.manifest["encoder"]["weights_sha256"]
-    older = not found.sums
-    if older and directory.exists():
-        if not (directory / integrity.SUMS).exists():
-            integrity.write_sums(directory)
+    directory, made_by = found.path / store.ENCODER_DIR, found.manifest["encoder"]["weights_sha256"]
+    damage = next(integrity.damages(directory), None)
+    if damage is None:
         return
-    damages = list(integrity.damages(directory))
-    if not damages and (directory / integrity.SUMS).exists():
-        return
-    where, what = damages[0] if damages else (directory, "missing")
+    where, what = damage
     print(f"{where}: {what}; the encoder is written anew")
     params, digest = build.read_encoder(config, builder, encoder_weights)
     if digest != made_by:

@@ -1,7 +1,7 @@
 """One split of a store on disk: the captions of its images, and their features in shards.
 
 SPLIT/captions.jsonl        a line an image, in the order of the features' rows
-      features/             [N, 64, F], TensorStore zarr3
+      features/             [N, P, F], TensorStore zarr3
       shards/00000.json     written when shard 0 is wholly on disk: its skipped images, its file's SHA-256
 """
 
@@ -21,7 +21,6 @@ from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, Sum
 
 CAPTIONS, ARRAY = "captions.jsonl", "features/zarr.json"  # a split's files that are written once, below its directory
-POSITIONS = 64
 _AGAIN = "`flaxcap prepare` makes it anew"
 
 
@@ -51,8 +50,7 @@ class Note(NamedTuple):
     """What is known of a shard that is wholly on disk."""
 
     skipped: list[Skipped]
-    file: Sum | None  # None: all its images were skipped, or it was written before there were checksums
-    sealed: bool  # False: written before there were checksums
+    file: Sum | None  # None: all its images were skipped
 
 
 class Split:
@@ -133,12 +131,11 @@ class Split:
         """Of a finished shard. StoreError if it is not as it was written."""
         file = self.note_file(number)
         try:
-            found, sealed = integrity.unseal(file.read_bytes(), "file")
-            known = found.get("file")
+            found = integrity.unseal(file.read_bytes())
+            known = found["file"]
             return Note(
                 [Skipped(**s) for s in found["skipped"]],
                 Sum(int(known["size"]), str(known["sha256"])) if known else None,
-                sealed,
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` makes this shard anew") from e
@@ -146,12 +143,11 @@ class Split:
     def check_shard(self, number: int, tell: Callable[[int], object] | None = None) -> int:
         """The bytes of a finished shard's file; with `tell`, which hears of bytes as they are read, all are read.
 
-        StoreError if its note is damaged, DamagedError if the file is not as it was written. Of shards without a
-        checksum, written by an older version, nothing is known.
+        StoreError if its note is damaged, DamagedError if the file is not as it was written.
         """
         note, file = self.note(number), self.shard_file(number)
         if note.file is None:
-            if note.sealed and len(note.skipped) < len(self.shard(number)):
+            if len(note.skipped) < len(self.shard(number)):
                 raise DamagedError("missing")
             return 0
         if tell is not None:
@@ -194,9 +190,9 @@ class Split:
         """Of the features."""
         return self.array.dtype.numpy_dtype
 
-    def create_array(self, feature_dim: int, dtype: str) -> ts.TensorStore:
+    def create_array(self, positions: int, feature_dim: int, dtype: str) -> ts.TensorStore:
         """The array for writing, made if it is not there. StoreError if one of another shape is."""
-        chunk = [1, POSITIONS, feature_dim]
+        chunk = [1, positions, feature_dim]
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": chunk,

@@ -19,13 +19,12 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap.encoders import base as encoders
-from flaxcap.features.shards import ARRAY, CAPTIONS, POSITIONS, Row, Skipped, Split, StoreError, write_rows
+from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Skipped, Split, StoreError, write_rows
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError, write_whole
 from flaxcap.text.vocabulary import Vocabulary
 
 __all__ = [
-    "POSITIONS",
     "ROLES",
     "Row",
     "Skipped",
@@ -41,7 +40,9 @@ __all__ = [
 ]
 
 ROLES = ("train", "val", "test")
+ONCE = (CAPTIONS, ARRAY)  # files of a split that are written once
 MANIFEST, COPY, VOCABULARY = "manifest.json", "manifest.copy.json", "vocabulary.json"
+ENCODER_DIR = "encoder"
 
 
 def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
@@ -69,16 +70,17 @@ class Store:
             raise StoreError(f"no prepared features at {self.path}; `flaxcap prepare` makes them")
         try:
             self.manifest = read_manifest(file)
-            self.feature_dim = int(self.manifest["feature_dim"])
-            self.positions, self.positions_vary = POSITIONS, False
+            self.positions, self.feature_dim = (int(self.manifest[name]) for name in ("positions", "feature_dim"))
+            self.positions_vary = bool(self.manifest["positions_vary"])  # then NaN fills a row's unused positions
             splits = self.manifest["splits"]
             self._images = {role: int(splits[role]["images"]) for role in ROLES if role in splits}
             self._shard_rows = int(self.manifest["shard_rows"])
             _ = [self.manifest[a][b] for a, b in (("vocabulary", "size"), ("vocabulary", "sha256"))]
             _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
-            if min(self.feature_dim, self._shard_rows, *self._images.values()) < 1:
+            if min(self.positions, self.feature_dim, self._shard_rows, *self._images.values()) < 1:
                 raise ValueError("a size that is not positive")
-            self.sums = integrity.from_json(self.manifest.get("files", {}))
+            self.sums = integrity.from_json(self.manifest["files"])
+            _ = self.sums[VOCABULARY], [self.sums[f"{role}/{name}"] for role in self._images for name in ONCE]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             copied = (self.path / COPY).exists()
             mend = "restores it" if copied else "makes it anew"
@@ -106,7 +108,7 @@ class Store:
     def split(self, role: str) -> "Split":
         if role not in self.roles:
             raise StoreError(f"{self.path}: no split {role!r}; there are {', '.join(self.roles)}")
-        sums = {name: self.sums[f"{role}/{name}"] for name in (CAPTIONS, ARRAY) if f"{role}/{name}" in self.sums}
+        sums = {name: self.sums[f"{role}/{name}"] for name in ONCE}
         return Split(self.path / role, self._images[role], self._shard_rows, sums)
 
     def vocabulary(self) -> Vocabulary:
@@ -120,8 +122,7 @@ class Store:
         if found.hash != self.manifest["vocabulary"]["sha256"]:  # a prepare was stopped between the two files
             raise StoreError(f"{file}: not the vocabulary that the manifest names; `flaxcap prepare` makes it anew")
         try:
-            if VOCABULARY in self.sums:
-                integrity.check_bytes(data, self.sums[VOCABULARY])
+            integrity.check_bytes(data, self.sums[VOCABULARY])
         except DamagedError as e:
             raise StoreError(f"{file}: {e}; `flaxcap prepare` makes it anew") from e
         return found
@@ -129,7 +130,7 @@ class Store:
 
 def read_manifest(file: epath.Path) -> dict[str, Any]:
     """A manifest, or its copy, without its own sum. OSError, ValueError or RecursionError if it cannot be read."""
-    return integrity.unseal(file.read_bytes(), "files", indent=2)[0]
+    return integrity.unseal(file.read_bytes(), indent=2)
 
 
 def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
@@ -138,5 +139,5 @@ def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
         write_whole(path / name, integrity.seal(manifest, indent=2))
 
 
-def bytes_an_image(feature_dim: int, dtype: str) -> int:
-    return POSITIONS * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+def bytes_an_image(positions: int, feature_dim: int, dtype: str) -> int:
+    return positions * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize

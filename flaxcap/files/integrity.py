@@ -110,20 +110,18 @@ def seal(tree: dict[str, Any], indent: int | None = None) -> str:
     return json.dumps(tree | {"sha256": digest}, indent=indent) + "\n"
 
 
-def unseal(data: bytes, marker: str, indent: int | None = None) -> tuple[dict[str, Any], bool]:
-    """What `seal` was given, and whether it was sealed: JSON without the field `marker` need not be.
+def unseal(data: bytes, indent: int | None = None) -> dict[str, Any]:
+    """Returns what `seal` was given.
 
     DamagedError if a byte of it has changed; ValueError or RecursionError if it is not an object of JSON.
     """
     tree = json.loads(data)
     if not isinstance(tree, dict):
         raise ValueError(f"found {type(tree).__name__}, expected an object")
-    sealed = "sha256" in tree
-    # Without the second a change of the name "sha256" would go unseen.
-    if (sealed and seal(tree, indent).encode() != data) or (not sealed and marker in tree):
+    if seal(tree, indent).encode() != data:
         raise DamagedError("damaged: it does not match the SHA-256 that it should end with")
-    tree.pop("sha256", None)
-    return tree, sealed
+    del tree["sha256"]
+    return tree
 
 
 def is_inside(name: str) -> bool:
@@ -150,16 +148,15 @@ def write_sums(directory: epath.Path, names: Iterable[str] | None = None) -> Non
     write_whole(directory / SUMS, seal({"files": to_json(sums)}, indent=1))
 
 
-def read_sums(directory: epath.Path) -> dict[str, Sum] | None:
-    """What `write_sums` noted, by the names below `directory`; None if it noted nothing. DamagedError."""
+def read_sums(directory: epath.Path) -> dict[str, Sum]:
+    """What `write_sums` noted, by the names below `directory`. DamagedError if that is missing or damaged."""
     try:
-        tree, _ = unseal((directory / SUMS).read_bytes(), "files", indent=1)
-        sums = from_json(tree["files"])
+        sums = from_json(unseal((directory / SUMS).read_bytes(), indent=1)["files"])
         if not all(map(is_inside, sums)):
             raise ValueError("it names files outside of its directory")
         return sums
     except FileNotFoundError:
-        return None
+        raise DamagedError("missing") from None
     except DamagedError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -172,10 +169,10 @@ def damages(
     among: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[epath.Path, str]]:
     """The files below a directory (`among` their names there) that are not as `write_sums` found them, and what they
-    are now. None where it noted nothing.
+    are now.
     """
     try:
-        sums = read_sums(directory) or {}
+        sums = read_sums(directory)
     except DamagedError as e:
         yield directory / SUMS, str(e)
         return

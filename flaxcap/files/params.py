@@ -1,7 +1,6 @@
 """Parameters alone on disk, as Orbax writes them, with a SHA-256 of every file beside them."""
 
 import math
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from flaxcap.errors import UserError
-from flaxcap.files import integrity
+from flaxcap.files import disk_space, integrity
 
 _MARGIN_BYTES = 1 << 20  # what is around the arrays, in some forty small files
 
@@ -93,16 +92,9 @@ def check_shapes(where: object, found: Any, expected: Any) -> None:
 
 
 def check_space(path: epath.Path, arrays: Any) -> None:
-    """CheckpointError if a disk has no room for them: Orbax would notice in the midst of its work, and say too much."""
-    if integrity.is_remote(path):
-        return
+    """WriteError if a disk has no room for them: Orbax would notice in the midst of its work, and say too much."""
     needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _MARGIN_BYTES
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        raise CheckpointError(
-            f"{path}: a checkpoint needs {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free there (No space"
-            " left on device); the one before is kept"
-        )
+    disk_space.check(path, needed, "a checkpoint", "free some; the checkpoint before is kept")
 
 
 def check_files(directory: epath.Path, among: Callable[[str], bool] = lambda name: True) -> None:
@@ -111,5 +103,5 @@ def check_files(directory: epath.Path, among: Callable[[str], bool] = lambda nam
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    text = str(path)
-    return epath.Path(text) if "://" in text else epath.Path(text).expanduser().resolve()
+    path = epath.Path(path)
+    return path if integrity.is_remote(path) else path.expanduser().resolve()

@@ -100,7 +100,7 @@ def encoder_of(prepared: store.Store, config: config_lib.Config) -> StoreEncoder
     """Returns the encoder that made a store's features. Imported features are taken to be the preset's encoder's."""
     encoder, made_by = encoders.make(config.encoder), prepared.manifest["encoder"]
     if "imported_from" not in made_by:
-        return StoreEncoder(encoder, load_params(prepared.path / ENCODER), made_by["weights_sha256"])
+        return StoreEncoder(encoder, load_params(prepared.path / store.ENCODER_DIR), made_by["weights_sha256"])
     fits = (prepared.positions, prepared.feature_dim) == (encoder.positions, encoder.features)
     params = encoder.load(config.encoder.weights)[0] if fits and config.encoder.weights != "random" else None
     return StoreEncoder(encoder, params, made_by["weights_sha256"])

@@ -163,6 +163,9 @@ def mend(path: epath.PathLike) -> None:
         return
     for left in path.glob("*.orbax-checkpoint-tmp*"):
         left.rmtree()
+    for step in steps(path):
+        if not (step / integrity.SUMS).exists():  # killed between Orbax's last rename and the writing of the sums
+            integrity.write_sums(step)
     found = {step: next(integrity.damages(step), None) for step in steps(path)}
     damaged = {step: damage for step, damage in found.items() if damage}
     if damaged and len(damaged) == len(found):

@@ -8,7 +8,7 @@ import jax
 import tensorboardX
 from etils import epath
 
-from flaxcap.features.store import write_whole
+from flaxcap.files import integrity
 
 
 class Clock:
@@ -80,14 +80,14 @@ class Metrics:
         self._board: Any = None
         if jax.process_index() == 0:
             self._rewrite()
-            if "://" not in str(workdir):  # tensorboardX knows disks only
+            if not integrity.is_remote(workdir):  # tensorboardX knows disks only
                 self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._lines.append({"step": step, **values})
         if jax.process_index() != 0:
             return
-        if "://" in str(self._file):
+        if integrity.is_remote(self._file):
             self._rewrite()  # object stores do not append
         else:
             with self._file.open("a") as f:
@@ -101,7 +101,7 @@ class Metrics:
             self._board.close()
 
     def _rewrite(self) -> None:
-        write_whole(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
+        integrity.write_whole(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 def read(workdir: epath.PathLike) -> list[dict]:

@@ -47,7 +47,7 @@ def test_captions_are_cut_and_come_from_their_seed():
 
 
 def test_features_repeat_and_are_what_a_relu_may_give():
-    source = synthetic.MadeUp(1000, 3, np.dtype(np.float32))
+    source = synthetic.MadeUp(1000, 64, 3, np.dtype(np.float32))
     feats_IPF = source.read([0, 1, synthetic.BLOCK, synthetic.BLOCK + 1])
     assert source.shape == (1000, 64, 3)
     assert source.dtype == feats_IPF.dtype == np.float32
@@ -86,7 +86,13 @@ def test_counts_are_of_what_is_there():
 
 
 def test_a_caption_of_the_tutorials_sizes_takes_0_376_gflop():
-    sizes = {"images": 2, "tokens": 115, "feature_dim": 2048, "vocabulary": 5001}  # ten captions of 11.5 tokens
+    sizes = {
+        "images": 2,
+        "tokens": 115,
+        "positions": 64,
+        "feature_dim": 2048,
+        "vocabulary": 5001,
+    }  # ten captions of 11.5 tokens
     assert flops.training(Model(), **sizes) / 10 == pytest.approx(0.376e9, rel=0.005)
     assert flops.training(Model(), **sizes) == 3 * flops.forward(Model(), **sizes)
 
@@ -132,7 +138,13 @@ def test_the_formula_counts_the_models_own_products(config):
 
     feats_IPF, tokens_IC1 = np.zeros((images, 64, features), np.float32), np.ones((images, captions, 1), np.int32)
     expected = products(forward, init(jax.random.key(0)), feats_IPF, tokens_IC1)
-    sizes = {"images": images, "tokens": images * captions, "feature_dim": features, "vocabulary": words}
+    sizes = {
+        "images": images,
+        "tokens": images * captions,
+        "positions": 64,
+        "feature_dim": features,
+        "vocabulary": words,
+    }
     # The formula leaves out the sum, as a product with ones, that ends the scores on a CPU.
     ones = 2 * images * captions * 64 * math.gcd(config.attention_dim, 32)
     assert flops.forward(config, **sizes) + ones == expected

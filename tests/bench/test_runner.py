@@ -14,7 +14,7 @@ from flaxcap import presets
 from flaxcap.bench import flops, machine, runner, synthetic
 from flaxcap.commands.main import main
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
-from flaxcap.errors import UserError
+from flaxcap.files.integrity import WriteError
 
 TINY = Config(
     data=Data(vocab_size=40, max_length=16),
@@ -76,7 +76,7 @@ def test_train(tmp_path, capsys):
     dispatches = synthetic.sample(plan, 4)
     counted = synthetic.counts(dispatches)
     flop = flops.training(
-        TINY.model, images=counted["images"], tokens=counted["tokens"], feature_dim=256, vocabulary=41
+        TINY.model, images=counted["images"], tokens=counted["tokens"], positions=64, feature_dim=256, vocabulary=41
     )
     for figures in result["repetitions"]:
         check_rates(figures)
@@ -175,7 +175,8 @@ def test_input(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_told(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"--images=48 take 0\.00 GB in .* where 0\.00 GB are free; TMPDIR"):
+    message = r": found 0\.0 MB free, expected 1\.6 MB for --images=48 \(No space left on device\); set TMPDIR"
+    with pytest.raises(WriteError, match=message):
         measure("input")
 
 

@@ -22,6 +22,7 @@ from flaxcap.data.base import Examples
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.features import extract, store
 from flaxcap.features.store import Store, StoreError
+from flaxcap.files.integrity import WriteError
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 
@@ -73,7 +74,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     config = rendered()
     found = Store.finished(undisturbed, config)
     assert found.roles == ("train", "val", "test")
-    assert found.feature_dim == 256
+    assert (found.positions, found.feature_dim, found.positions_vary) == (64, 256, False)
     builder = datasets.prepare_for(config, undisturbed)
     encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
     for role, count in (("train", 48), ("val", 4), ("test", 3)):
@@ -229,12 +230,13 @@ def test_too_little_space_is_said_before_anything_is_extracted(data_dir, monkeyp
     path = pathlib.Path(store.path_for(data_dir, rendered()))
     for number in (3, 7):
         (path / "train" / "shards" / f"0000{number}.json").unlink()
-    needed = 8 * store.bytes_an_image(256, "bfloat16")
+    needed = 8 * store.bytes_an_image(64, 256, "bfloat16")
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
     with monkeypatch.context() as context:
         forbid(context, (extract, "extract"))
-        with pytest.raises(StoreError, match=rf"features of 8 images: 0\.00 GB in {path}, but only 0\.00 GB are free"):
+        message = rf"^{path}: found 0\.3 MB free, expected 0\.3 MB for features of 8 images \(No space left on device\)"
+        with pytest.raises(WriteError, match=message):
             prepare(rendered(), data_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
     prepare(rendered(), data_dir)

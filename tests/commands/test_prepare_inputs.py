@@ -77,11 +77,11 @@ def write_folder(folder: pathlib.Path, splits: dict[str, dict[str, list[str]]], 
     return folder
 
 
-def write_maps(folder: pathlib.Path, names) -> pathlib.Path:
+def write_maps(folder: pathlib.Path, names, shape=lambda _: (8, 8, WIDTH)) -> pathlib.Path:
     for k, name in enumerate(names):
         file = folder / f"{name}.npy"
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, np.full((8, 8, WIDTH), k, np.float32))
+        np.save(file, np.full(shape(k), k, np.float32))
     return folder
 
 
@@ -144,7 +144,7 @@ def test_a_train_split_of_bad_pictures_alone_is_explained(tmp_path):
 # Splits and limits
 
 
-def imported(tmp_path, splits=None, **options) -> Store:
+def imported(tmp_path, splits=None, shape=lambda _: (8, 8, WIDTH), **options) -> Store:
     """A folder data set with features that were made elsewhere: quick."""
     if splits is None:
         splits = {
@@ -153,7 +153,7 @@ def imported(tmp_path, splits=None, **options) -> Store:
             "test": {"x.jpg": ["alone"]},
         }
     folder = write_folder(tmp_path / "mine", splits)
-    maps = write_maps(tmp_path / "npy", [name for names in splits.values() for name in names])
+    maps = write_maps(tmp_path / "npy", [name for names in splits.values() for name in names], shape)
     config = Config(dataset="folder", data=Data(**options))
     return prepare(config, tmp_path / "data", manual_dir=folder, npy_dir=maps)
 
@@ -222,7 +222,7 @@ def test_other_captions_are_not_taken_for_these(tmp_path):
 
 def test_imported_features_and_where_they_are_from(tmp_path, monkeypatch):
     found = imported(tmp_path)
-    assert found.feature_dim == WIDTH
+    assert (found.positions, found.feature_dim, found.positions_vary) == (64, WIDTH, False)
     assert found.manifest["encoder"]["weights_sha256"] is None
     assert found.manifest["encoder"]["imported_from"] == str(tmp_path / "npy")
     assert not (found.path / "encoder").exists()
@@ -239,6 +239,45 @@ def test_imported_features_and_where_they_are_from(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda spec, **_: ({}, f"sha256 of {spec}"))
     with pytest.raises(StoreError, match=r"features were made by .*npy, not by tiny\.h5 \(sha256 of tiny\.h5\)"):
         prepare(config, tmp_path / "data", encoder_weights="tiny.h5")
+
+
+@pytest.mark.parametrize("shape", [(36, WIDTH), (7, 7, WIDTH), (14, 14, WIDTH)])
+def test_imported_maps_may_have_any_number_of_positions(tmp_path, shape):
+    found = imported(tmp_path, shape=lambda _: shape)
+    positions = int(np.prod(shape[:-1]))
+    assert (found.positions, found.feature_dim, found.positions_vary) == (positions, WIDTH, False)
+    feats_NPF = found.split("val").read([2, 0])
+    assert feats_NPF.shape == (2, positions, WIDTH)
+    assert (feats_NPF == np.array([7, 5])[:, None, None]).all()
+
+
+def test_the_number_of_positions_may_vary_between_images(tmp_path):
+    positions = {0: 10, 3: 100, 6: 37, 8: 11}  # of the fourth training image the largest
+    found = imported(tmp_path, shape=lambda k: (positions.get(k, 50), WIDTH))
+    assert (found.positions, found.feature_dim, found.positions_vary) == (100, WIDTH, True)
+    number = 0
+    for role in found.roles:
+        for feats_PF in found.split(role).read(range(found.split(role).images)).astype(float):
+            used = positions.get(number, 50)
+            assert feats_PF.shape == (100, WIDTH)
+            assert (feats_PF[:used] == number).all()
+            assert np.isnan(feats_PF[used:]).all()
+            number += 1
+    assert number == 9
+    # A later prepare keeps the shape and refuses a map that does not fit it.
+    (found.path / "val" / "shards" / "00000.json").unlink()
+    np.save(tmp_path / "npy" / "v1.jpg.npy", np.ones((101, WIDTH), np.float32))
+    with pytest.raises(StoreError, match=r"v1\.jpg\.npy: found 101 positions of 3 features, expected at most 100 of 3"):
+        prepare(Config(dataset="folder"), tmp_path / "data")
+    np.save(tmp_path / "npy" / "v1.jpg.npy", np.ones((1, WIDTH), np.float32))
+    prepare(Config(dataset="folder"), tmp_path / "data")
+    assert np.isnan(found.split("val").read([1]).astype(float)).sum() == 99 * WIDTH
+
+
+def test_maps_are_compared_before_anything_is_imported(tmp_path):
+    with pytest.raises(StoreError, match=r"npy/x\.jpg\.npy: found float32 \[0, 3\], expected floats \[P, F\] or"):
+        imported(tmp_path, shape=lambda k: (0 if k == 8 else 64, WIDTH))
+    assert not list((tmp_path / "data").rglob("zarr.json"))
 
 
 def write_weights(file: pathlib.Path, seed: int) -> pathlib.Path:

@@ -23,6 +23,7 @@ from flaxcap.features.store import Store
 from flaxcap.files import integrity
 from flaxcap.files.params import CheckpointError, load_params
 from flaxcap.inference import captioner
+from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs
 from flaxcap.training.checkpoints import Checkpoints
 
@@ -104,7 +105,7 @@ def test_damage_of_any_file_of_a_store_is_named(path, how, capsys):
         if how == "missing" and file in notes:
             assert line == f"{file.parent.parent}: shards {int(file.stem)} are not finished; `flaxcap prepare` goes on"
         elif how == "missing" and file.parts[-2:] == ("encoder", integrity.SUMS):
-            assert line == f"{file.parent}: missing; `flaxcap prepare` makes it anew"
+            assert line == f"{file}: missing; `flaxcap prepare` makes it anew"
         else:
             assert line.startswith(f"{file}: ")
             assert "flaxcap prepare" in line
@@ -197,39 +198,24 @@ def test_other_captions_or_another_encoder_are_not_put_in_place_of_damaged_ones(
     (path / "encoder" / integrity.SUMS).unlink()
     load = weights.load
     monkeypatch.setattr(weights, "load", lambda *a, **k: (load(*a, **k)[0], "f" * 64))
-    with pytest.raises(store.StoreError, match=r"encoder: missing, and the weights at hand \(f+\) are not those that"):
+    with pytest.raises(store.StoreError, match=r"json: missing, and the weights at hand \(f+\) are not those that"):
         prepare(trained.config, data_dir)
 
 
-def without_checksums(path: pathlib.Path) -> None:
-    """As the version before checksums wrote it."""
-    manifest = store.read_manifest(epath.Path(path / "manifest.json"))
-    del manifest["files"]
-    (path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    (path / "manifest.copy.json").unlink()
+def test_files_without_checksums_are_damaged(path, data_dir, trained: Trained):
+    before, manifest = snapshot(path), store.read_manifest(epath.Path(path / "manifest.json"))
     (path / "encoder" / integrity.SUMS).unlink()
-    for note in path.glob("*/shards/*.json"):
-        note.write_text(json.dumps({"skipped": json.loads(note.read_text())["skipped"]}) + "\n")
-
-
-def test_a_store_without_checksums_is_used_as_before_and_says_so(path, data_dir, trained: Trained, tmp_path, capsys):
-    expected = Store(path).split("train").read(range(32))
-    without_checksums(path)
-    place = [f"--config={trained.preset}", f"--data_dir={data_dir}"]
-    notes = sorted(map(str, path.glob("*/shards/*.json")))
-    for unknown in ([str(path / "manifest.json"), str(path / "encoder"), *notes], notes):
-        assert main(["verify", *place]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert lines[-1].endswith(" bytes: sound")
-        found = lines[0].removeprefix("no checksum, being an older version's or unfinished: ").split(", ")
-        assert sorted(found) == sorted(unknown)
-        read_everything(path)
-        np.testing.assert_array_equal(Store(path).split("train").read(range(32)), expected)
-        train.train(trained.config, tmp_path / "run", data_dir)
-        prepare(trained.config, data_dir)  # from now on what is written once has sums
-        capsys.readouterr()
-    flip(path / "train" / "captions.jsonl")
-    assert len(verify(store_dir=path).wrong) == 1
+    notes = sorted(path.glob("*/shards/*.json"))
+    for note in notes:
+        note.write_text(json.dumps({"skipped": [], "file": json.loads(note.read_text())["file"]}) + "\n")
+    wrong = verify(store_dir=path).wrong
+    assert {line.partition(": ")[0] for line in wrong} == {*map(str, notes), str(path / "encoder" / integrity.SUMS)}
+    prepare(trained.config, data_dir, num_workers=2)
+    assert snapshot(path) == before
+    del manifest["files"]
+    store.write_manifest(epath.Path(path), manifest)
+    with pytest.raises(store.StoreError, match=r"not a manifest of features \(KeyError\('files'\)\)"):
+        verify(store_dir=path)
 
 
 # A run
@@ -241,9 +227,6 @@ def test_damage_of_any_file_of_a_run_is_named(workdir, how):
     assert len(steps) > 1
     for file in damaged(workdir / "checkpoints", how):
         report = verify(workdir=workdir)
-        if how == "missing" and file.name == integrity.SUMS:
-            assert report.unknown == [epath.Path(file.parent)]
-            continue
         (line,) = report.wrong
         assert line.startswith(f"{file}: ")
         assert "flaxcap train" in line
@@ -253,6 +236,22 @@ def test_damage_of_any_file_of_a_run_is_named(workdir, how):
         assert line.startswith(f"{file}: ")
         file.write_bytes(whole)
     assert verify(workdir=workdir).wrong == []
+
+
+def test_a_save_that_was_cut_off_before_its_checksums_gets_them(workdir, data_dir):
+    files = [step / integrity.SUMS for step in (workdir / "checkpoints").iterdir()]
+    before = {file: file.read_bytes() for file in files}
+    for file in files:
+        file.unlink()
+    assert sorted(verify(workdir=workdir).wrong) == sorted(
+        f"{file}: missing, its save is under way or was cut off; `flaxcap train` writes it when it goes on"
+        for file in files
+    )
+    with pytest.raises(CheckpointError, match=rf"{integrity.SUMS}: missing"):
+        captioner.load(workdir=workdir, data_dir=data_dir)
+    checkpoints_lib.mend(workdir / "checkpoints")
+    assert {file: file.read_bytes() for file in files} == before
+    captioner.load(workdir=workdir, data_dir=data_dir)
 
 
 def test_damage_of_any_file_of_a_checkpoint_is_seen_by_who_restores_it(tmp_path):

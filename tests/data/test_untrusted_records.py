@@ -16,7 +16,7 @@ from flaxcap.config import Config, ConfigError, check
 from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import listed, plain, quoted, shown
-from flaxcap.features import extract
+from flaxcap.features import npy_maps
 from flaxcap.features.store import StoreError
 from flaxcap.files import size_limits
 from flaxcap.models import word_vectors
@@ -132,10 +132,10 @@ def test_a_feature_map_that_says_it_is_huge_takes_no_memory(tmp_path):
         header = {"descr": "<f4", "fortran_order": False, "shape": (64, 10**15)}
         np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(StoreError, match=r"a\.jpg\.npy: not a NumPy array"):
-        extract.read_npy(epath.Path(tmp_path), "a.jpg")
+        npy_maps.read_npy(epath.Path(tmp_path), "a.jpg")
     (tmp_path / "a.jpg.npy").write_bytes(b"\x93NUMPY\x01\0\x06\0((((((")
     with pytest.raises(StoreError, match=r"a\.jpg\.npy: not a NumPy array"):
-        extract.read_npy(epath.Path(tmp_path), "a.jpg")
+        npy_maps.read_npy(epath.Path(tmp_path), "a.jpg")
 
 
 def test_pictures_of_a_folder_are_read_no_further_than_allowed(pictures, tmp_path, monkeypatch):

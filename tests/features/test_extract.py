@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxcap.features import extract, store
-from flaxcap.features.store import POSITIONS, Row, Skipped, Split, StoreError
+from flaxcap.features.store import Row, Skipped, Split, StoreError
 from flaxcap.images.decode import ImageError
 
-WIDTH = 2
+POSITIONS, WIDTH = 5, 2
 
 
 def make_split(path, images: int, shard_rows: int) -> Split:
@@ -36,7 +36,9 @@ def encode(images: np.ndarray) -> np.ndarray:
 
 def run(split: Split, load: Callable = pixels, encode: Callable = encode, **options) -> None:
     settings = {"batch_size": 4, "at_once": 2, "num_workers": 2, "max_bad_fraction": 1.0} | options
-    extract.extract(split, load, encode, feature_dim=WIDTH, dtype="float32", name="test", **settings)
+    extract.extract(
+        split, load, encode, positions=POSITIONS, feature_dim=WIDTH, dtype="float32", name="test", **settings
+    )
 
 
 def bad_at(*rows: int) -> Callable[[int], np.ndarray]:

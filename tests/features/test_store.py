@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.features import store
-from flaxcap.features.store import POSITIONS, Skipped, Split, StoreError
+from flaxcap.features.store import Skipped, Split, StoreError
 from flaxcap.fields import flatten
 from flaxcap.files.integrity import WriteError
 
-WIDTH = 3
+POSITIONS, WIDTH = 64, 3
 IMAGES, SHARD = 7, 3  # shards of 3, 3 and 1
 
 
@@ -28,7 +28,7 @@ def features(images: int = IMAGES, dtype=ml_dtypes.bfloat16) -> np.ndarray:
 def write(split: Split, numbers=None, skipped=()) -> np.ndarray:
     """Writes those shards, or all; the features."""
     feats_NPF = features(split.images)
-    array = split.create_array(WIDTH, "bfloat16")
+    array = split.create_array(POSITIONS, WIDTH, "bfloat16")
     for number in split.unfinished() if numbers is None else numbers:
         span = split.shard(number)
         split.write(array, number, feats_NPF[span.start : span.stop], [s for s in skipped if s.row in span])
@@ -129,11 +129,11 @@ def test_shards_hold_every_row_once_in_order(images, shard_rows):
 
 def test_float32_is_kept_whole(split):
     feats_NPF = features(dtype=np.float32)
-    array = split.create_array(WIDTH, "float32")
+    array = split.create_array(POSITIONS, WIDTH, "float32")
     split.write(array, 1, feats_NPF[3:6], [])
     np.testing.assert_array_equal(split.read([4, 3]), feats_NPF[[4, 3]])
-    assert store.bytes_an_image(WIDTH, "float32") == feats_NPF[0].nbytes
-    assert store.bytes_an_image(2048, "bfloat16") == 262144
+    assert store.bytes_an_image(POSITIONS, WIDTH, "float32") == feats_NPF[0].nbytes
+    assert store.bytes_an_image(64, 2048, "bfloat16") == 262144
 
 
 def test_what_is_finished_is_known_to_whoever_opens_it(split):
@@ -185,7 +185,7 @@ def test_a_row_that_was_never_written_is_not_taken_for_features(split):
     np.testing.assert_array_equal(again.read([3, 5]), feats_NPF[[3, 5]])
     with pytest.raises(StoreError, match="train/features: row 2 holds no features"):
         again.read([3, 2, 0])
-    array = split.create_array(WIDTH, "bfloat16")
+    array = split.create_array(POSITIONS, WIDTH, "bfloat16")
     feats_NPF[6] = np.nan  # a picture that was skipped
     split.write(array, 2, feats_NPF[6:], [Skipped(6, "6.jpg", "empty")])
     with pytest.raises(StoreError, match="row 6 holds no features"):
@@ -227,13 +227,17 @@ def test_an_array_of_another_shape_is_not_written_to(split):
     write(split)
     for other in (Split(split.path, IMAGES + 1, SHARD), Split(split.path, IMAGES, SHARD + 1)):
         with pytest.raises(StoreError, match=r"another kind \(FAILED_PRECONDITION: .*received"):
-            other.create_array(WIDTH, "bfloat16")
-    for width, dtype in ((WIDTH + 1, "bfloat16"), (WIDTH, "float32")):
+            other.create_array(POSITIONS, WIDTH, "bfloat16")
+    for positions, width, dtype in (
+        (POSITIONS + 1, WIDTH, "bfloat16"),
+        (POSITIONS, WIDTH + 1, "bfloat16"),
+        (POSITIONS, WIDTH, "float32"),
+    ):
         with pytest.raises(StoreError, match="another kind"):
-            split.create_array(width, dtype)
+            split.create_array(positions, width, dtype)
     (split.path / "features" / "zarr.json").write_text("{")
     with pytest.raises(StoreError, match="another kind"):
-        split.create_array(WIDTH, "bfloat16")
+        split.create_array(POSITIONS, WIDTH, "bfloat16")
     with pytest.raises(StoreError, match="cannot be opened"):
         _ = Split(split.path, IMAGES, SHARD).array
 
@@ -252,7 +256,7 @@ def small_files():
 
 def test_a_disk_that_takes_no_more_leaves_the_shard_unfinished(tmp_path, small_files):
     split = Split(epath.Path(tmp_path), 21, 20)
-    array = split.create_array(WIDTH, "bfloat16")
+    array = split.create_array(POSITIONS, WIDTH, "bfloat16")
     feats_NPF = features(21)
     small_files()
     with pytest.raises(StoreError, match=r"features: shard 0 cannot be written \(.*too large\)$"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flaxcap.config import Config
 from flaxcap.features import store
 from flaxcap.features.store import Row, Split, Store, StoreError
+from flaxcap.files import integrity
 from flaxcap.text.vocabulary import Vocabulary, VocabularyError
 
 VOCABULARY = Vocabulary.of_captions(["a dog “runs” in São Paulo 犬"], 10)
@@ -18,6 +19,7 @@ TRAIN = [
     Row(7, "ü\u2028\x85.png", ("“in”", "\ud800", "São\nPaulo")),
     Row(0, "", ()),
 ]
+FILES = ["vocabulary.json", *(f"{role}/{name}" for role in ("train", "val") for name in store.ONCE)]
 
 
 def make(path: epath.Path, config: Config) -> epath.Path:
@@ -25,6 +27,7 @@ def make(path: epath.Path, config: Config) -> epath.Path:
     for role, rows in (("train", TRAIN), ("val", TRAIN[:1])):
         store.write_rows(path / role, rows)
         split = Split(path / role, len(rows), 2)
+        split.create_array(5, 4, "bfloat16")
         for number in range(split.num_shards):
             split.finish(number, [])
     store.write_whole(path / "vocabulary.json", VOCABULARY.to_json())
@@ -32,12 +35,20 @@ def make(path: epath.Path, config: Config) -> epath.Path:
         "source": "made up",
         "splits": {"train": {"split": "train", "images": 3}, "val": {"split": "val", "images": 1}},
         "encoder": {"weights_sha256": "abc"},
+        "positions": 5,
         "feature_dim": 4,
+        "positions_vary": False,
         "shard_rows": 2,
         "vocabulary": {"size": config.data.vocab_size, "words": len(VOCABULARY), "sha256": VOCABULARY.hash},
+        "files": integrity.to_json({name: integrity.of_file(path / name) for name in FILES}),
     }
-    store.write_whole(path / "manifest.json", json.dumps(manifest))
+    write_manifest(path, manifest)
     return path
+
+
+def write_manifest(path: epath.Path, manifest: dict) -> None:
+    """Writes a manifest that matches its own checksum, whatever it says; there is no copy."""
+    (path / "manifest.json").write_text(integrity.seal(manifest, indent=2))
 
 
 @pytest.fixture
@@ -49,7 +60,7 @@ def test_a_finished_store_has_everything(path, tmp_path):
     found = Store.finished(tmp_path, Config())
     assert found.path == path
     assert found.roles == ("train", "val")
-    assert found.feature_dim == 4
+    assert (found.positions, found.feature_dim, found.positions_vary) == (5, 4, False)
     assert found.vocabulary().tokens == VOCABULARY.tokens
     assert found.split("train").rows == TRAIN
     assert found.split("val").rows == TRAIN[:1]
@@ -71,13 +82,15 @@ def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
         Store.finished(tmp_path, other)
 
 
-MANIFEST = ["source", "splits", "encoder", "feature_dim", "shard_rows", "vocabulary"]
+MANIFEST = ["source", "splits", "encoder", "positions", "feature_dim", "shard_rows", "vocabulary", "files"]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        *({"drop": name} for name in MANIFEST),
+        *({"drop": name} for name in [*MANIFEST, "positions_vary"]),
+        {"positions": 0},
+        {"positions": "many"},
         *({name: None} for name in MANIFEST[1:]),
         {"text": ""},
         {"text": '{"source": '},
@@ -95,6 +108,8 @@ MANIFEST = ["source", "splits", "encoder", "feature_dim", "shard_rows", "vocabul
         {"splits": {"train": {"images": 0}}},
         {"vocabulary": {"size": 5000}},
         {"encoder": {}},
+        *({"unlisted": name} for name in FILES),
+        {"text": '{"source": "without a checksum"}'},
     ],
     ids=lambda damage: json.dumps(damage)[:40],
 )
@@ -103,7 +118,11 @@ def test_a_broken_manifest_is_named(path, tmp_path, damage):
     tree = json.loads(file.read_text())
     if "drop" in damage:
         del tree[damage["drop"]]
-    file.write_text(damage.get("text", json.dumps(tree | damage)))
+    if "unlisted" in damage:
+        del tree["files"][damage["unlisted"]]
+    write_manifest(path, tree | damage)
+    if "text" in damage:
+        file.write_text(damage["text"])
     with pytest.raises(
         StoreError, match=rf"^{file}: not a manifest of features .*; delete {path}, and `flaxcap prepare`"
     ):
@@ -122,6 +141,8 @@ def test_a_wrong_number_of_captions_lines_is_named(path, change):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(change(lines)))
     with pytest.raises(StoreError, match=rf"^{file}: found {len(change(lines))} images, expected 3$"):
+        _ = Split(file.parent, 3, 2).rows
+    with pytest.raises(StoreError, match=rf"^{file}: damaged"):
         _ = Store(path).split("train").rows
 
 
@@ -133,20 +154,28 @@ def test_a_damaged_captions_line_is_named(path, line):
     file = path / "train" / "captions.jsonl"
     file.write_text("".join([*file.read_text().splitlines(keepends=True)[:2], line + "\n"]))
     with pytest.raises(StoreError, match=rf"^{file}: line 3 cannot be read"):
-        _ = Store(path).split("train").rows
+        _ = Split(file.parent, 3, 2).rows
 
 
 def test_captions_that_are_gone_are_named(path):
     file = path / "train" / "captions.jsonl"
     file.write_bytes(b"\xff")
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
-        _ = Store(path).split("train").rows
+        _ = Split(file.parent, 3, 2).rows
     file.unlink()
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read \(.*No such file"):
         _ = Store(path).split("train").rows
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"skipped": 3}', '{"skipped": [{"row": 1}]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "[" * 100_000, '{"skipped": [], "file": null}'),
+        *map(integrity.seal, ({}, {"skipped": []}, {"skipped": 3, "file": None})),
+        integrity.seal({"skipped": [{"row": 1}], "file": None}),
+        integrity.seal({"skipped": [], "file": {"size": 3}}),
+    ],
+)
 def test_a_damaged_note_of_a_shard_is_named(path, text):
     file = path / "train" / "shards" / "00001.json"
     file.write_text(text)

@@ -8,13 +8,14 @@ import zlib
 
 import pytest
 import tensorstore as ts
+from etils import epath
 from torture_cases import files as torture_files
 from trained import Trained
 
 from flaxcap.config import ConfigError
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.encoders.inception_v3.weights import WeightsError
-from flaxcap.files import size_limits
+from flaxcap.files import integrity, size_limits
 from flaxcap.files.params import CheckpointError
 from flaxcap.inference import captioner
 from flaxcap.text.vocabulary import VocabularyError
@@ -76,11 +77,9 @@ def exported(trained: Trained, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def model(exported, tmp_path) -> pathlib.Path:
-    """An export as a stranger could have made it: without checksums, to be changed."""
+    """An export as a stranger could have made it, to be changed; `write_member` makes the checksums right."""
     path = shutil.copytree(exported, tmp_path / "model")
     edit(path / "about.json", files={})
-    for sums in path.rglob("sha256.json"):
-        sums.unlink()
     return path
 
 
@@ -94,8 +93,11 @@ def refuse(model: pathlib.Path, message: str) -> None:
     assert str(error.value).startswith(str(model))
 
 
-def test_a_model_without_checksums_is_read(model):
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_a_model_without_checksums_is_refused(model, part):
     assert captioner.load(model_dir=model).vocabulary
+    (model / part / integrity.SUMS).unlink()
+    refuse(model, rf"{part}/{integrity.SUMS}: missing")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**40, 0, -1, "wide", [], None, 10**9])
@@ -124,6 +126,7 @@ def write_member(folder: pathlib.Path, name: str, **changes) -> None:
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     tree = json.loads(store.read(f"{name}/.zarray").result().value)
     store.write(f"{name}/.zarray", json.dumps(tree | changes).encode()).result()
+    integrity.write_sums(epath.Path(folder))
 
 
 @pytest.mark.parametrize(

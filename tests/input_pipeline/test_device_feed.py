@@ -27,7 +27,7 @@ def split(tmp_path_factory) -> Split:
     found = Split(path, N, shard_rows=8)
     write_rows(path, (Row(r, f"{r}.jpg", ("a b",) * (1 + r % 7)) for r in range(N)))
     feats_NPF = np.broadcast_to(np.arange(N, dtype=np.float32)[:, None, None], (N, 64, F))
-    found.create_array(F, "bfloat16")[:].write(feats_NPF.astype(ml_dtypes.bfloat16)).result()
+    found.create_array(64, F, "bfloat16")[:].write(feats_NPF.astype(ml_dtypes.bfloat16)).result()
     return found
 
 
@@ -125,7 +125,7 @@ def test_what_the_reading_thread_meets_reaches_the_loop(split):
 
 def test_a_step_makes_no_copy_of_the_features_in_another_type():
     images, mesh = 1024, sharding.make_mesh(jax.devices()[:1])
-    source = synthetic.MadeUp(images, small_step.F, np.dtype(ml_dtypes.bfloat16))
+    source = synthetic.MadeUp(images, 64, small_step.F, np.dtype(ml_dtypes.bfloat16))
     feed = Feed(source, synthetic.plan(images, small_step.changed(batch_images=8)), mesh, "device")
     train_step, state = small_step.made(mesh)
     compiled = train_step.lower(state, feed.spec(8)).compile()

@@ -146,7 +146,7 @@ def poison(data_dir: pathlib.Path, rows: slice) -> None:
     from flaxcap.features import store
 
     split = store.Store(path_for(data_dir, tiny_config())).split("train")
-    array = split.create_array(6, "bfloat16")
+    array = split.create_array(64, 6, "bfloat16")
     feats = np.array(array[rows].read().result())
     feats[:, 1] = np.inf  # the first number of a row tells whether it was written
     array[rows].write(feats).result()

@@ -1,0 +1,128 @@
+"""Feature maps that another program made: one `.npy` file an image.
+
+FOLDER/FILENAME.npy is a float array [P, F] or [Y, X, F] with any number of positions. TensorFlow's captioning tutorial
+writes such files. An object detector finds another number of regions in every image, so P may vary.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from flaxcap.features.shards import Split, StoreError
+
+_HEADER_THREADS = 8  # a header takes one round trip of a network file system
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class FeatureShape(NamedTuple):
+    """The shape of the features of an image, [P, F]."""
+
+    positions: int  # the largest number where it varies
+    feature_dim: int
+    positions_vary: bool = False
+
+
+def find_shape(folder: epath.Path, filenames: Sequence[str]) -> FeatureShape:
+    """Returns the shape that holds the maps of all these images. Only the files' headers are read.
+
+    Args:
+      folder: the directory of the maps.
+      filenames: the names of all images of all splits, at least one.
+
+    Raises:
+      StoreError: a map is missing, or is no array of floats, or its width differs from the first map's.
+    """
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        found = pool.map(functools.partial(_map_shape, folder), filenames)
+        shapes = list(tqdm.tqdm(found, "shapes of maps", len(filenames), unit=" images", disable=None))
+    width = shapes[0][1]
+    for filename, shape in zip(filenames, shapes, strict=True):
+        if shape[1] != width:
+            raise StoreError(
+                f"{folder / f'{filename}.npy'}: found {shape[1]} features a position, expected {width} as in"
+                f" {filenames[0]}.npy"
+            )
+    numbers = {positions for positions, _ in shapes}
+    return FeatureShape(max(numbers), width, len(numbers) > 1)
+
+
+def loader(folder: epath.Path, split: Split, shape: FeatureShape) -> Callable[[int], np.ndarray]:
+    """Returns `load(row)`, which reads the map of an image as [P, F].
+
+    Where the number of positions varies, NaN fills the positions that an image does not have. `load` raises StoreError
+    where a map is missing, damaged, or of another shape than the store's.
+    """
+
+    def load(row: int) -> np.ndarray:
+        filename = split.rows[row].filename
+        feats_PF = read_npy(folder, filename)
+        positions, width = feats_PF.shape
+        fits = positions <= shape.positions if shape.positions_vary else positions == shape.positions
+        if not fits or width != shape.feature_dim:
+            most = "at most " if shape.positions_vary else ""
+            raise StoreError(
+                f"{folder / f'{filename}.npy'}: found {positions} positions of {width} features, expected"
+                f" {most}{shape.positions} of {shape.feature_dim}"
+            )
+        if positions == shape.positions:
+            return feats_PF
+        padding = np.full((shape.positions - positions, width), np.nan, feats_PF.dtype)
+        return np.concatenate([feats_PF, padding])
+
+    return load
+
+
+def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
+    """Returns the map of an image, floats [P, F]. Raises StoreError where there is none."""
+    file = folder / f"{filename}.npy"
+
+    def read(f: IO[bytes]) -> np.ndarray:
+        shape = _checked_shape(file, f)
+        f.seek(0)
+        return np.lib.format.read_array(f, allow_pickle=False).reshape(shape)
+
+    feats_PF = _opened(file, filename, read)
+    if not np.isfinite(feats_PF).all():
+        raise StoreError(f"{file}: found numbers that are not finite, expected finite features")
+    return feats_PF
+
+
+def _map_shape(folder: epath.Path, filename: str) -> tuple[int, int]:
+    file = folder / f"{filename}.npy"
+    return _opened(file, filename, functools.partial(_checked_shape, file))
+
+
+def _opened(file: epath.Path, filename: str, read: Callable[[IO[bytes]], Any]) -> Any:
+    if not file.exists():
+        raise StoreError(f"{file}: not there; expected the features of {filename}")
+    try:
+        with file.open("rb") as f:
+            return read(f)
+    except StoreError:
+        raise
+    except Exception as e:  # for damaged files NumPy raises many kinds
+        raise StoreError(f"{file}: not a NumPy array ({e})") from e
+
+
+def _checked_shape(file: epath.Path, f: IO[bytes]) -> tuple[int, int]:
+    """Returns (P, F) of the map in an open file. The file must hold as many bytes as its header says."""
+    version = np.lib.format.read_magic(f)
+    if version not in _READ_HEADER:
+        raise ValueError(f"found format version {version}, expected one of {', '.join(map(str, _READ_HEADER))}")
+    shape, _, dtype = _READ_HEADER[version](f)
+    if dtype.kind != "f" or len(shape) not in (2, 3) or min(shape) < 1:
+        raise StoreError(
+            f"{file}: found {dtype} {list(shape)}, expected floats [P, F] or [Y, X, F] of at least one position"
+        )
+    begin, expected = f.tell(), math.prod(shape) * dtype.itemsize
+    found = f.seek(0, os.SEEK_END) - begin
+    if found < expected:
+        raise ValueError(f"found {found} bytes, expected {expected}")
+    return math.prod(shape[:-1]), shape[-1]
