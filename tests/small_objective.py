@@ -11,7 +11,7 @@ from flaxcap.config import Config, Dropout, Model, Train
 from flaxcap.models import recurrent
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import objective
-from flaxcap.training.objective import Moment, Part
+from flaxcap.training.objective import Microbatch, StepContext, StepSums
 
 F, V, I, C, T, P = 5, 20, 4, 3, 7, 9
 SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
@@ -26,7 +26,7 @@ def made(seed: int = 0, **options: Any) -> tuple[recurrent.Bind, recurrent.Param
     return bind, jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)
 
 
-def batch(seed: int = 0) -> Part:
+def batch(seed: int = 0) -> Microbatch:
     """Captions of 1 to 5 words; two images have only two."""
     rng = np.random.default_rng(seed)
     tokens_ICT = np.full((I, C, T), PAD, np.int32)
@@ -35,11 +35,11 @@ def batch(seed: int = 0) -> Part:
         if c or i % 2:
             tokens_ICT[i, c, : n + 2] = [START, *rng.integers(4, V, n), END]
     feats_IPF = rng.standard_normal((I, P, F)).astype(np.float32)
-    return Part(jnp.asarray(feats_IPF), jnp.asarray(tokens_ICT), jnp.ones((I, C)), jnp.arange(I))
+    return Microbatch(jnp.asarray(feats_IPF), jnp.asarray(tokens_ICT), jnp.ones((I, C)), jnp.arange(I))
 
 
-def at(done: float = 1.0, baseline: float = 0.0, seed: int = 0) -> Moment:
-    return Moment(jax.random.key(seed), jnp.float32(done), jnp.float32(baseline))
+def at(done: float = 1.0, baseline: float = 0.0, seed: int = 0) -> StepContext:
+    return StepContext(jax.random.key(seed), jnp.float32(done), jnp.float32(baseline))
 
 
 @functools.cache
@@ -47,13 +47,13 @@ def compiled(bind: Any, hidden: float = 0.0, **train: Any) -> Any:
     """`hidden`: the share of the states that is dropped."""
     config = Train(dropout=Dropout(output=hidden), **train)
 
-    def of(params: Any, part: Part, moment: Moment) -> tuple[jax.Array, objective.Found]:
+    def of(params: Any, part: Microbatch, moment: StepContext) -> tuple[jax.Array, StepSums]:
         return objective.objective(bind(params), part, moment, config)
 
     return jax.jit(jax.value_and_grad(of, has_aux=True))
 
 
-def results(bind: Any, params: Any, part: Part, moment: Moment | None = None, **options: Any) -> Any:
+def results(bind: Any, params: Any, part: Microbatch, moment: StepContext | None = None, **options: Any) -> Any:
     """((total, found), gradients) of what a step minimises."""
     return compiled(bind, **options)(params, part, at() if moment is None else moment)
 

@@ -91,8 +91,8 @@ def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T)
     """The step of a batch of so many images and so many tokens."""
     train_step, state = made(mesh, config)
     feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
-    weight_KIC = np.ones((1, images, C), np.float32)
-    inputs = AnyInputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], weight_KIC, np.int32(1))
+    weight_JIC = np.ones((1, images, C), np.float32)
+    inputs = AnyInputs(feats_IPF, np.zeros((1, images), np.int32), tokens_ICT[None], weight_JIC, np.int32(1))
     return train_step.lower(state, jax.device_put(inputs, shardings(mesh))).compile()
 
 

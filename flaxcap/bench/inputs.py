@@ -55,7 +55,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
                 step_ms += [1e3 * (now - last) / len(batches)] * len(batches)
                 last = now
                 bank = () if feed.resident else (inputs.bank_NPF,)
-                sent = (inputs.index_KI, inputs.tokens_KICT, inputs.weight_KIC, *bank)
+                sent = (inputs.index_JI, inputs.tokens_JICT, inputs.weight_JIC, *bank)
                 size += sum(array.nbytes for array in sent)
             seconds = last - begin
             some = {name: counted[name] for name in ("images", "captions", "tokens")}

@@ -47,7 +47,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         begin = last = time.perf_counter()
         with jax.transfer_guard("disallow"):
             for batches, inputs in feed.ahead(dispatches):
-                state, metrics = compiled[inputs.tokens_KICT.shape[-1]](state, inputs)
+                state, metrics = compiled[inputs.tokens_JICT.shape[-1]](state, inputs)
                 found.append(metrics)
                 if on_cpu:  # an accelerator would idle while the host waits
                     jax.block_until_ready(state)

@@ -162,7 +162,7 @@ def _train(
                 if step >= first_stage:
                     inputs, of_host["cider_d"] = draw(state, inputs, batches)
                     of_length = critical
-                length = inputs.tokens_KICT.shape[-1]
+                length = inputs.tokens_JICT.shape[-1]
                 if length not in of_length:
                     jax.block_until_ready(state)
                     clock.pause()

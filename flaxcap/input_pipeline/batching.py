@@ -47,41 +47,41 @@ class Plan:
         """
         self.tokens, self.run, self.seed = tokens, run, seed
         lengths = np.diff(tokens.starts)
-        self.entries_EC = _entries(tokens.rows, captions_per_image, skip)
-        if not len(self.entries_EC):
+        self.entries_UC = _entries(tokens.rows, captions_per_image, skip)
+        if not len(self.entries_UC):
             raise UserError("there is no image with features and a caption to make a batch of")
-        longest_E = np.where(self.entries_EC >= 0, lengths[self.entries_EC], 0).max(1)
-        self.buckets = choose_buckets(longest_E, num_buckets)
+        longest_U = np.where(self.entries_UC >= 0, lengths[self.entries_UC], 0).max(1)
+        self.buckets = choose_buckets(longest_U, num_buckets)
 
-        order = np.argsort(longest_E, kind="stable")
+        order = np.argsort(longest_U, kind="stable")
         rows = -(-len(order) // batch_images)
         table = np.full(rows * batch_images, -1, np.int64)
         table[: len(order)] = order
-        self.table_SI = table.reshape(rows, batch_images)
-        longest_S = np.where(self.table_SI >= 0, longest_E[self.table_SI], 0).max(1)
-        self.bucket_S = np.searchsorted(self.buckets, longest_S)
+        self.table_LI = table.reshape(rows, batch_images)
+        longest_L = np.where(self.table_LI >= 0, longest_U[self.table_LI], 0).max(1)
+        self.bucket_L = np.searchsorted(self.buckets, longest_L)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.table_SI)
+        return len(self.table_LI)
 
     @property
     def num_captions(self) -> int:
-        return int((self.entries_EC >= 0).sum())
+        return int((self.entries_UC >= 0).sum())
 
     @property
     def padding(self) -> float:
         """The share of an epoch's token places that hold <pad>."""
-        _, captions = self.entries_EC.shape
-        places = captions * self.table_SI.shape[1] * self.buckets[self.bucket_S].sum()
-        present = self.entries_EC[self.entries_EC >= 0]
+        _, captions = self.entries_UC.shape
+        places = captions * self.table_LI.shape[1] * self.buckets[self.bucket_L].sum()
+        present = self.entries_UC[self.entries_UC >= 0]
         return 1 - float(np.diff(self.tokens.starts)[present].sum() / places)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step counted from the start of the run."""
         epoch, number = divmod(step, self.steps_per_epoch)
-        table_SI, order_S = self._epoch(epoch)
-        return self._batch(table_SI, int(order_S[number]))
+        table_LI, order_L = self._epoch(epoch)
+        return self._batch(table_LI, int(order_L[number]))
 
     def dispatches(self, first: int, last: int, cuts: Iterable[int] = ()) -> Iterator[list[Batch]]:
         """The batches of steps first … last-1 in lists of one bucket, at most a run long.
@@ -106,53 +106,53 @@ class Plan:
 
     def in_order(self, number: int) -> Batch:
         """The table's batch `number` as it stands, unshuffled: for evaluation."""
-        return self._batch(self.table_SI, number)
+        return self._batch(self.table_LI, number)
 
     def column_rows(self, first: int, last: int) -> np.ndarray:
         """The store's rows that columns first … last-1 of the batches ever need, sorted, each once."""
-        entries = self.table_SI[:, first:last]
-        return np.unique(self.tokens.rows[self.entries_EC[entries[entries >= 0], 0]])
+        entries = self.table_LI[:, first:last]
+        return np.unique(self.tokens.rows[self.entries_UC[entries[entries >= 0], 0]])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if getattr(self, "_shuffled", (None,))[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            table_SI = self.table_SI.copy()
+            table_LI = self.table_LI.copy()
             for bucket in range(len(self.buckets)):
-                same = np.flatnonzero(self.bucket_S == bucket)  # neighbours: the table is sorted
-                table_SI[same] = rng.permuted(table_SI[same], axis=0)
+                same = np.flatnonzero(self.bucket_L == bucket)  # neighbours: the table is sorted
+                table_LI[same] = rng.permuted(table_LI[same], axis=0)
             runs = []
             for bucket in range(len(self.buckets)):
-                same = rng.permutation(np.flatnonzero(self.bucket_S == bucket))
+                same = rng.permutation(np.flatnonzero(self.bucket_L == bucket))
                 runs += [same[i : i + self.run] for i in range(0, len(same), self.run)]
-            order_S = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
-            self._shuffled = epoch, table_SI, order_S
+            order_L = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
+            self._shuffled = epoch, table_LI, order_L
         return self._shuffled[1:]
 
-    def _batch(self, table_SI: np.ndarray, number: int) -> Batch:
-        entries_I = table_SI[number]
-        captions_IC = np.where(entries_I[:, None] >= 0, self.entries_EC[entries_I], -1)
+    def _batch(self, table_LI: np.ndarray, number: int) -> Batch:
+        entries_I = table_LI[number]
+        captions_IC = np.where(entries_I[:, None] >= 0, self.entries_UC[entries_I], -1)
         starts = self.tokens.starts
         present_IC = captions_IC >= 0
         lengths_IC = np.where(present_IC, starts[captions_IC + 1] - starts[captions_IC], 0)
-        time_T = np.arange(int(self.buckets[self.bucket_S[number]]))
+        time_T = np.arange(int(self.buckets[self.bucket_L[number]]))
         real_ICT = time_T < lengths_IC[..., None]
         places_ICT = np.where(real_ICT, starts[captions_IC][..., None] + time_T, 0)
         tokens_ICT = np.where(real_ICT, self.tokens.ids[places_ICT], PAD)
-        rows_I = np.where(entries_I >= 0, self.tokens.rows[self.entries_EC[entries_I, 0]], -1)
+        rows_I = np.where(entries_I >= 0, self.tokens.rows[self.entries_UC[entries_I, 0]], -1)
         return Batch(rows_I.astype(np.int32), tokens_ICT.astype(np.int32))
 
 
 def _entries(rows: np.ndarray, size: int, skip: frozenset[int] | set[int]) -> np.ndarray:
-    """Caption numbers [E, size], -1 where an image has no more; `rows` do not decrease."""
+    """Caption numbers [U, size], -1 where an image has no more; `rows` do not decrease."""
     numbers = np.flatnonzero(~np.isin(rows, list(skip)))
     rows = rows[numbers]
     first = np.searchsorted(rows, rows)  # where this caption's image begins
     place = np.arange(len(rows)) - first
     starts_entry = place % size == 0
     entry = np.cumsum(starts_entry) - 1
-    entries_EC = np.full((int(starts_entry.sum()), size), -1, np.int64)
-    entries_EC[entry, place % size] = numbers
-    return entries_EC
+    entries_UC = np.full((int(starts_entry.sum()), size), -1, np.int64)
+    entries_UC[entry, place % size] = numbers
+    return entries_UC
 
 
 def choose_buckets(lengths: np.ndarray, count: int) -> np.ndarray:

@@ -18,16 +18,16 @@ from flaxcap.runtime.sharding import over_images, replicated
 
 
 class Inputs(NamedTuple):
-    """K batches on the devices, sharded over their images.
+    """J batches on the devices, sharded over their images.
 
-    `bank_NPF` holds features, a part on each device; those of image i of batch k are at `index_KI[k, i]` of its own
+    `bank_NPF` holds features, a part on each device; those of image i of batch j are at `index_JI[j, i]` of its own
     device's part, see `rows`. Only the first `count` batches are meant.
     """
 
     bank_NPF: jax.Array
-    index_KI: jax.Array  # int32
-    tokens_KICT: jax.Array  # int32
-    weight_KIC: jax.Array  # float32: of each caption in the objective
+    index_JI: jax.Array  # int32
+    tokens_JICT: jax.Array  # int32
+    weight_JIC: jax.Array  # float32: of each caption in the objective
     count: jax.Array  # int32 []
     frozen: Any = None  # parameters that the bank's rows are encoded with, where these are pictures
 
@@ -74,7 +74,7 @@ class Feed:
         """`mode`: "device" loads every image a device will need there now, "stream" reads them as they come,
         "auto" goes by size. `frozen`: of `Inputs`. ConfigError if the mesh does not divide the batch.
         """
-        images = plan.table_SI.shape[1]
+        images = plan.table_LI.shape[1]
         if images % mesh.size:
             raise ConfigError(f"--config.train.batch_images={images}: expected a multiple of the {mesh.size} devices")
         bits = source.dtype == jnp.bfloat16 and mesh.devices.flat[0].platform == "cpu"  # see `rows`
@@ -92,46 +92,46 @@ class Feed:
         """At most `plan.run` batches of one bucket on the devices, to be sent there together."""
         # One shape for any number of batches: what is missing is filled up, and not computed.
         filled = [*batches, *[batches[-1]] * (self._plan.run - len(batches))]
-        rows_KI = self.local_rows(filled)
-        tokens_KICT = np.stack([b.tokens_ICT[self._local_columns()] for b in filled])
+        rows_JI = self.local_rows(filled)
+        tokens_JICT = np.stack([b.tokens_ICT[self._local_columns()] for b in filled])
         if self.resident:
-            parts = zip(self._local, np.split(rows_KI, len(self._local), 1), strict=True)
-            index_KI = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts], 1)
+            parts = zip(self._local, np.split(rows_JI, len(self._local), 1), strict=True)
+            index_JI = np.concatenate([np.searchsorted(self._rows(d), part) for d, part in parts], 1)
             bank = self._bank
         else:
             # Each device gets its rows of all the batches, one batch after the other.
-            own_DKI = np.stack(np.split(rows_KI[: len(batches)], len(self._local), 1))
+            own_rows = np.stack(np.split(rows_JI[: len(batches)], len(self._local), 1))
             # What stands in an empty place is never looked at: it has no token. This process may have no other.
             some_row = max(int(batch.rows_I.max()) for batch in batches)
-            read = self._source.read(np.where(own_DKI < 0, some_row, own_DKI).reshape(-1))
-            bank_DNPF = read.reshape(len(self._local), -1, *read.shape[1:])
+            read = self._source.read(np.where(own_rows < 0, some_row, own_rows).reshape(-1))
+            banks = read.reshape(len(self._local), -1, *read.shape[1:])
             missing = (len(filled) - len(batches)) * self._width
-            bank_DNPF = np.pad(bank_DNPF, [(0, 0), (0, missing)] + [(0, 0)] * (read.ndim - 1)) if missing else bank_DNPF
-            bank = self._put(bank_DNPF.reshape(-1, *read.shape[1:]), over_images(self._mesh))
-            index_KI = np.arange(len(filled))[:, None] * self._width + np.tile(np.arange(self._width), len(self._local))
+            banks = np.pad(banks, [(0, 0), (0, missing)] + [(0, 0)] * (read.ndim - 1)) if missing else banks
+            bank = self._put(banks.reshape(-1, *read.shape[1:]), over_images(self._mesh))
+            index_JI = np.arange(len(filled))[:, None] * self._width + np.tile(np.arange(self._width), len(self._local))
         later = over_images(self._mesh, 1)
         return Inputs(
             bank,
-            self._put(index_KI.astype(np.int32), later),
-            self._put(tokens_KICT, later),
-            self._put(np.ones(tokens_KICT.shape[:3], np.float32), later),
+            self._put(index_JI.astype(np.int32), later),
+            self._put(tokens_JICT, later),
+            self._put(np.ones(tokens_JICT.shape[:3], np.float32), later),
             self._everywhere(np.int32(len(batches))),
             self._frozen,
         )
 
     def local_rows(self, batches: Sequence[Batch]) -> np.ndarray:
-        """`rows_KI` of the batches' columns that are this process's."""
+        """`rows_JI` of the batches' columns that are this process's."""
         return np.stack([batch.rows_I[self._local_columns()] for batch in batches])
 
-    def local(self, array_KI: jax.Array) -> np.ndarray:
+    def local(self, array_JI: jax.Array) -> np.ndarray:
         """This process's columns of an array that is sharded over its second axis."""
-        shards = sorted(array_KI.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+        shards = sorted(array_JI.addressable_shards, key=lambda shard: shard.index[1].start or 0)
         return np.concatenate([np.asarray(shard.data) for shard in shards], 1)
 
-    def replace(self, inputs: Inputs, tokens_KICT: np.ndarray, weight_KIC: np.ndarray) -> Inputs:
+    def replace(self, inputs: Inputs, tokens_JICT: np.ndarray, weight_JIC: np.ndarray) -> Inputs:
         """The same images with other captions, this process's columns of them."""
         later = over_images(self._mesh, 1)
-        return inputs._replace(tokens_KICT=self._put(tokens_KICT, later), weight_KIC=self._put(weight_KIC, later))
+        return inputs._replace(tokens_JICT=self._put(tokens_JICT, later), weight_JIC=self._put(weight_JIC, later))
 
     @property
     def lengths(self) -> list[int]:
@@ -158,7 +158,7 @@ class Feed:
 
     def spec(self, time: int, images: int | None = None) -> Inputs:
         """The shapes of a dispatch padded to `time` tokens, for this plan's batch or one of other size."""
-        _, captions = self._plan.entries_EC.shape
+        _, captions = self._plan.entries_UC.shape
         width = self._width if images is None else images // len(self._devices)
         rows = self._shape()[0] if self.resident else width * self._plan.run
         mesh, places = self._mesh, (self._plan.run, width * len(self._devices))

@@ -126,8 +126,8 @@ class Window:
         summed = "nats", "tokens", "right", "captions", "grad_norm", "skipped", "cider_d"
         sums = dict.fromkeys((*summed, "spikes", "steps"), 0.0) | self._sums
         for count, metrics in jax.device_get(steps):
-            for k in range(count):
-                of_step = {name: float(values[k]) for name, values in metrics.items()}
+            for j in range(count):
+                of_step = {name: float(values[j]) for name, values in metrics.items()}
                 for name in summed:
                     sums[name] += of_step.get(name, 0.0)
                 sums["steps"] += 1

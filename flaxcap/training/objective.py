@@ -16,7 +16,7 @@ from flaxcap.text.vocabulary import END, PAD
 from flaxcap.training import losses as losses_lib
 
 
-class Part(NamedTuple):
+class Microbatch(NamedTuple):
     """Images of a batch with their captions."""
 
     feats_IPF: jax.Array
@@ -25,36 +25,38 @@ class Part(NamedTuple):
     place_I: jax.Array  # int32: of each image in its batch
 
 
-class Moment(NamedTuple):
+class StepContext(NamedTuple):
     """Where in its run a step stands."""
 
     key: jax.Array  # of the step
     done: jax.Array  # float32 []: the share of the run that is done
     baseline: jax.Array  # float32 []: a usual log-probability of a caption, see `TrainState`
 
-    def keys(self, part: Part) -> jax.Array:
+    def keys(self, part: Microbatch) -> jax.Array:
         """What each image of a part draws from."""
         return jax.vmap(lambda i: jax.random.fold_in(self.key, i))(part.place_I)
 
 
-class Found(NamedTuple):
+class StepSums(NamedTuple):
     """Float32 []."""
 
     sums: losses_lib.Sums
     captions: jax.Array
 
 
-def nothing() -> Found:
-    return Found(losses_lib.no_tokens(), jnp.zeros(()))
+def nothing() -> StepSums:
+    return StepSums(losses_lib.no_tokens(), jnp.zeros(()))
 
 
-def evaluate(model: Captioner, part: Part) -> Found:
+def evaluate(model: Captioner, part: Microbatch) -> StepSums:
     """Cross-entropy alone: each caption's tokens after its first, given those before."""
     states_TICS, _ = model(part.feats_IPF, part.tokens_ICT[..., :-1])
     return _found(_losses(model, states_TICS, part, 0.0), part)
 
 
-def objective(model: Captioner, part: Part, moment: Moment, config: config_lib.Train) -> tuple[jax.Array, Found]:
+def objective(
+    model: Captioner, part: Microbatch, moment: StepContext, config: config_lib.Train
+) -> tuple[jax.Array, StepSums]:
     """What the gradient is of, and what is reported."""
     keys_I = moment.keys(part)
     given_ICT = part.tokens_ICT[..., :-1]
@@ -74,16 +76,16 @@ def objective(model: Captioner, part: Part, moment: Moment, config: config_lib.T
     return total, _found(losses, part)
 
 
-def _losses(model: Captioner, states_TICS: jax.Array, part: Part, smoothing: float) -> losses_lib.Losses:
+def _losses(model: Captioner, states_TICS: jax.Array, part: Microbatch, smoothing: float) -> losses_lib.Losses:
     # Time first, as the scan leaves them: the targets are turned, not the states.
-    states_NS = states_TICS.reshape(-1, states_TICS.shape[-1])
+    states_MS = states_TICS.reshape(-1, states_TICS.shape[-1])
     targets_TIC = jnp.moveaxis(part.tokens_ICT[..., 1:], 2, 0)
-    weight_N = jnp.broadcast_to(part.weight_IC, targets_TIC.shape).reshape(-1)
-    return losses_lib.token_losses(model.output_weights(), states_NS, targets_TIC.reshape(-1), weight_N, smoothing)
+    weight_M = jnp.broadcast_to(part.weight_IC, targets_TIC.shape).reshape(-1)
+    return losses_lib.token_losses(model.output_weights(), states_MS, targets_TIC.reshape(-1), weight_M, smoothing)
 
 
-def _found(losses: losses_lib.Losses, part: Part) -> Found:
-    return Found(losses.sums, (part.tokens_ICT[..., 0] != PAD).sum(dtype=jnp.float32))
+def _found(losses: losses_lib.Losses, part: Microbatch) -> StepSums:
+    return StepSums(losses.sums, (part.tokens_ICT[..., 0] != PAD).sum(dtype=jnp.float32))
 
 
 def _unevenness(alpha_TICP: jax.Array, real_TIC: jax.Array) -> jax.Array:
@@ -92,7 +94,7 @@ def _unevenness(alpha_TICP: jax.Array, real_TIC: jax.Array) -> jax.Array:
     return (((1 - looked_ICP) ** 2).sum(-1) * real_TIC[0]).sum()
 
 
-def _scheduled(model: Captioner, part: Part, dropped: Dropped, keys_I: jax.Array, share: jax.Array) -> jax.Array:
+def _scheduled(model: Captioner, part: Microbatch, dropped: Dropped, keys_I: jax.Array, share: jax.Array) -> jax.Array:
     """The given tokens, a share of them replaced by words that the model draws there itself.
 
     Scheduled sampling (Bengio et al. 2015, arXiv:1506.03099), in two parallel passes instead of word by word
@@ -121,7 +123,7 @@ def _reinforce(
     real_TIC: jax.Array,
     losses: losses_lib.Losses,
     dropped: Dropped,
-    moment: Moment,
+    moment: StepContext,
     config: config_lib.Train,
 ) -> jax.Array:
     """Hard attention's part (Xu et al. 2015, equation 11): the places drawn are rewarded with the caption's
@@ -132,7 +134,7 @@ def _reinforce(
     chosen_TICP = jax.lax.stop_gradient(place(alpha_TICP, dropped.cell.gumbel_TICP))
     log_alpha_TICP = jnp.log(jnp.maximum(alpha_TICP, 1e-20))
     log_chosen_IC = ((chosen_TICP * log_alpha_TICP).sum(-1) * real_TIC).sum(0)
-    reward_IC = -losses.nats_N.reshape(real_TIC.shape).sum(0) - moment.baseline
+    reward_IC = -losses.nats_M.reshape(real_TIC.shape).sum(0) - moment.baseline
     reward_IC = jax.lax.stop_gradient(reward_IC) * dropped.cell.hard_I[:, None] * real_TIC[0]
     entropy = -((alpha_TICP * log_alpha_TICP).sum(-1) * real_TIC).sum()
     return -config.hard_reward * (reward_IC * log_chosen_IC).sum() - config.hard_entropy * entropy

@@ -56,17 +56,17 @@ class SelfCritical:
         And of each batch the mean CIDEr-D of the captions drawn by this process, float32 [len(batches)].
         """
         with jax.transfer_guard("allow"):
-            drawn, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_KI, state.key, state.step)
-            tokens_KICT = np.pad(self._feed.local(drawn), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
-            rows_KI = self._feed.local_rows(batches)
-            tokens_KICT[: len(batches)][rows_KI < 0] = PAD
-            weight_KIC = np.zeros(tokens_KICT.shape[:3], np.float32)
-            cider_K = np.zeros(len(batches), np.float32)
-            for k, rows_I in enumerate(rows_KI):
-                weight_KIC[k], cider_K[k] = self._advantages(tokens_KICT[k], rows_I)
+            drawn, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_JI, state.key, state.step)
+            tokens_JICT = np.pad(self._feed.local(drawn), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
+            rows_JI = self._feed.local_rows(batches)
+            tokens_JICT[: len(batches)][rows_JI < 0] = PAD
+            weight_JIC = np.zeros(tokens_JICT.shape[:3], np.float32)
+            cider_J = np.zeros(len(batches), np.float32)
+            for j, rows_I in enumerate(rows_JI):
+                weight_JIC[j], cider_J[j] = self._advantages(tokens_JICT[j], rows_I)
             # Of all processes: they must run the same program.
             length = min(n for n in self._lengths if n > int(longest))
-            return self._feed.replace(inputs, tokens_KICT[..., :length], weight_KIC), cider_K
+            return self._feed.replace(inputs, tokens_JICT[..., :length], weight_JIC), cider_J
 
     def _advantages(self, tokens_ICT: np.ndarray, rows_I: np.ndarray) -> tuple[np.ndarray, float]:
         """[I, C]: each caption's CIDEr-D above the mean of its image's others, 0 in empty places; and their mean."""
@@ -114,25 +114,25 @@ def _drawing(bind: Bind, config: config_lib.Train) -> Bind:
 
 
 def _make_sample(bind: Bind, config: config_lib.Config, mesh: Mesh) -> Any:
-    """`sample(params, bank_NPF, index_KI, key, step) -> tokens_KICT, longest`, each device for its own images.
+    """`sample(params, bank_NPF, index_JI, key, step) -> tokens_JICT, longest`, each device for its own images.
 
     `longest`, int32 []: the tokens of the longest caption of all.
     """
     options = config_lib.Decode(method="sample", max_length=config.decode.max_length)
     captions, bind = config.train.captions_per_image, _drawing(bind, config.train)
 
-    def local(params: Params, bank_NPF: jax.Array, index_KI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
+    def local(params: Params, bank_NPF: jax.Array, index_JI: jax.Array, key: jax.Array, step: jax.Array) -> tuple:
         root = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(key), step), 1)
-        own = index_KI.shape[1]
+        own = index_JI.shape[1]
         place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
 
-        def batch(k_index: tuple[jax.Array, jax.Array]) -> jax.Array:
-            k, index_I = k_index
-            keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, k), i))(place_I)
+        def batch(j_index: tuple[jax.Array, jax.Array]) -> jax.Array:
+            j, index_I = j_index
+            keys_I = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(root, j), i))(place_I)
             return generate.draw(bind, params, rows(bank_NPF, index_I), options, keys_I, captions)
 
-        tokens_KICT = jax.lax.map(batch, (jnp.arange(len(index_KI)), index_KI))
-        return tokens_KICT, jax.lax.pmax((tokens_KICT != PAD).sum(-1).max(), "data")
+        tokens_JICT = jax.lax.map(batch, (jnp.arange(len(index_JI)), index_JI))
+        return tokens_JICT, jax.lax.pmax((tokens_JICT != PAD).sum(-1).max(), "data")
 
     specs = P(), P("data"), P(None, "data"), P(), P()
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(None, "data"), P()), check_vma=False)

@@ -18,7 +18,7 @@ from flaxcap.runtime import devices as devices_lib
 from flaxcap.runtime.sharding import replicated
 from flaxcap.training import objective as objective_lib
 from flaxcap.training.losses import Sums
-from flaxcap.training.objective import Moment, Part
+from flaxcap.training.objective import Microbatch, StepContext, StepSums
 
 CPU_IMAGES = 16  # in one pass of a device of a CPU: more do not stay in its cache, fewer do not fill its products
 
@@ -117,7 +117,7 @@ def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zer
     def local(everywhere: Any, bank_NPF: jax.Array, index_I: jax.Array, *captions: jax.Array) -> Any:
         def add(total: Any, some: tuple) -> tuple[Any, None]:
             index_I, tokens_ICT, weight_IC, place_I = some
-            part = Part(rows(bank_NPF, index_I), tokens_ICT, weight_IC, place_I)
+            part = Microbatch(rows(bank_NPF, index_I), tokens_ICT, weight_IC, place_I)
             return jax.tree.map(jnp.add, total, compute(everywhere, part)), None
 
         own = len(index_I)
@@ -131,8 +131,8 @@ def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zer
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
-def _batch(inputs: Inputs, k: jax.Array) -> tuple[jax.Array, ...]:
-    return inputs.bank_NPF, inputs.index_KI[k], inputs.tokens_KICT[k], inputs.weight_KIC[k]
+def _batch(inputs: Inputs, j: jax.Array) -> tuple[jax.Array, ...]:
+    return inputs.bank_NPF, inputs.index_JI[j], inputs.tokens_JICT[j], inputs.weight_JIC[j]
 
 
 def make_train_step(
@@ -146,16 +146,16 @@ def make_train_step(
 ) -> Callable:
     """`train_step(state, inputs) -> (state, metrics)`, jitted: a step for each batch; the state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the step's number. `metrics`: {name: float32 [K]};
+    A step whose loss or gradient is not finite changes nothing but the step's number. `metrics`: {name: float32 [J]};
     those of steps that were not meant are 0, and of a skipped one all but "loss", "learning_rate" and "skipped".
     `last`: the step at which what grows during training is full-grown. `encode`: of finetune.py, where the bank
     holds pictures.
     """
 
-    def compute(everywhere: tuple[Params, Moment, Any], part: Part) -> tuple:
+    def compute(everywhere: tuple[Params, StepContext, Any], part: Microbatch) -> tuple:
         params, moment, frozen = everywhere
 
-        def of(params: Params) -> tuple[jax.Array, objective_lib.Found]:
+        def of(params: Params) -> tuple[jax.Array, StepSums]:
             seen = part
             if encode is not None:
                 seen = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, moment.keys(part)))
@@ -169,7 +169,7 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Any, *batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        moment = Moment(key, jnp.minimum(state.step / max(last, 1), 1.0), state.baseline)
+        moment = StepContext(key, jnp.minimum(state.step / max(last, 1), 1.0), state.baseline)
         grads, (sums, captions) = gradients((state.params, moment, frozen), *batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32) * state.rate
@@ -203,13 +203,13 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=encode and devices_lib.convolving())
     def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
-        def body(k: jax.Array, so_far: tuple) -> tuple:
+        def body(j: jax.Array, so_far: tuple) -> tuple:
             state, metrics = so_far
-            state, found = step(state, inputs.frozen, *_batch(inputs, k))
-            return state, {name: metrics[name].at[k].set(value) for name, value in found.items()}
+            state, found = step(state, inputs.frozen, *_batch(inputs, j))
+            return state, {name: metrics[name].at[j].set(value) for name, value in found.items()}
 
         names = (*Sums._fields, "captions", "grad_norm", "loss", "learning_rate", "skipped")
-        empty = {name: jnp.zeros(len(inputs.index_KI)) for name in names}
+        empty = {name: jnp.zeros(len(inputs.index_JI)) for name in names}
         return jax.lax.fori_loop(0, inputs.count, body, (state, empty))
 
     return train_step
@@ -218,7 +218,7 @@ def make_train_step(
 def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Callable | None = None) -> Callable:
     """`eval_step(params, inputs) -> Sums` over all the batches, jitted."""
 
-    def compute(everywhere: tuple[Params, Any], part: Part) -> objective_lib.Found:
+    def compute(everywhere: tuple[Params, Any], part: Microbatch) -> StepSums:
         params, frozen = everywhere
         if encode is not None:
             part = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, None))
@@ -228,8 +228,8 @@ def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Cal
 
     @functools.partial(jax.jit, compiler_options=encode and devices_lib.convolving())
     def eval_step(params: Params, inputs: Inputs) -> Sums:
-        def body(k: jax.Array, total: objective_lib.Found) -> objective_lib.Found:
-            return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, k)))
+        def body(j: jax.Array, total: StepSums) -> StepSums:
+            return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, j)))
 
         return jax.lax.fori_loop(0, inputs.count, body, objective_lib.nothing()).sums
 

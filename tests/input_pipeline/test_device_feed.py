@@ -40,7 +40,7 @@ def plan(images: int = 8, run: int = 1) -> Plan:
 
 def features(inputs: Inputs, batch: int) -> np.ndarray:
     """`feats_IPF` of one of the batches, each device looking at its own part of the bank."""
-    index_I = np.asarray(inputs.index_KI)[batch]
+    index_I = np.asarray(inputs.index_JI)[batch]
     parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
     found = zip(parts, np.split(index_I, len(parts)), strict=True)
     return np.concatenate([np.asarray(rows(part, jnp.asarray(index)), np.float32) for part, index in found])
@@ -59,19 +59,19 @@ def test_each_image_meets_its_own_features_and_captions(split, devices, mode, ru
     step = 0
     for sent, inputs in feed.ahead(batches.dispatches(0, last)):
         assert int(inputs.count) == len(sent)
-        shapes.add(inputs.tokens_KICT.shape)
-        assert inputs.weight_KIC.shape == inputs.tokens_KICT.shape[:3]
-        assert (np.asarray(inputs.weight_KIC) == 1).all()
-        for k in range(len(sent)):
+        shapes.add(inputs.tokens_JICT.shape)
+        assert inputs.weight_JIC.shape == inputs.tokens_JICT.shape[:3]
+        assert (np.asarray(inputs.weight_JIC) == 1).all()
+        for j in range(len(sent)):
             batch = batches.batch(step)
-            np.testing.assert_array_equal(inputs.tokens_KICT[k], batch.tokens_ICT)
-            np.testing.assert_array_equal(sent[k].tokens_ICT, batch.tokens_ICT)
+            np.testing.assert_array_equal(inputs.tokens_JICT[j], batch.tokens_ICT)
+            np.testing.assert_array_equal(sent[j].tokens_ICT, batch.tokens_ICT)
             present = batch.rows_I >= 0
-            feats_IPF = features(inputs, k)
+            feats_IPF = features(inputs, j)
             np.testing.assert_array_equal(feats_IPF[present, 63, 0], batch.rows_I[present])
             assert np.isfinite(feats_IPF).all()  # also where no image is: a NaN would spread through the gradients
             step += 1
-        spec = feed.spec(inputs.tokens_KICT.shape[-1])
+        spec = feed.spec(inputs.tokens_JICT.shape[-1])
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inputs)
         assert spec == like
     assert step == last
@@ -87,17 +87,17 @@ def test_other_captions_take_the_place_of_the_true_ones(split, devices):
     assert feed.lengths == batches.buckets.tolist()
     sent, inputs = next(iter(feed.ahead(batches.dispatches(0, 9))))
     assert len(sent) > 1
-    np.testing.assert_array_equal(feed.local(inputs.tokens_KICT), inputs.tokens_KICT)
+    np.testing.assert_array_equal(feed.local(inputs.tokens_JICT), inputs.tokens_JICT)
     np.testing.assert_array_equal(feed.local_rows(sent), [batch.rows_I for batch in sent])
 
     rng = np.random.default_rng(0)
-    tokens_KICT = rng.integers(0, 9, (*inputs.tokens_KICT.shape[:3], 4), dtype=np.int32)
-    weight_KIC = rng.standard_normal(tokens_KICT.shape[:3]).astype(np.float32)
-    other = feed.replace(inputs, tokens_KICT, weight_KIC)
-    np.testing.assert_array_equal(feed.local(other.tokens_KICT), tokens_KICT)
-    np.testing.assert_array_equal(feed.local(other.weight_KIC), weight_KIC)
+    tokens_JICT = rng.integers(0, 9, (*inputs.tokens_JICT.shape[:3], 4), dtype=np.int32)
+    weight_JIC = rng.standard_normal(tokens_JICT.shape[:3]).astype(np.float32)
+    other = feed.replace(inputs, tokens_JICT, weight_JIC)
+    np.testing.assert_array_equal(feed.local(other.tokens_JICT), tokens_JICT)
+    np.testing.assert_array_equal(feed.local(other.weight_JIC), weight_JIC)
     assert other.bank_NPF is inputs.bank_NPF
-    assert other.index_KI is inputs.index_KI
+    assert other.index_JI is inputs.index_JI
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
     assert feed.spec(4) == like  # a step compiled for that length takes them
 

@@ -16,7 +16,7 @@ from flaxcap.models.cell import NO_NOISE, Noise
 from flaxcap.models.recurrent import Dropped
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import objective
-from flaxcap.training.objective import Part
+from flaxcap.training.objective import Microbatch
 
 PLACES, WORDS = 3, 2
 HARD: dict[str, Any] = {"attention": "hard", "attention_dim": 4, "hidden_dim": 4, "image_dim": 4, "head_dim": 4}
@@ -27,12 +27,12 @@ def every_image_is_hard(monkeypatch):
     monkeypatch.setattr(dropout, "HARD_SHARE", 1.0)
 
 
-def one_word(images: int) -> Part:
+def one_word(images: int) -> Microbatch:
     """So many times the same small image, with the same word to be said."""
     feats_PF = np.random.default_rng(2).standard_normal((PLACES, F)).astype(np.float32)
     tokens_ICT = jnp.broadcast_to(jnp.array([START, 6, END]), (images, 1, WORDS + 1))
     feats_IPF = jnp.broadcast_to(feats_PF, (images, PLACES, F))
-    return Part(feats_IPF, tokens_ICT, jnp.ones((images, 1)), jnp.arange(images))
+    return Microbatch(feats_IPF, tokens_ICT, jnp.ones((images, 1)), jnp.arange(images))
 
 
 def expected_log_prob(bind: Any, params: Any) -> tuple[jax.Array, jax.Array]:
@@ -116,7 +116,7 @@ def test_the_entropy_of_the_weights_is_rewarded():
     assert entropy > 1
 
 
-def _hidden(captioner: recurrent.Captioner, part: Part) -> Dropped:
+def _hidden(captioner: recurrent.Captioner, part: Microbatch) -> Dropped:
     """What `objective` draws at the start of its run."""
     keys_I = jax.vmap(lambda i: jax.random.fold_in(at().key, i))(part.place_I)
     return dropout.dropped(captioner, keys_I, C, T - 1, P, Dropout())

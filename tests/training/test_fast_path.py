@@ -14,6 +14,7 @@ from flaxcap.config import Config, Model, Train
 from flaxcap.models import recurrent
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import objective
+from flaxcap.training.objective import Microbatch, StepContext
 
 
 class Case(NamedTuple):
@@ -106,8 +107,8 @@ def parameters(init: Any, case: Case) -> Any:
 
 def mean_loss(bind: Any, config: Config, params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[jax.Array, jax.Array]:
     """The trainer's own: what it minimises, and the cross-entropy that it reports."""
-    part = objective.Part(feats_IPF, tokens_ICT, jnp.ones(tokens_ICT.shape[:2]), jnp.arange(len(tokens_ICT)))
-    moment = objective.Moment(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+    part = Microbatch(feats_IPF, tokens_ICT, jnp.ones(tokens_ICT.shape[:2]), jnp.arange(len(tokens_ICT)))
+    moment = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
     total, (sums, _) = objective.objective(bind(params), part, moment, config.train)
     return total / sums.tokens, sums.nats / sums.tokens
 

@@ -17,7 +17,7 @@ PLACES = 400
 
 
 def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[output_layer.Weights, Any, Any]:
-    """Weights, hidden_NH and targets_N, `real` of which are no <pad>, at random places."""
+    """Weights, hidden_MH and targets_M, `real` of which are no <pad>, at random places."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -25,43 +25,43 @@ def make(places: int, real: int, seed: int = 0, tanh: bool = False) -> tuple[out
 
     head = {"kernel": normal(H, D), "bias": normal(D)}
     weights = output_layer.Weights(head, {"kernel": normal(D, V), "bias": normal(V)}, tanh)
-    targets_N = rng.integers(PAD + 1, V, places)
-    targets_N[rng.permutation(places)[real:]] = PAD
-    return weights, normal(places, H), jnp.asarray(targets_N, jnp.int32)
+    targets_M = rng.integers(PAD + 1, V, places)
+    targets_M[rng.permutation(places)[real:]] = PAD
+    return weights, normal(places, H), jnp.asarray(targets_M, jnp.int32)
 
 
 def plain(
-    weights: Any, hidden_NH: Any, targets_N: Any, weight_N: Any = None, smoothing: float = 0.0
+    weights: Any, hidden_MH: Any, targets_M: Any, weight_M: Any = None, smoothing: float = 0.0
 ) -> losses_lib.Losses:
     """By log_softmax, of all places, those of <pad> thrown away."""
     head, vocabulary = weights.head, weights.vocabulary
-    states_ND = hidden_NH @ head["kernel"] + head["bias"][None]
-    states_ND = jnp.tanh(states_ND) if weights.tanh else states_ND
-    log_p_NV = jax.nn.log_softmax(states_ND @ vocabulary["kernel"] + vocabulary["bias"][None])
-    real_N = targets_N != PAD
-    nats_N = -jnp.where(real_N, log_p_NV[jnp.arange(len(targets_N)), targets_N], 0)
-    right = (log_p_NV.argmax(-1) == targets_N) & real_N
+    states_MD = hidden_MH @ head["kernel"] + head["bias"][None]
+    states_MD = jnp.tanh(states_MD) if weights.tanh else states_MD
+    log_p_MV = jax.nn.log_softmax(states_MD @ vocabulary["kernel"] + vocabulary["bias"][None])
+    real_M = targets_M != PAD
+    nats_M = -jnp.where(real_M, log_p_MV[jnp.arange(len(targets_M)), targets_M], 0)
+    right = (log_p_MV.argmax(-1) == targets_M) & real_M
     # Szegedy et al. 2015: the cross-entropy with the target mixed with a word of any kind.
-    target_NV = (1 - smoothing) * jax.nn.one_hot(targets_N, V) + smoothing / V
-    smooth_N = -jnp.where(real_N, (target_NV * log_p_NV).sum(-1), 0)
-    weight_N = jnp.ones(len(targets_N)) if weight_N is None else weight_N
-    sums = losses_lib.Sums(nats_N.sum(), *(x.sum(dtype=jnp.float32) for x in (real_N, right)))
-    return losses_lib.Losses((weight_N * smooth_N).sum(), sums, nats_N)
+    target_MV = (1 - smoothing) * jax.nn.one_hot(targets_M, V) + smoothing / V
+    smooth_M = -jnp.where(real_M, (target_MV * log_p_MV).sum(-1), 0)
+    weight_M = jnp.ones(len(targets_M)) if weight_M is None else weight_M
+    sums = losses_lib.Sums(nats_M.sum(), *(x.sum(dtype=jnp.float32) for x in (real_M, right)))
+    return losses_lib.Losses((weight_M * smooth_M).sum(), sums, nats_M)
 
 
 def fast(
-    weights: Any, hidden_NH: Any, targets_N: Any, weight_N: Any = None, smoothing: float = 0.0
+    weights: Any, hidden_MH: Any, targets_M: Any, weight_M: Any = None, smoothing: float = 0.0
 ) -> losses_lib.Losses:
-    weight_N = jnp.ones(len(targets_N)) if weight_N is None else weight_N
-    return losses_lib.token_losses(weights, hidden_NH, targets_N, weight_N, smoothing)
+    weight_M = jnp.ones(len(targets_M)) if weight_M is None else weight_M
+    return losses_lib.token_losses(weights, hidden_MH, targets_M, weight_M, smoothing)
 
 
-def gradients(function: Any, weights: Any, hidden_NH: Any, targets_N: Any, *more: Any) -> tuple[Any, losses_lib.Losses]:
-    def objective(weights: Any, hidden_NH: Any) -> tuple[jax.Array, losses_lib.Losses]:
-        losses = function(weights, hidden_NH, targets_N, *more)
+def gradients(function: Any, weights: Any, hidden_MH: Any, targets_M: Any, *more: Any) -> tuple[Any, losses_lib.Losses]:
+    def objective(weights: Any, hidden_MH: Any) -> tuple[jax.Array, losses_lib.Losses]:
+        losses = function(weights, hidden_MH, targets_M, *more)
         return losses.objective, losses
 
-    return jax.grad(objective, (0, 1), has_aux=True)(weights, hidden_NH)
+    return jax.grad(objective, (0, 1), has_aux=True)(weights, hidden_MH)
 
 
 fast_gradients = jax.jit(lambda *arguments: gradients(fast, *arguments))
@@ -70,7 +70,7 @@ fast_gradients = jax.jit(lambda *arguments: gradients(fast, *arguments))
 def assert_same(ours: losses_lib.Losses, expected: losses_lib.Losses, tolerance: float = 5e-6) -> None:
     np.testing.assert_allclose(ours.sums, expected.sums, rtol=tolerance)
     np.testing.assert_allclose(ours.objective, expected.objective, rtol=tolerance)
-    assert_near(ours.nats_N, expected.nats_N, tolerance)
+    assert_near(ours.nats_M, expected.nats_M, tolerance)
 
 
 def assert_near(ours: Any, expected: Any, tolerance: float = 5e-6) -> None:
@@ -100,14 +100,14 @@ def test_sums_and_gradients_are_those_of_log_softmax(places):
 
 def packed_sizes() -> list[int]:
     """How many places are computed, for each number of real tokens."""
-    weights, hidden_NH, _ = make(PLACES, 0)
+    weights, hidden_MH, _ = make(PLACES, 0)
 
     def losses(_w: Any, hidden: Any, targets: Any, _weight: Any) -> tuple:
         return losses_lib.Losses(jnp.float32(len(hidden)), losses_lib.no_tokens(), targets * 0.0), None, None
 
     @jax.jit
-    def size(targets_N: jax.Array) -> Any:
-        return losses_lib._packed(losses, weights, hidden_NH, targets_N, jnp.ones(PLACES))[0].objective
+    def size(targets_M: jax.Array) -> Any:
+        return losses_lib._packed(losses, weights, hidden_MH, targets_M, jnp.ones(PLACES))[0].objective
 
     return [int(size(make(PLACES, real)[2])) for real in range(PLACES + 1)]
 
@@ -162,68 +162,68 @@ def test_sizes_are_few_and_rise_to_all_places(places):
 @pytest.mark.parametrize("real", [5, 256, 257, 399])
 def test_what_the_states_of_padded_places_hold_never_matters(real, bad):
     """Not even NaN, and whatever the packed size: neither in the sums nor in any gradient."""
-    weights, hidden_NH, targets_N = make(PLACES, real)
-    spoilt_NH = jnp.where((targets_N == PAD)[:, None], bad, hidden_NH)
-    assert not np.array_equal(spoilt_NH, hidden_NH)
+    weights, hidden_MH, targets_M = make(PLACES, real)
+    spoilt_MH = jnp.where((targets_M == PAD)[:, None], bad, hidden_MH)
+    assert not np.array_equal(spoilt_MH, hidden_MH)
     jax.tree.map(
         np.testing.assert_array_equal,
-        fast_gradients(weights, spoilt_NH, targets_N),
-        fast_gradients(weights, hidden_NH, targets_N),
+        fast_gradients(weights, spoilt_MH, targets_M),
+        fast_gradients(weights, hidden_MH, targets_M),
     )
 
 
 def test_gradients_scale_with_that_of_the_loss():
     """Of a mean over tokens, and of a loss that this is one term of; counts have no gradient."""
-    weights, hidden_NH, targets_N = make(PLACES, 300)
-    (grads, losses) = fast_gradients(weights, hidden_NH, targets_N)
+    weights, hidden_MH, targets_M = make(PLACES, 300)
+    (grads, losses) = fast_gradients(weights, hidden_MH, targets_M)
 
-    def scaled(weights: Any, hidden_NH: Any) -> jax.Array:
-        losses = fast(weights, hidden_NH, targets_N)
+    def scaled(weights: Any, hidden_MH: Any) -> jax.Array:
+        losses = fast(weights, hidden_MH, targets_M)
         return -3 * losses.objective / losses.sums.tokens + 5 * losses.sums.right
 
     expected = jax.tree.map(lambda x: x * (-3 / losses.sums.tokens), grads)
-    assert_near(jax.jit(jax.grad(scaled, (0, 1)))(weights, hidden_NH), expected, 1e-6)
+    assert_near(jax.jit(jax.grad(scaled, (0, 1)))(weights, hidden_MH), expected, 1e-6)
 
     def counts(weights: Any) -> jax.Array:
-        losses = fast(weights, hidden_NH, targets_N)
-        return losses.sums.tokens + losses.sums.right + losses.sums.nats + losses.nats_N.sum()
+        losses = fast(weights, hidden_MH, targets_M)
+        return losses.sums.tokens + losses.sums.right + losses.sums.nats + losses.nats_M.sum()
 
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(jax.jit(jax.grad(counts))(weights)))
 
 
 def test_right_counts_tokens_that_are_most_likely_one_of_several_included():
     """Where logits tie, a token among the largest is right: bfloat16's often do."""
-    weights, hidden_NH, _ = make(PLACES, PLACES)
-    best_N = output_layer.logits(weights, hidden_NH).argmax(-1)
-    targets_N = jnp.where(jnp.arange(PLACES) < 7, best_N, (best_N + 1) % V)
-    right = ((targets_N == best_N) & (targets_N != PAD)).sum()
+    weights, hidden_MH, _ = make(PLACES, PLACES)
+    best_M = output_layer.logits(weights, hidden_MH).argmax(-1)
+    targets_M = jnp.where(jnp.arange(PLACES) < 7, best_M, (best_M + 1) % V)
+    right = ((targets_M == best_M) & (targets_M != PAD)).sum()
     assert 0 < right <= 7
-    assert fast(weights, hidden_NH, targets_N).sums.right == right
+    assert fast(weights, hidden_MH, targets_M).sums.right == right
 
     equal = jax.tree.map(jnp.zeros_like, weights)
-    assert fast(equal, hidden_NH, jnp.arange(PLACES) % V).sums.right == (jnp.arange(PLACES) % V != PAD).sum()
+    assert fast(equal, hidden_MH, jnp.arange(PLACES) % V).sums.right == (jnp.arange(PLACES) % V != PAD).sum()
 
 
 def test_large_logits_overflow_nothing():
-    weights, hidden_NH, targets_N = make(PLACES, 300)
+    weights, hidden_MH, targets_M = make(PLACES, 300)
     weights.vocabulary["kernel"] = 300 * weights.vocabulary["kernel"]
-    grads, losses = fast_gradients(weights, hidden_NH, targets_N)
-    expected_grads, expected = gradients(plain, weights, hidden_NH, targets_N)
+    grads, losses = fast_gradients(weights, hidden_MH, targets_M)
+    expected_grads, expected = gradients(plain, weights, hidden_MH, targets_M)
     assert_same(losses, expected)
     assert_near(grads, expected_grads, 2e-5)
 
 
 def test_bfloat16_states_give_float32_sums_near_those_of_float32():
     """Within 0.5%; gradients within 3% of their largest, of the type of what they are gradients of."""
-    weights, hidden_NH, targets_N = make(PLACES, 300)
-    half_NH = hidden_NH.astype(jnp.bfloat16)
-    (d_weights, d_half_NH), losses = fast_gradients(weights, half_NH, targets_N)
-    (expected, d_hidden_NH), expected_losses = gradients(plain, weights, half_NH.astype(jnp.float32), targets_N)
+    weights, hidden_MH, targets_M = make(PLACES, 300)
+    half_MH = hidden_MH.astype(jnp.bfloat16)
+    (d_weights, d_half_MH), losses = fast_gradients(weights, half_MH, targets_M)
+    (expected, d_hidden_MH), expected_losses = gradients(plain, weights, half_MH.astype(jnp.float32), targets_M)
     assert {x.dtype for x in jax.tree.leaves((losses, d_weights))} == {jnp.dtype("float32")}
-    assert d_half_NH.dtype == jnp.bfloat16
+    assert d_half_MH.dtype == jnp.bfloat16
     np.testing.assert_allclose(losses.sums.nats, expected_losses.sums.nats, rtol=5e-3)
     np.testing.assert_allclose(losses.objective, expected_losses.objective, rtol=5e-3)
-    assert_near((d_weights, d_half_NH.astype(jnp.float32)), (expected, d_hidden_NH), 0.03)
+    assert_near((d_weights, d_half_MH.astype(jnp.float32)), (expected, d_hidden_MH), 0.03)
 
 
 @pytest.mark.parametrize(("smoothing", "tanh"), [(0.1, False), (0.7, True)])
@@ -244,36 +244,36 @@ def test_label_smoothing_mixes_the_target_with_all_words(smoothing, tanh):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weights_are_of_the_tokens_in_the_objective_alone(smoothing):
     """Positive, zero and negative ones; the sums and the tokens' own losses do not see them."""
-    weights, hidden_NH, targets_N = make(PLACES, 300)
-    weight_N = jnp.asarray(np.random.default_rng(1).choice([-1.5, 0.0, 0.5, 2.0], PLACES), jnp.float32)
+    weights, hidden_MH, targets_M = make(PLACES, 300)
+    weight_M = jnp.asarray(np.random.default_rng(1).choice([-1.5, 0.0, 0.5, 2.0], PLACES), jnp.float32)
     ours, slow = (jax.jit(lambda *args, f=f: gradients(f, *args, smoothing)) for f in (fast, plain))
-    arguments = weights, hidden_NH, targets_N, weight_N
+    arguments = weights, hidden_MH, targets_M, weight_M
     (grads, losses), (expected_grads, expected) = ours(*arguments), slow(*arguments)
     assert_same(losses, expected, 1e-5)
     assert_near(grads, expected_grads)
-    unweighted = jax.jit(fast)(weights, hidden_NH, targets_N)
+    unweighted = jax.jit(fast)(weights, hidden_MH, targets_M)
     assert_same(losses._replace(objective=unweighted.objective), unweighted, 1e-6)
-    d_hidden_NH = np.asarray(grads[1])
-    assert (d_hidden_NH[(weight_N == 0) | (targets_N == PAD)] == 0).all()
-    assert (np.abs(d_hidden_NH[(weight_N != 0) & (targets_N != PAD)]).max(-1) > 0).all()
+    d_hidden_MH = np.asarray(grads[1])
+    assert (d_hidden_MH[(weight_M == 0) | (targets_M == PAD)] == 0).all()
+    assert (np.abs(d_hidden_MH[(weight_M != 0) & (targets_M != PAD)]).max(-1) > 0).all()
 
 
 def test_a_negative_weight_turns_the_gradient_around():
-    weights, hidden_NH, targets_N = make(PLACES, 300)
-    grads, _ = fast_gradients(weights, hidden_NH, targets_N, jnp.ones(PLACES))
-    turned, _ = fast_gradients(weights, hidden_NH, targets_N, -jnp.ones(PLACES))
+    weights, hidden_MH, targets_M = make(PLACES, 300)
+    grads, _ = fast_gradients(weights, hidden_MH, targets_M, jnp.ones(PLACES))
+    turned, _ = fast_gradients(weights, hidden_MH, targets_M, -jnp.ones(PLACES))
     assert_near(turned, jax.tree.map(jnp.negative, grads), 1e-6)
 
 
 @pytest.mark.parametrize("tanh", [False, True])
 def test_folded_layers_give_the_same_logits(tanh):
     """One layer where nothing stands between the two, the same two else; to fold once more changes nothing."""
-    weights, hidden_NH, _ = make(PLACES, 0, tanh=tanh)
+    weights, hidden_MH, _ = make(PLACES, 0, tanh=tanh)
     folded = output_layer.fold(weights)
     assert (folded.head is None) == (not tanh)
-    logits_NV = output_layer.logits(weights, hidden_NH)
-    np.testing.assert_allclose(output_layer.logits(folded, hidden_NH), logits_NV, atol=1e-5)
+    logits_MV = output_layer.logits(weights, hidden_MH)
+    np.testing.assert_allclose(output_layer.logits(folded, hidden_MH), logits_MV, atol=1e-5)
     again = output_layer.fold(folded)
     assert jax.tree.structure(again) == jax.tree.structure(folded)
     jax.tree.map(np.testing.assert_array_equal, again, folded)
-    assert logits_NV.dtype == jnp.float32
+    assert logits_MV.dtype == jnp.float32

@@ -13,7 +13,7 @@ from flaxcap.models import dropout
 from flaxcap.models.recurrent import NOTHING_DROPPED, Dropped
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 from flaxcap.training import objective
-from flaxcap.training.objective import Part
+from flaxcap.training.objective import Microbatch
 
 # Captions and their weights
 
@@ -83,11 +83,13 @@ def test_doubly_stochastic_attention_is_its_formula():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _schedule(bind: Any, params: Any, part: Part, share: Any, keys_I: Any, hidden: Dropped) -> jax.Array:
+def _schedule(bind: Any, params: Any, part: Microbatch, share: Any, keys_I: Any, hidden: Dropped) -> jax.Array:
     return objective._scheduled(bind(params), part, hidden, keys_I, share)
 
 
-def schedule(bind: Any, params: Any, part: Part, share: float, seed: int = 0, hidden: Dropped = NOTHING_DROPPED) -> Any:
+def schedule(
+    bind: Any, params: Any, part: Microbatch, share: float, seed: int = 0, hidden: Dropped = NOTHING_DROPPED
+) -> Any:
     """The tokens that the model is given."""
     keys_I = jax.random.split(jax.random.key(seed), len(part.place_I))
     return np.array(_schedule(bind, params, part, jnp.float32(share), keys_I, hidden))
@@ -154,7 +156,7 @@ def test_words_are_drawn_with_the_models_probabilities():
     bind, params = made()
     many = 3000
     tokens_ICT = jnp.broadcast_to(jnp.array([START, 8, 9, END]), (many, 1, 4))
-    part = Part(
+    part = Microbatch(
         jnp.broadcast_to(batch().feats_IPF[:1], (many, P, F)), tokens_ICT, jnp.ones((many, 1)), jnp.arange(many)
     )
     found = schedule(bind, params, part, 1.0)

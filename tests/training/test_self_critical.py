@@ -111,30 +111,30 @@ def test_drawn_captions_take_the_place_of_the_true_ones(two):
     """<start>, words, <end>, <pad>, to one of few lengths; an image's differ; weights add up to nothing."""
     batches, inputs, found = two.drawn()
     assert len(batches) == 2 == two.plan.steps_per_epoch
-    tokens_KICT, weight_KIC = np.asarray(found.tokens_KICT), np.asarray(found.weight_KIC)
-    assert tokens_KICT.shape[:3] == inputs.tokens_KICT.shape[:3] == (2, 8, 4)
-    assert tokens_KICT.shape[-1] in [*two.plan.buckets, 11]
-    assert (tokens_KICT != PAD).sum(-1).max() <= tokens_KICT.shape[-1]
-    rows_KI = np.stack([batch.rows_I for batch in batches])
-    assert (rows_KI < 0).sum() == 5  # empty places, which have no weight
-    for k, i in zip(*np.nonzero(rows_KI >= 0), strict=True):
-        assert len(np.unique(tokens_KICT[k, i], axis=0)) == 4
-        for tokens_T in tokens_KICT[k, i]:
+    tokens_JICT, weight_JIC = np.asarray(found.tokens_JICT), np.asarray(found.weight_JIC)
+    assert tokens_JICT.shape[:3] == inputs.tokens_JICT.shape[:3] == (2, 8, 4)
+    assert tokens_JICT.shape[-1] in [*two.plan.buckets, 11]
+    assert (tokens_JICT != PAD).sum(-1).max() <= tokens_JICT.shape[-1]
+    rows_JI = np.stack([batch.rows_I for batch in batches])
+    assert (rows_JI < 0).sum() == 5  # empty places, which have no weight
+    for j, i in zip(*np.nonzero(rows_JI >= 0), strict=True):
+        assert len(np.unique(tokens_JICT[j, i], axis=0)) == 4
+        for tokens_T in tokens_JICT[j, i]:
             (end,) = np.flatnonzero(tokens_T == END)
             assert tokens_T[0] == START
             assert (tokens_T[end + 1 :] == PAD).all()
             assert (tokens_T[1:end] > END).all()
-    np.testing.assert_allclose(weight_KIC.sum(-1), 0, atol=1e-5)
-    assert (weight_KIC[rows_KI < 0] == 0).all()
-    assert np.abs(weight_KIC[rows_KI >= 0]).max() > 0.05
+    np.testing.assert_allclose(weight_JIC.sum(-1), 0, atol=1e-5)
+    assert (weight_JIC[rows_JI < 0] == 0).all()
+    assert np.abs(weight_JIC[rows_JI >= 0]).max() > 0.05
     # Each caption is weighed as one of its own image.
     scorer = scorer_lib.Scorer([[f"{text} theend" for text in some] for some in two.captions])
-    for k, i in zip(*np.nonzero(rows_KI >= 0), strict=True):
-        texts = [f"{text} theend" for text in two.texts(tokens_KICT[k, i])]
-        rewards_C = scorer.cider(texts, np.repeat(rows_KI[k, i], 4))
-        np.testing.assert_allclose(weight_KIC[k, i], (rewards_C - rewards_C.mean()) * 4 / 3, atol=1e-4)
+    for j, i in zip(*np.nonzero(rows_JI >= 0), strict=True):
+        texts = [f"{text} theend" for text in two.texts(tokens_JICT[j, i])]
+        rewards_C = scorer.cider(texts, np.repeat(rows_JI[j, i], 4))
+        np.testing.assert_allclose(weight_JIC[j, i], (rewards_C - rewards_C.mean()) * 4 / 3, atol=1e-4)
     assert found.bank_NPF is inputs.bank_NPF
-    assert found.index_KI is inputs.index_KI
+    assert found.index_JI is inputs.index_JI
     assert int(found.count) == 2
 
 
@@ -142,29 +142,29 @@ def test_drawn_captions_take_the_place_of_the_true_ones(two):
 def test_any_number_of_devices_draws_the_same_captions(data_dir, two, devices):
     batches, _, expected = two.drawn()
     *_, found = Run(data_dir, devices=devices).drawn()
-    present_KI = np.stack([batch.rows_I for batch in batches]) >= 0
-    ours, others = (np.asarray(x.tokens_KICT)[present_KI] for x in (found, expected))
+    present_JI = np.stack([batch.rows_I for batch in batches]) >= 0
+    ours, others = (np.asarray(x.tokens_JICT)[present_JI] for x in (found, expected))
     np.testing.assert_array_equal(ours, others)
-    np.testing.assert_allclose(found.weight_KIC, expected.weight_KIC)
+    np.testing.assert_allclose(found.weight_JIC, expected.weight_JIC)
 
 
 def test_each_step_and_each_batch_draws_anew(two):
     batches, inputs, found = two.drawn()
     again, _ = two.draw(two.state, inputs, batches)
-    np.testing.assert_array_equal(again.tokens_KICT, found.tokens_KICT)
+    np.testing.assert_array_equal(again.tokens_JICT, found.tokens_JICT)
     later, _ = two.draw(two.state._replace(step=two.state.step + 1), inputs, batches)
-    assert later.tokens_KICT.shape != found.tokens_KICT.shape or (later.tokens_KICT != found.tokens_KICT).any()
-    same = inputs._replace(index_KI=jax.device_put(np.zeros_like(inputs.index_KI), inputs.index_KI.sharding))
-    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2)[0].tokens_KICT)
+    assert later.tokens_JICT.shape != found.tokens_JICT.shape or (later.tokens_JICT != found.tokens_JICT).any()
+    same = inputs._replace(index_JI=jax.device_put(np.zeros_like(inputs.index_JI), inputs.index_JI.sharding))
+    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2)[0].tokens_JICT)
     assert (first != second).any()  # of the same images
 
 
 def test_a_batch_that_is_not_meant_has_no_weight(two):
     batches, inputs, _ = two.drawn()
-    found, cider_K = two.draw(two.state, inputs, batches[:1])
-    assert np.abs(found.weight_KIC[0]).max() > 0
-    assert len(cider_K) == 1
-    assert (np.asarray(found.weight_KIC[1]) == 0).all()
+    found, cider_J = two.draw(two.state, inputs, batches[:1])
+    assert np.abs(found.weight_JIC[0]).max() > 0
+    assert len(cider_J) == 1
+    assert (np.asarray(found.weight_JIC[1]) == 0).all()
 
 
 NOISY: dict[str, Any] = {
@@ -187,10 +187,10 @@ def test_captions_are_drawn_and_learned_at_the_temperature(data_dir, two):
     cooled = plain.state._replace(params=words_only(plain.state.params, 0.5))
     batches, inputs = next(iter(plain.dispatches(0, plain.plan.steps_per_epoch)))
     ours, expected = cool.draw(cool.state, inputs, batches)[0], plain.draw(cooled, inputs, batches)[0]
-    assert (np.asarray(ours.tokens_KICT) == expected.tokens_KICT).all()
+    assert (np.asarray(ours.tokens_JICT) == expected.tokens_JICT).all()
     assert (
-        ours.tokens_KICT.shape != two.drawn()[2].tokens_KICT.shape
-        or (np.asarray(ours.tokens_KICT) != two.drawn()[2].tokens_KICT).any()
+        ours.tokens_JICT.shape != two.drawn()[2].tokens_JICT.shape
+        or (np.asarray(ours.tokens_JICT) != two.drawn()[2].tokens_JICT).any()
     )
     _, found = cool.step(cool.state, ours)
     _, of_plain = plain.plain_step(cooled, ours)
@@ -224,8 +224,8 @@ def test_captions_without_weight_teach_nothing(data_dir, attention):
     run = Run(data_dir, config)
     _, _, found = run.drawn()
     before = jax.device_get(run.state.params)
-    weight_KIC = jax.device_put(np.zeros_like(found.weight_KIC), found.weight_KIC.sharding)
-    state, step_metrics = run.step(run.state, found._replace(weight_KIC=weight_KIC))
+    weight_JIC = jax.device_put(np.zeros_like(found.weight_JIC), found.weight_JIC.sharding)
+    state, step_metrics = run.step(run.state, found._replace(weight_JIC=weight_JIC))
     assert float(step_metrics["tokens"][0]) > 0
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
@@ -235,10 +235,10 @@ def test_what_stands_in_empty_places_is_not_counted(data_dir):
     run = Run(data_dir)
     batches, _, found = run.drawn()
     _, step_metrics = run.step(run.state, found)
-    present_KI = np.stack([batch.rows_I for batch in batches]) >= 0
-    words_KIC = (np.asarray(found.tokens_KICT)[..., 1:] != PAD).sum(-1)
-    np.testing.assert_array_equal(step_metrics["captions"], 4 * present_KI.sum(1))
-    np.testing.assert_array_equal(step_metrics["tokens"], (words_KIC.sum(-1) * present_KI).sum(1))
+    present_JI = np.stack([batch.rows_I for batch in batches]) >= 0
+    words_JIC = (np.asarray(found.tokens_JICT)[..., 1:] != PAD).sum(-1)
+    np.testing.assert_array_equal(step_metrics["captions"], 4 * present_JI.sum(1))
+    np.testing.assert_array_equal(step_metrics["tokens"], (words_JIC.sum(-1) * present_JI).sum(1))
 
 
 def test_a_model_learns_to_draw_captions_of_greater_reward(data_dir):
@@ -248,12 +248,12 @@ def test_a_model_learns_to_draw_captions_of_greater_reward(data_dir):
     scorer = scorer_lib.Scorer(run.captions)
     state, rewards, told = run.state, [], []
     for batches, inputs in run.dispatches(0, 600):
-        found, cider_K = run.draw(state, inputs, batches)
-        for k, batch in enumerate(batches):
+        found, cider_J = run.draw(state, inputs, batches)
+        for j, batch in enumerate(batches):
             present = batch.rows_I >= 0
-            texts = run.texts(np.asarray(found.tokens_KICT)[k, present])
+            texts = run.texts(np.asarray(found.tokens_JICT)[j, present])
             rewards.append(scorer.cider(texts, np.repeat(batch.rows_I[present], 4)).mean())
-            told.append(cider_K[k])
+            told.append(cider_J[j])
         state, _ = run.step(state, found)
     assert np.mean(rewards[-40:]) > 2 * np.mean(rewards[:4]) > 0.2
     assert np.mean(told[-40:]) > 2 * np.mean(told[:4]) > 0

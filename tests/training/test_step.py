@@ -30,6 +30,7 @@ from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import PAD, START
 from flaxcap.training import objective
 from flaxcap.training import step as step_lib
+from flaxcap.training.objective import Microbatch, StepContext
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +116,21 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
     # A device's part of the bank holds its images of all batches; a fourth batch is there but not meant.
     banks = [np.split(np.asarray(s.bank_NPF), 2) for s in singles]
     bank_NPF = np.concatenate([np.concatenate([bank[d] for bank in banks]) for d in range(2)])
-    index_KI = np.concatenate(
-        [np.asarray(s.index_KI) + k * I // 2 for k, s in enumerate(singles)] + [singles[0].index_KI]
+    index_JI = np.concatenate(
+        [np.asarray(s.index_JI) + j * I // 2 for j, s in enumerate(singles)] + [singles[0].index_JI]
     )
-    tokens_KICT = np.concatenate([s.tokens_KICT for s in [*singles, singles[0]]])
-    weight_KIC = np.concatenate([s.weight_KIC for s in [*singles, singles[0]]])
+    tokens_JICT = np.concatenate([s.tokens_JICT for s in [*singles, singles[0]]])
+    weight_JIC = np.concatenate([s.weight_JIC for s in [*singles, singles[0]]])
     together = jax.device_put(
-        AnyInputs(bank_NPF, index_KI, tokens_KICT, weight_KIC, np.int32(3)),
+        AnyInputs(bank_NPF, index_JI, tokens_JICT, weight_JIC, np.int32(3)),
         jax.tree.map(lambda x: x.sharding, singles[0]),
     )
     state, metrics = train_step(fresh, together)
     _, one_by_one = made(mesh)
-    for k, inputs in enumerate(singles):
+    for j, inputs in enumerate(singles):
         one_by_one, found = train_step(one_by_one, inputs)
         for name, value in found.items():
-            np.testing.assert_allclose(metrics[name][k], value[0], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(metrics[name][j], value[0], rtol=1e-6, err_msg=name)
     assert int(state.step) == 3
     assert all(float(value[3]) == 0 for value in metrics.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.params, one_by_one.params)
@@ -158,8 +159,8 @@ def test_padding_changes_neither_loss_nor_gradients(train):
     padded = [(0, 0), (0, 2), (0, 5)]  # two absent captions an image, five <pad> at every end
 
     def loss(params, tokens):
-        part = objective.Part(feats_IPF, tokens, jnp.ones(tokens.shape[:2]), jnp.arange(I))
-        moment = objective.Moment(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+        part = Microbatch(feats_IPF, tokens, jnp.ones(tokens.shape[:2]), jnp.arange(I))
+        moment = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
         total, (sums, _) = objective.objective(BIND(params), part, moment, changed(**train).train)
         return total / sums.tokens
 
