@@ -22,6 +22,8 @@ from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs, loop, self_critical, validation
 from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import TrainState, init_state
 
 
 class Preempted(Exception):
@@ -93,8 +95,8 @@ def _train(
         f" features {'on the device' if feed.resident else 'streamed'}; {mesh.size} devices"
     )
     bind, init = recurrent.create(config, prepared.feature_dim, len(vocabulary))
-    schedule = step_lib.learning_rate(config.train, first_stage, last - first_stage)
-    optimizer = step_lib.make_optimizer(config.train)
+    schedule = learning_rate(config.train, first_stage, last - first_stage)
+    optimizer = make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, stage.encode)
     validate = validation.Validation(
         config,
@@ -107,7 +109,7 @@ def _train(
     )
     multihost.first_does(lambda: checkpoints_lib.mend(workdir / "checkpoints"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
-    fresh = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema, stage.trained)
+    fresh = init_state(init, optimizer, config.seed, mesh, config.train.ema, stage.trained)
     compiled = loop.Compiled(train_step, fresh, feed)
     if config.train.cider_epochs:
         captions = [row.captions for row in prepared.split("train").rows]
@@ -131,7 +133,7 @@ def _train(
     profile = logs.Profile(profile_dir)
     preemption = loop.Preemption()
 
-    def close_epoch(state: step_lib.TrainState) -> tuple[step_lib.TrainState, float]:
+    def close_epoch(state: TrainState) -> tuple[TrainState, float]:
         """Validates, writes it down, and draws the consequences; the score."""
         found = validate(state.best_params, preemption.noted)
         state = standing.after(found["cider"], state)
@@ -144,7 +146,7 @@ def _train(
         _plot(workdir)
         return state, found["cider"]
 
-    def save(state: step_lib.TrainState, window: dict, score: float | None = None, **more: bool) -> None:
+    def save(state: TrainState, window: dict, score: float | None = None, **more: bool) -> None:
         progress = {**standing.progress, "seconds": clock.seconds, "window": window, **more}
         checkpoints.save(step, state, progress, score)
 

@@ -15,7 +15,7 @@ from flaxcap import config as config_lib
 from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.runtime import device_memory
 from flaxcap.training import logs
-from flaxcap.training import step as step_lib
+from flaxcap.training.state import TrainState
 
 SPIKE = 1.5  # times the mean loss of the log line before
 
@@ -45,7 +45,7 @@ class Standing:
     def stop(self) -> bool:
         return 0 < self._config.stop_after <= self.since
 
-    def after(self, score: float, state: step_lib.TrainState) -> step_lib.TrainState:
+    def after(self, score: float, state: TrainState) -> TrainState:
         """Notes an epoch's score; the state to go on with."""
         c = self._config
         better = score > self.best
@@ -193,7 +193,7 @@ class Preemption:
 class Compiled(dict):
     """The step for each length that it meets, compiled when it does."""
 
-    def __init__(self, train_step: Any, state: step_lib.TrainState, feed: Feed):
+    def __init__(self, train_step: Any, state: TrainState, feed: Feed):
         self._train_step, self._feed = train_step, feed
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 

@@ -26,7 +26,7 @@ from flaxcap.metrics.ptb import tokenize
 from flaxcap.models.recurrent import Bind, Captioner, Params
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import step as step_lib
-from flaxcap.training.step import TrainState
+from flaxcap.training.state import TrainState
 
 _END = "<end>"
 

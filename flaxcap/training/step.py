@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,81 +15,12 @@ from flaxcap import config as config_lib
 from flaxcap.input_pipeline.device_feed import Inputs, rows
 from flaxcap.models.recurrent import ENCODER, Bind, Params
 from flaxcap.runtime import devices as devices_lib
-from flaxcap.runtime.sharding import replicated
 from flaxcap.training import objective as objective_lib
 from flaxcap.training.losses import Sums
 from flaxcap.training.objective import Microbatch, StepContext, StepSums
+from flaxcap.training.state import TrainState
 
 CPU_IMAGES = 16  # in one pass of a device of a CPU: more do not stay in its cache, fewer do not fill its products
-
-
-class TrainState(NamedTuple):
-    step: jax.Array  # int32 []
-    params: Params  # float32
-    opt_state: Any
-    key: jax.Array  # root of the run's randomness; a step folds its number in
-    average: Params | None  # of the parameters, see `Train.ema`
-    rate: jax.Array  # float32 []: what a schedule that follows validation multiplies the learning rate by
-    baseline: jax.Array  # float32 []: moving average of a caption's log-probability, in nats
-
-    @property
-    def best_params(self) -> Params:
-        """Those to caption with."""
-        return self.params if self.average is None else self.average
-
-
-def learning_rate(config: config_lib.Train, steps: int, cider_steps: int = 0) -> optax.Schedule:
-    """Linear warm-up to the peak, then down a half cosine to 2% of it at step `steps`, or constant; then the same of
-    self-critical training's, without a warm-up. What "plateau" makes of it is in `TrainState.rate`.
-    """
-    warmup = min(config.warmup_steps, steps // 2)
-    if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(
-            0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50
-        )
-    elif config.warmup_steps:
-        schedule = optax.linear_schedule(0, config.learning_rate, config.warmup_steps)
-    else:
-        schedule = optax.constant_schedule(config.learning_rate)
-    if not cider_steps:
-        return schedule
-    later = optax.constant_schedule(config.cider_learning_rate)
-    if config.schedule == "cosine":
-        later = optax.cosine_decay_schedule(config.cider_learning_rate, cider_steps, alpha=1 / 50)
-    return optax.join_schedules([schedule, later], [steps])
-
-
-def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients, with decoupled weight decay of all matrices
-    (Loshchilov & Hutter 2019, arXiv:1711.05101). A step takes the learning rate times what this gives.
-    """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-
-    def matrices(params: Params) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
-    decay = optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(), decay)
-
-
-def init_state(
-    init: Callable,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh,
-    ema: float = 0.0,
-    more: Params | None = None,
-) -> TrainState:
-    """A new run's state, made in place on every device. `more`: parameters beside those that `init` makes."""
-
-    def make(more: Params) -> TrainState:
-        params_key, key = jax.random.split(jax.random.key(seed))
-        params = init(params_key) | more
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key)
-        return TrainState(step, params, optimizer.init(params), key, average, jnp.ones(()), jnp.zeros(()))
-
-    return jax.jit(make, out_shardings=replicated(mesh))(more or {})
 
 
 def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:

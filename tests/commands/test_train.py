@@ -18,8 +18,8 @@ from flaxcap.config import Config, ConfigError, Dropout, Train
 from flaxcap.features.store import StoreError
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import logs, loop, validation
-from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
+from flaxcap.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +240,8 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
     checkpoints.close()
 
 
-def state_with(rate: float) -> step_lib.TrainState:
-    state: Any = step_lib.TrainState
+def state_with(rate: float) -> TrainState:
+    state: Any = TrainState
     place = sharding.replicated(sharding.make_mesh())
     return state(*[None] * 5, rate=jax.device_put(np.float32(rate), place), baseline=None)
 
