@@ -6,7 +6,7 @@ import jax
 import optax
 
 from flaxcap.config import Train
-from flaxcap.models.recurrent import Params
+from flaxcap.models.recurrent import ENCODER, Params
 
 
 def learning_rate(config: Train, steps: int, cider_steps: int = 0) -> optax.Schedule:
@@ -38,16 +38,34 @@ def learning_rate(config: Train, steps: int, cider_steps: int = 0) -> optax.Sche
     return optax.join_schedules([schedule, later], [steps])
 
 
-def make_optimizer(config: Train) -> optax.GradientTransformation:
-    """Returns Adam on clipped gradients with decoupled weight decay; the step multiplies by the learning rate.
+def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
+    """Returns Adam on clipped gradients, with decoupled weight decay; its `update` takes the learning rate as `rate`.
 
     Adam: Kingma & Ba 2015, arXiv:1412.6980. Weight decay, of matrices only: Loshchilov & Hutter 2019,
-    arXiv:1711.05101.
+    arXiv:1711.05101. Fine-tuning scales the updates of the encoder to its own learning rate.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def matrices(params: Params) -> Any:
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
-    decay = optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(), decay)
+    def labels(params: Params) -> dict[str, str]:
+        return {name: "encoder" if name == ENCODER else "decoder" for name in params}
+
+    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    steps.append(optax.scale_by_adam())
+    if config.weight_decay:
+        steps.append(optax.add_decayed_weights(config.weight_decay, matrices))
+    steps.append(_scale_by_rate())
+    if config.finetune.block:
+        encoder = optax.scale(config.finetune.learning_rate / config.learning_rate)
+        steps.append(optax.partition({"encoder": encoder, "decoder": optax.identity()}, labels))
+    return optax.chain(*steps)
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Returns a transformation that multiplies updates by `-rate`, an argument of `update`."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda x: -extra["rate"] * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

@@ -82,7 +82,11 @@ class SelfCritical:
 
 
 def make_train_step(
-    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, config: config_lib.Train
+    bind: Bind,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    config: config_lib.Train,
 ) -> Any:
     """The train step without what a recipe adds to the captions' cross-entropy, or hides."""
     plain = dataclasses.replace(

@@ -119,10 +119,10 @@ def test_weight_decay_shrinks_matrices_alone_and_beside_the_gradient():
     updates = []
     for decay in (0.0, 0.3):
         transform = make_optimizer(Train(weight_decay=decay))
-        updates.append(transform.update(grads, transform.init(params), params)[0])
+        updates.append(transform.update(grads, transform.init(params), params, rate=1.0)[0])
     without, decayed = updates
     np.testing.assert_array_equal(decayed["bias"], without["bias"])
-    np.testing.assert_allclose(decayed["kernel"] - without["kernel"], 0.3 * params["kernel"], rtol=1e-4)
+    np.testing.assert_allclose(without["kernel"] - decayed["kernel"], 0.3 * params["kernel"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "plateau"])

@@ -183,7 +183,7 @@ def test_a_large_gradient_is_clipped():
     grads = {"w": jnp.array([30.0, 40.0])}
     for config, norm in ((unclipped, 50), (clipped, 0.5)):
         transform = make_optimizer(config)
-        _, state = transform.update(grads, transform.init(grads))
+        _, state = transform.update(grads, transform.init(grads), rate=1.0)
         (moments,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
         np.testing.assert_allclose(optax.tree.norm(moments.mu), norm * (1 - 0.9), rtol=1e-5)
 
