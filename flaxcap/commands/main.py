@@ -166,6 +166,7 @@ def _prepare(given: types.SimpleNamespace, config: config_lib.Config, _: list[st
 
 def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]) -> int:
     from flaxcap.commands import train
+    from flaxcap.training import trainer
 
     try:
         train.train(
@@ -177,10 +178,10 @@ def _train(given: types.SimpleNamespace, config: config_lib.Config, _: list[str]
             profile_dir=given.profile_dir,
             max_bad_steps=given.max_bad_steps,
         )
-    except train.Preempted as e:
+    except trainer.Preempted as e:
         print(f"flaxcap train: {e}")
         return PREEMPTED
-    except train.LostError as e:
+    except trainer.LostError as e:
         print(f"flaxcap train: {e}", file=sys.stderr, flush=True)
         os._exit(FAILED)  # as any other end would wait for the process that has gone
     return 0
