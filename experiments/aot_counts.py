@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import init_state
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
@@ -68,10 +70,10 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
     config.train.dtype = "bfloat16"
     mesh = sharding.make_mesh(devices(a.topology))
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, 2048, a.vocabulary))
-    schedule = step_lib.learning_rate(config.train, 1000)
-    optimizer = step_lib.make_optimizer(config.train)
+    schedule = learning_rate(config.train, 1000)
+    optimizer = make_optimizer(config.train)
     step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 1000)
-    state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, sharding.make_mesh(jax.devices())))
+    state = jax.eval_shape(lambda: init_state(init, optimizer, 0, sharding.make_mesh(jax.devices())))
     everywhere, images, later = sharding.replicated(mesh), sharding.over_images(mesh), sharding.over_images(mesh, 1)
     bank = (-(-a.bank // mesh.size) * mesh.size, 64, 2048), jnp.bfloat16, images
     shapes = ((), jnp.int32), ((a.captions, a.time), jnp.int32), ((a.captions,), jnp.float32)

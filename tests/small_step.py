@@ -13,6 +13,8 @@ from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START
 from flaxcap.training import step as step_lib
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import TrainState, init_state
 
 F, V, I, C, T = 12, 30, 8, 3, 7
 CONFIG = Config(
@@ -67,12 +69,12 @@ def shardings(mesh) -> Any:
     return AnyInputs(sharding.over_images(mesh), *[sharding.over_images(mesh, 1)] * 3, sharding.replicated(mesh))
 
 
-def made(mesh, config: Config = CONFIG) -> tuple[Any, step_lib.TrainState]:
+def made(mesh, config: Config = CONFIG) -> tuple[Any, TrainState]:
     """The step, and a new state."""
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, V))
-    schedule = step_lib.learning_rate(config.train, 10)
-    optimizer = step_lib.make_optimizer(config.train)
-    state = step_lib.init_state(init, optimizer, 0, mesh, config.train.ema)
+    schedule = learning_rate(config.train, 10)
+    optimizer = make_optimizer(config.train)
+    state = init_state(init, optimizer, 0, mesh, config.train.ema)
     return step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10), state
 
 
@@ -108,14 +110,14 @@ def assert_same(ours: Any, expected: Any) -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), a, b)
 
 
-def state_on(devices: int, width: int = 3, ema: float = 0.0) -> step_lib.TrainState:
+def state_on(devices: int, width: int = 3, ema: float = 0.0) -> TrainState:
     """A state with every leaf of its own; with an average that is no longer the parameters."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
 
     def init(key):
         return {"a": {"kernel": jax.random.normal(key, (4, width))}, "b": jnp.arange(5.0)}
 
-    state = step_lib.init_state(init, step_lib.make_optimizer(Train()), 3, mesh, ema)
+    state = init_state(init, make_optimizer(Train()), 3, mesh, ema)
     average = None if state.average is None else jax.tree.map(lambda x: 2 * x + 1, state.average)
     place = state.rate.sharding
     rate, baseline = (jax.device_put(np.float32(x), place) for x in (0.25, -31.5))

@@ -14,7 +14,7 @@ PACKAGE = pathlib.Path(flaxcap.__file__).parent
 
 # A package imports only the packages before it.
 ORDER = [
-    "flaxcap", "errors", "fields", "config", "runtime", "files", "presets", "text", "images", "data", "encoders",
+    "errors", "fields", "config", "runtime", "files", "presets", "text", "images", "data", "encoders",
     "features", "input_pipeline", "models", "decoding", "metrics", "training", "inference", "bench", "commands",
     "__main__",
 ]  # fmt: skip

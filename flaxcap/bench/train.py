@@ -15,6 +15,8 @@ from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import step as step_lib
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import TrainState, init_state
 
 
 @contextlib.contextmanager
@@ -28,10 +30,10 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     vocabulary = synthetic.vocabulary_size(config.data)
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(given.positions, given.feature_dim, vocabulary))
     last = config.train.epochs * plan.steps_per_epoch
-    schedule = step_lib.learning_rate(config.train, last)
-    optimizer = step_lib.make_optimizer(config.train)
+    schedule = learning_rate(config.train, last)
+    optimizer = make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, last)
-    state = step_lib.init_state(init, optimizer, config.seed, mesh, config.train.ema)
+    state = init_state(init, optimizer, config.seed, mesh, config.train.ema)
 
     dispatches = synthetic.sample(plan, given.steps)
     compiled, compile_s = _compile(train_step, state, feed, {b[0].tokens_ICT.shape[-1] for b in dispatches})
@@ -86,7 +88,7 @@ def work(config: Config, given: Given) -> Iterator[Work]:
 
 
 def _compile(
-    train_step: Any, state: step_lib.TrainState, feed: Feed, lengths: set[int]
+    train_step: Any, state: TrainState, feed: Feed, lengths: set[int]
 ) -> tuple[dict[int, jax.stages.Compiled], dict[str, float]]:
     """The step for each length, and the seconds that each took to compile."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

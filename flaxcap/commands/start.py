@@ -17,9 +17,9 @@ from flaxcap.models import word_vectors
 from flaxcap.models.decoder import ENCODER
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
-from flaxcap.training import step as step_lib
 from flaxcap.training.checkpoints import Checkpoints
 from flaxcap.training.finetune import FEATURES, Stage
+from flaxcap.training.state import TrainState
 
 
 def claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: bool) -> None:
@@ -70,13 +70,13 @@ def stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_
 
 
 def state(
-    fresh: step_lib.TrainState,
+    fresh: TrainState,
     checkpoints: Checkpoints,
     init_from: epath.PathLike | None,
     config: Config,
     vocabulary: Vocabulary,
     data_dir: epath.PathLike,
-) -> tuple[step_lib.TrainState, dict]:
+) -> tuple[TrainState, dict]:
     """The state to start from, and the saved progress: DESIGN's restore order."""
     if checkpoints.latest_step is not None:
         state, progress = checkpoints.restore(fresh)

@@ -17,7 +17,7 @@ from flaxcap.files import integrity
 from flaxcap.files import params as params_lib
 from flaxcap.files.params import CheckpointError
 from flaxcap.runtime import multihost
-from flaxcap.training.step import TrainState
+from flaxcap.training.state import TrainState
 
 
 class Checkpoints:

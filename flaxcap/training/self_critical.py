@@ -28,7 +28,7 @@ from flaxcap.models import output_layer
 from flaxcap.models.decoder import Bind, Params, with_output
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import step as step_lib
-from flaxcap.training.step import TrainState
+from flaxcap.training.state import TrainState
 
 _END = "<end>"
 
@@ -102,7 +102,7 @@ class SelfCritical:
 
 
 def make_train_step(
-    bind: Bind, optimizer: optax.GradientTransformation, schedule: optax.Schedule, mesh: Mesh, config: Train
+    bind: Bind, optimizer: optax.GradientTransformationExtraArgs, schedule: optax.Schedule, mesh: Mesh, config: Train
 ) -> Any:
     """Returns the train step of sampled captions: their cross-entropy, without dropout or additional terms.
 

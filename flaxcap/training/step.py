@@ -1,9 +1,9 @@
-"""One step of training, and of evaluation, over a mesh of devices. No input or output here."""
+"""The train step and the eval step over a mesh of devices. Nothing here reads or writes files."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,92 +11,31 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flaxcap import config as config_lib
+from flaxcap.config import Train
 from flaxcap.input_pipeline.device_feed import Inputs, rows
-from flaxcap.models.decoder import ENCODER, Bind, Params
+from flaxcap.models.decoder import Bind, Params
 from flaxcap.runtime import devices as devices_lib
-from flaxcap.runtime.sharding import replicated
 from flaxcap.training import objective as objective_lib
 from flaxcap.training.losses import Sums
 from flaxcap.training.objective import Microbatch, StepContext, StepSums
+from flaxcap.training.state import TrainState
 
-CPU_IMAGES = 16  # in one pass of a device of a CPU: more do not stay in its cache, fewer do not fill its products
+# Images of a microbatch on a CPU device. More do not stay in its cache; fewer leave its matrix products too small.
+CPU_IMAGES = 16
 
-
-class TrainState(NamedTuple):
-    step: jax.Array  # int32 []
-    params: Params  # float32
-    opt_state: Any
-    key: jax.Array  # root of the run's randomness; a step folds its number in
-    average: Params | None  # of the parameters, see `Train.ema`
-    rate: jax.Array  # float32 []: what a schedule that follows validation multiplies the learning rate by
-    baseline: jax.Array  # float32 []: moving average of a caption's log-probability, in nats
-
-    @property
-    def best_params(self) -> Params:
-        """Those to caption with."""
-        return self.params if self.average is None else self.average
+Metrics = dict[str, jax.Array]
 
 
-def learning_rate(config: config_lib.Train, steps: int, cider_steps: int = 0) -> optax.Schedule:
-    """Linear warm-up to the peak, then down a half cosine to 2% of it at step `steps`, or constant; then the same of
-    self-critical training's, without a warm-up. What "plateau" makes of it is in `TrainState.rate`.
-    """
-    warmup = min(config.warmup_steps, steps // 2)
-    if config.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(
-            0, config.learning_rate, warmup, max(steps, warmup + 1), end_value=config.learning_rate / 50
-        )
-    elif config.warmup_steps:
-        schedule = optax.linear_schedule(0, config.learning_rate, config.warmup_steps)
-    else:
-        schedule = optax.constant_schedule(config.learning_rate)
-    if not cider_steps:
-        return schedule
-    later = optax.constant_schedule(config.cider_learning_rate)
-    if config.schedule == "cosine":
-        later = optax.cosine_decay_schedule(config.cider_learning_rate, cider_steps, alpha=1 / 50)
-    return optax.join_schedules([schedule, later], [steps])
+def microbatches(images: int, mesh: Mesh, config: Train) -> int:
+    """Returns the number of equal microbatches that each device computes one after another.
 
+    Where `microbatch_images` is set, it is the fewest that respect it. Otherwise a CPU device takes the size nearest
+    to `CPU_IMAGES` in ratio, so that 17 images are not split into single ones. Other devices take one microbatch.
 
-def make_optimizer(config: config_lib.Train) -> optax.GradientTransformation:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on clipped gradients, with decoupled weight decay of all matrices
-    (Loshchilov & Hutter 2019, arXiv:1711.05101). A step takes the learning rate times what this gives.
-    """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-
-    def matrices(params: Params) -> Any:
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
-    decay = optax.add_decayed_weights(config.weight_decay, matrices) if config.weight_decay else optax.identity()
-    return optax.chain(clip, optax.scale_by_adam(), decay)
-
-
-def init_state(
-    init: Callable,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    mesh: Mesh,
-    ema: float = 0.0,
-    more: Params | None = None,
-) -> TrainState:
-    """A new run's state, made in place on every device. `more`: parameters beside those that `init` makes."""
-
-    def make(more: Params) -> TrainState:
-        params_key, key = jax.random.split(jax.random.key(seed))
-        params = init(params_key) | more
-        average = jax.tree.map(jnp.copy, params) if ema else None
-        step, key = jnp.zeros((), jnp.int32), jax.random.key_data(key)
-        return TrainState(step, params, optimizer.init(params), key, average, jnp.ones(()), jnp.zeros(()))
-
-    return jax.jit(make, out_shardings=replicated(mesh))(more or {})
-
-
-def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
-    """Equal parts that a device computes its images of a batch in.
-
-    As few as `microbatch_images` allows. Where that is 0, on a CPU: those nearest to `CPU_IMAGES` in ratio, so that a
-    number without a good divisor does not fall apart into single images; elsewhere one.
+    Args:
+      images: images of a batch, over all devices.
+      mesh: devices of the run.
+      config: `microbatch_images` is the most images of a microbatch; 0: automatic.
     """
     own = images // mesh.size
     sizes = [size for size in range(1, own + 1) if own % size == 0]
@@ -107,18 +46,23 @@ def microbatches(images: int, mesh: Mesh, config: config_lib.Train) -> int:
     return own // min(sizes, key=lambda size: abs(math.log(size / CPU_IMAGES)))
 
 
-def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zeros: Callable) -> Callable:
-    """`(replicated, bank_NPF, index_I, tokens_ICT, weight_IC) -> sums` of what `compute(replicated, part)` gives.
+def _sum_over_devices(mesh: Mesh, config: Train, compute: Callable, zeros: Callable) -> Callable:
+    """Returns `total(replicated, bank_NPF, index_I, tokens_ICT, weight_IC)`, a sum over microbatches and devices.
 
-    Each device gathers from its own part of the bank and adds up its microbatches; only the sums travel.
-    `zeros(replicated)`: of `compute`'s shape.
+    Each device gathers images from its own part of the bank. Devices exchange only their sums.
+
+    Args:
+      mesh: devices of the run.
+      config: size of a microbatch.
+      compute: `compute(replicated, microbatch)` returns the pytree that is summed.
+      zeros: `zeros(replicated)` returns the same pytree of zeros.
     """
 
     def local(everywhere: Any, bank_NPF: jax.Array, index_I: jax.Array, *captions: jax.Array) -> Any:
         def add(total: Any, some: tuple) -> tuple[Any, None]:
             index_I, tokens_ICT, weight_IC, place_I = some
-            part = Microbatch(rows(bank_NPF, index_I), tokens_ICT, weight_IC, place_I)
-            return jax.tree.map(jnp.add, total, compute(everywhere, part)), None
+            microbatch = Microbatch(rows(bank_NPF, index_I), tokens_ICT, weight_IC, place_I)
+            return jax.tree.map(jnp.add, total, compute(everywhere, microbatch)), None
 
         own = len(index_I)
         place_I = jax.lax.axis_index("data") * own + jnp.arange(own)
@@ -127,7 +71,7 @@ def _on_each_device(mesh: Mesh, config: config_lib.Train, compute: Callable, zer
         return jax.lax.psum(jax.lax.scan(add, zeros(everywhere), split)[0], "data")
 
     specs = P(), P("data"), P("data"), P("data"), P("data")
-    # What is P() within a device's function stays its own until psum: gradients are not summed twice.
+    # check_vma=False: gradients of replicated parameters stay each device's own until psum, which sums them once.
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
 
 
@@ -135,63 +79,63 @@ def _batch(inputs: Inputs, j: jax.Array) -> tuple[jax.Array, ...]:
     return inputs.bank_NPF, inputs.index_JI[j], inputs.tokens_JICT[j], inputs.weight_JIC[j]
 
 
+def _make_gradients(bind: Bind, mesh: Mesh, config: Train, encode: Callable | None) -> Callable:
+    """Returns `gradients((params, context, frozen), *batch) -> (grads, StepSums)`, summed over a batch."""
+
+    def compute(everywhere: tuple[Params, StepContext, Any], microbatch: Microbatch) -> tuple[Params, StepSums]:
+        params, context, frozen = everywhere
+
+        def loss(params: Params) -> tuple[jax.Array, StepSums]:
+            encoded = microbatch
+            if encode is not None:
+                feats_IPF = encode(params, frozen, microbatch.feats_IPF, context.keys(microbatch))
+                encoded = microbatch._replace(feats_IPF=feats_IPF)
+            return objective_lib.objective(bind(params), encoded, context, config)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def zeros(everywhere: tuple[Params, StepContext, Any]) -> tuple[Params, StepSums]:
+        return jax.tree.map(jnp.zeros_like, everywhere[0]), objective_lib.no_sums()
+
+    return _sum_over_devices(mesh, config, compute, zeros)
+
+
 def make_train_step(
     bind: Bind,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     mesh: Mesh,
-    config: config_lib.Train,
-    last: int,
+    config: Train,
+    ramp_steps: int,
     encode: Callable | None = None,
-) -> Callable:
-    """`train_step(state, inputs) -> (state, metrics)`, jitted: a step for each batch; the state is donated.
+) -> Callable[[TrainState, Inputs], tuple[TrainState, Metrics]]:
+    """Returns `train_step(state, inputs) -> (state, metrics)`, jitted; it makes one step for each batch.
 
-    A step whose loss or gradient is not finite changes nothing but the step's number. `metrics`: {name: float32 [J]};
-    those of steps that were not meant are 0, and of a skipped one all but "loss", "learning_rate" and "skipped".
-    `last`: the step at which what grows during training is full-grown. `encode`: of finetune.py, where the bank
-    holds pictures.
+    The state is donated. A step whose loss or gradient is not finite changes only `state.step`. Each of the metrics is
+    float32 [J]. They are 0 at padding batches. At a skipped step they are 0 except "loss", "learning_rate" and
+    "skipped".
+
+    Args:
+      bind: returns the decoder of some parameters.
+      optimizer: its `update` takes the learning rate as `rate`.
+      schedule: learning rate of each step.
+      mesh: devices of the run.
+      config: the recipe.
+      ramp_steps: steps over which scheduled sampling grows to its full share.
+      encode: computes features from images, see finetune.py; None: the bank holds features.
     """
+    gradients = _make_gradients(bind, mesh, config, encode)
 
-    def compute(everywhere: tuple[Params, StepContext, Any], part: Microbatch) -> tuple:
-        params, moment, frozen = everywhere
-
-        def of(params: Params) -> tuple[jax.Array, StepSums]:
-            seen = part
-            if encode is not None:
-                seen = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, moment.keys(part)))
-            return objective_lib.objective(bind(params), seen, moment, config)
-
-        return jax.grad(of, has_aux=True)(params)
-
-    gradients = _on_each_device(
-        mesh, config, compute, lambda given: (jax.tree.map(jnp.zeros_like, given[0]), objective_lib.no_sums())
-    )
-
-    def step(state: TrainState, frozen: Any, *batch: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Any, *batch: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        moment = StepContext(key, jnp.minimum(state.step / max(last, 1), 1.0), state.baseline)
-        grads, (sums, captions) = gradients((state.params, moment, frozen), *batch)
+        context = StepContext(key, jnp.minimum(state.step / max(ramp_steps, 1), 1.0), state.baseline)
+        grads, (sums, captions) = gradients((state.params, context, frozen), *batch)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.tokens, 1), grads)
         rate = jnp.asarray(schedule(state.step), jnp.float32) * state.rate
         log_prob = -sums.nats / jnp.maximum(captions, 1)
-
-        def update(state: TrainState) -> TrainState:
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            updates: Any = jax.tree.map(lambda x: -rate * x, updates)
-            if ENCODER in updates:
-                slower = config.finetune.learning_rate / config.learning_rate
-                updates[ENCODER] = jax.tree.map(lambda x: x * slower, updates[ENCODER])
-            params: Any = optax.apply_updates(state.params, updates)
-            average = state.average
-            if average is not None:
-                # Early on, the average of few steps: the first parameters are forgotten.
-                decay = jnp.minimum(config.ema, (1 + state.step) / (10 + state.step))
-                average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
-            baseline = jnp.where(state.step == 0, log_prob, 0.9 * state.baseline + 0.1 * log_prob)
-            return state._replace(params=params, opt_state=opt_state, average=average, baseline=baseline)
-
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.nats) & jnp.isfinite(norm)
+        update = functools.partial(_update, optimizer, config.ema, grads, rate, log_prob)
         state = jax.lax.cond(finite, update, lambda state: state, state)
         counted = sums._asdict() | {"captions": captions, "grad_norm": norm}
         metrics = {name: jnp.where(finite, value, 0) for name, value in counted.items()} | {
@@ -202,34 +146,72 @@ def make_train_step(
         return state._replace(step=state.step + 1), metrics
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=encode and devices_lib.convolving())
-    def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, dict[str, jax.Array]]:
-        def body(j: jax.Array, so_far: tuple) -> tuple:
-            state, metrics = so_far
-            state, found = step(state, inputs.frozen, *_batch(inputs, j))
-            return state, {name: metrics[name].at[j].set(value) for name, value in found.items()}
+    def train_step(state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
+        def body(j: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            state, of_step = step(state, inputs.frozen, *_batch(inputs, j))
+            return state, {name: metrics[name].at[j].set(value) for name, value in of_step.items()}
 
         names = (*Sums._fields, "captions", "grad_norm", "loss", "learning_rate", "skipped")
-        empty = {name: jnp.zeros(len(inputs.index_JI)) for name in names}
-        return jax.lax.fori_loop(0, inputs.count, body, (state, empty))
+        zeros = {name: jnp.zeros(len(inputs.index_JI)) for name in names}
+        return jax.lax.fori_loop(0, inputs.count, body, (state, zeros))
 
     return train_step
 
 
-def make_eval_step(bind: Bind, mesh: Mesh, config: config_lib.Train, encode: Callable | None = None) -> Callable:
-    """`eval_step(params, inputs) -> Sums` over all the batches, jitted."""
+def _update(
+    optimizer: optax.GradientTransformationExtraArgs,
+    ema: float,
+    grads: Params,
+    rate: jax.Array,
+    log_prob: jax.Array,
+    state: TrainState,
+) -> TrainState:
+    """Returns the state with new parameters, optimizer state, moving average and baseline.
 
-    def compute(everywhere: tuple[Params, Any], part: Microbatch) -> StepSums:
+    Args:
+      optimizer: its `update` takes the learning rate as `rate`.
+      ema: decay of the moving average of the parameters.
+      grads: of the mean loss of a token.
+      rate: float32 [], the learning rate.
+      log_prob: float32 [], mean log-probability of the batch's captions, in nats.
+      state: before the step.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
+    params: Any = optax.apply_updates(state.params, updates)
+    average: Any = state.average
+    if average is not None:
+        # The decay starts at 0.1, so that the average forgets the initial parameters.
+        decay = jnp.minimum(ema, (1 + state.step) / (10 + state.step))
+        average = optax.incremental_update(average, params, decay)  # decay * average + (1 - decay) * params
+    baseline = jnp.where(state.step == 0, log_prob, 0.9 * state.baseline + 0.1 * log_prob)
+    return state._replace(params=params, opt_state=opt_state, average=average, baseline=baseline)
+
+
+def make_eval_step(
+    bind: Bind, mesh: Mesh, config: Train, encode: Callable | None = None
+) -> Callable[[Params, Inputs], Sums]:
+    """Returns `eval_step(params, inputs) -> Sums` over all batches of a dispatch, jitted.
+
+    Args:
+      bind: returns the decoder of some parameters.
+      mesh: devices of the run.
+      config: size of a microbatch.
+      encode: computes features from images, see finetune.py; None: the bank holds features.
+    """
+
+    def compute(everywhere: tuple[Params, Any], microbatch: Microbatch) -> StepSums:
         params, frozen = everywhere
         if encode is not None:
-            part = part._replace(feats_IPF=encode(params, frozen, part.feats_IPF, None))
-        return objective_lib.evaluate(bind(params), part)
+            microbatch = microbatch._replace(feats_IPF=encode(params, frozen, microbatch.feats_IPF, None))
+        return objective_lib.evaluate(bind(params), microbatch)
 
-    found = _on_each_device(mesh, config, compute, lambda _: objective_lib.no_sums())
+    sum_of = _sum_over_devices(mesh, config, compute, lambda _: objective_lib.no_sums())
 
     @functools.partial(jax.jit, compiler_options=encode and devices_lib.convolving())
     def eval_step(params: Params, inputs: Inputs) -> Sums:
         def body(j: jax.Array, total: StepSums) -> StepSums:
-            return jax.tree.map(jnp.add, total, found((params, inputs.frozen), *_batch(inputs, j)))
+            return jax.tree.map(jnp.add, total, sum_of((params, inputs.frozen), *_batch(inputs, j)))
 
         return jax.lax.fori_loop(0, inputs.count, body, objective_lib.no_sums()).sums
 

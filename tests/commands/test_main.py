@@ -317,7 +317,7 @@ def test_a_preempted_run_asks_to_be_started_again(trained: Trained, tmp_path, ca
     arguments = [f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={tmp_path}/run"]
     assert main(["train", *arguments]) == 75
     out, err = capsys.readouterr()
-    assert re.search(r"^flaxcap train: saved at step 12 of 40; the same command goes on there$", out, re.MULTILINE)
+    assert re.search(r"^flaxcap train: saved at step 12 of 40; the same command resumes there$", out, re.MULTILINE)
     assert err == ""
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / "run" / "checkpoints" / "12").is_dir()

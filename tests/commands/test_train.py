@@ -17,9 +17,12 @@ from flaxcap.commands import train
 from flaxcap.config import Config, ConfigError, Dropout, Train
 from flaxcap.features.store import StoreError
 from flaxcap.runtime import device_memory, sharding
-from flaxcap.training import logs, loop, validation
-from flaxcap.training import step as step_lib
+from flaxcap.training import logs, validation
 from flaxcap.training.checkpoints import Checkpoints
+from flaxcap.training.early_stopping import EarlyStopping
+from flaxcap.training.metric_window import MetricWindow
+from flaxcap.training.state import TrainState
+from flaxcap.training.trainer import Preempted
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run
         assert (stop > steps * 2 // 3) == (stop == 20)
     seen = []
 
-    def interrupt(self, count, metrics, add=loop.Window.add):
+    def interrupt(self, count, metrics, add=MetricWindow.add):
         add(self, count, metrics)
         seen.append(count)
         if sum(seen) >= stop > sum(seen[:-1]):
@@ -138,8 +141,8 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run
 
     assert threading.current_thread() is threading.main_thread()
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Window, "add", interrupt)
-        with pytest.raises(train.Preempted, match=f"step .* of {steps}"):
+        patch.setattr(MetricWindow, "add", interrupt)
+        with pytest.raises(Preempted, match=f"step .* of {steps}"):
             train.train(config(), tmp_path, data_dir)
     assert stop <= sum(seen) < steps
     assert max(line["step"] for line in logs.read(tmp_path)) <= sum(seen)
@@ -162,7 +165,7 @@ def test_a_validation_does_not_make_a_sigterm_wait(data_dir, tmp_path, whole, nt
     with monkeypatch.context() as patch:
         patch.setattr(validation.Validation, "__call__", interrupt)
         for _ in range(2):  # the second time before anything else
-            with pytest.raises(train.Preempted, match=f"saved at step {epochs[nth]} of"):
+            with pytest.raises(Preempted, match=f"saved at step {epochs[nth]} of"):
                 train.train(tiny_config(), tmp_path, data_dir)
             assert len([line for line in logs.read(tmp_path) if "epoch" in line]) == nth % len(epochs)
     best = train.train(tiny_config(), tmp_path, data_dir)
@@ -240,44 +243,44 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
     checkpoints.close()
 
 
-def state_with(rate: float) -> step_lib.TrainState:
-    state: Any = step_lib.TrainState
+def state_with(rate: float) -> TrainState:
+    state: Any = TrainState
     place = sharding.replicated(sharding.make_mesh())
     return state(*[None] * 5, rate=jax.device_put(np.float32(rate), place), baseline=None)
 
 
 def test_the_rate_falls_whenever_enough_epochs_brought_nothing_better():
     """After every two of them; what is only as good is no better, and a better one starts the count anew."""
-    standing = loop.Standing(Train(schedule="plateau", plateau_epochs=2, plateau_factor=0.5), {})
+    early_stopping = EarlyStopping(Train(schedule="plateau", plateau_epochs=2, plateau_factor=0.5), {})
     state, rates = state_with(1.0), []
     for score in (0.1, 0.3, 0.3, 0.2, 0.1, 0.25, 0.4, 0.3, 0.5, 0.1, 0.1):
         before = state.rate
-        state = standing.after(score, state)
+        state = early_stopping.record(score, state)
         assert state.rate.sharding == before.sharding
         rates.append(float(state.rate))
     assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.125]
-    assert standing.progress == {"best": 0.5, "since": 2}
+    assert early_stopping.progress == {"best": 0.5, "since": 2}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_other_schedules_do_not_look_at_the_score(schedule):
-    standing = loop.Standing(Train(schedule=schedule, plateau_epochs=1), {})
+    early_stopping = EarlyStopping(Train(schedule=schedule, plateau_epochs=1), {})
     state = state_with(1.0)
     for score in (0.3, 0.2, 0.1):
-        assert standing.after(score, state) is state
-    assert not standing.stop
+        assert early_stopping.record(score, state) is state
+    assert not early_stopping.stop
 
 
 def test_a_run_stops_after_enough_epochs_without_a_better_score():
     config = Train(stop_after=2)
-    standing, stops = loop.Standing(config, {}), []
+    early_stopping, stops = EarlyStopping(config, {}), []
     for score in (0.1, 0.1, 0.2, 0.1, 0.15):
-        standing.after(score, state_with(1.0))
-        stops.append(standing.stop)
+        early_stopping.record(score, state_with(1.0))
+        stops.append(early_stopping.stop)
     assert stops == [False, False, False, False, True]
-    resumed = loop.Standing(config, standing.progress)
+    resumed = EarlyStopping(config, early_stopping.progress)
     assert (resumed.best, resumed.since, resumed.stop) == (0.2, 2, True)
-    assert not loop.Standing(Train(stop_after=0), standing.progress).stop
+    assert not EarlyStopping(Train(stop_after=0), early_stopping.progress).stop
 
 
 def test_a_run_without_progress_slows_down_and_ends(data_dir, tmp_path, monkeypatch):

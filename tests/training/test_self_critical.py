@@ -18,6 +18,8 @@ from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import self_critical, validation
 from flaxcap.training import step as step_lib
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import init_state
 
 CONFIG = tiny_config(captions_per_image=4, schedule="constant", warmup_steps=0, learning_rate=1e-2)
 
@@ -42,9 +44,9 @@ class Run:
         bind, init = decoder_lib.create(
             config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary))
         )
-        schedule = step_lib.learning_rate(config.train, 10)
-        optimizer = step_lib.make_optimizer(config.train)
-        self.state = step_lib.init_state(init, optimizer, 0, self.mesh)
+        schedule = learning_rate(config.train, 10)
+        optimizer = make_optimizer(config.train)
+        self.state = init_state(init, optimizer, 0, self.mesh)
         self.draw = self_critical.SelfCritical(bind, config, self.mesh, self.feed, self.vocabulary, self.captions)
         self.step = self_critical.make_train_step(bind, optimizer, schedule, self.mesh, config.train)
         self.plain_step = step_lib.make_train_step(bind, optimizer, schedule, self.mesh, CONFIG.train, 1)

@@ -31,6 +31,8 @@ from flaxcap.text.vocabulary import PAD, START
 from flaxcap.training import objective
 from flaxcap.training import step as step_lib
 from flaxcap.training.objective import Microbatch, StepContext
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import init_state
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
 
 def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
     feats_IPF, tokens_ICT = batch()
-    captioner = BIND(step_lib.init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
+    captioner = BIND(init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
     losses = []
     for i, c in np.ndindex(I, C):
         length = int((tokens_ICT[i, c] != PAD).sum())
@@ -180,24 +182,24 @@ def test_a_large_gradient_is_clipped():
     unclipped, clipped = Train(clip_norm=0), Train(clip_norm=0.5)
     grads = {"w": jnp.array([30.0, 40.0])}
     for config, norm in ((unclipped, 50), (clipped, 0.5)):
-        transform = step_lib.make_optimizer(config)
-        _, state = transform.update(grads, transform.init(grads))
+        transform = make_optimizer(config)
+        _, state = transform.update(grads, transform.init(grads), rate=1.0)
         (moments,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
         np.testing.assert_allclose(optax.tree.norm(moments.mu), norm * (1 - 0.9), rtol=1e-5)
 
 
 def test_learning_rate_warms_up_and_decays():
-    def learning_rate(config: Train, steps: int) -> Callable[[int], float]:
-        return lambda step: float(np.asarray(step_lib.learning_rate(config, steps)(step)))
+    def rates(config: Train, steps: int) -> Callable[[int], float]:
+        return lambda step: float(np.asarray(learning_rate(config, steps)(step)))
 
-    cosine = learning_rate(Train(learning_rate=2.0, warmup_steps=10), 100)
+    cosine = rates(Train(learning_rate=2.0, warmup_steps=10), 100)
     np.testing.assert_allclose([cosine(0), cosine(5), cosine(10), cosine(55), cosine(100)], [0, 1, 2, 1.02, 0.04])
-    constant = learning_rate(Train(learning_rate=2.0, warmup_steps=10, schedule="constant"), 100)
+    constant = rates(Train(learning_rate=2.0, warmup_steps=10, schedule="constant"), 100)
     np.testing.assert_allclose([constant(0), constant(5), constant(10), constant(100)], [0, 1, 2, 2])
     for schedule in ("constant", "cosine"):
-        at_once = learning_rate(Train(learning_rate=2.0, warmup_steps=0, schedule=schedule), 100)
+        at_once = rates(Train(learning_rate=2.0, warmup_steps=0, schedule=schedule), 100)
         assert at_once(0) == 2.0
-    plateau = learning_rate(Train(learning_rate=2.0, warmup_steps=10, schedule="plateau"), 100)
+    plateau = rates(Train(learning_rate=2.0, warmup_steps=10, schedule="plateau"), 100)
     assert [plateau(n) for n in (0, 5, 10, 100)] == [constant(n) for n in (0, 5, 10, 100)]  # the rest is in the rate
-    short = learning_rate(Train(learning_rate=2.0, warmup_steps=10), 4)
+    short = rates(Train(learning_rate=2.0, warmup_steps=10), 4)
     assert short(2) == 2.0  # a run shorter than its warm-up still reaches the peak
