@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(flaxcap.__file__).parent
 ORDER = [
     "errors", "fields", "config", "runtime", "files", "presets", "text", "images", "data", "encoders",
     "features", "input_pipeline", "models", "decoding", "metrics", "training", "inference", "bench", "commands",
-    "__main__",
+    "__main__", "flaxcap",  # the public names; each is imported at first use
 ]  # fmt: skip
 
 
