@@ -1,9 +1,11 @@
 """How a process uses JAX: the other processes, its cores, and how programs are compiled and kept."""
 
 import contextlib
+import functools
 import os
 
 import jax
+from absl import logging
 
 from flaxcap.errors import UserError
 from flaxcap.runtime import cache
@@ -55,7 +57,23 @@ def convolving() -> dict[str, str] | None:
     On a CPU Eigen shall make them. YNN, which XLA takes as for matrix products, needs up to twice as long.
     """
     on_cpu = jax.default_backend() == "cpu"
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"} if on_cpu else None
+    return known("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT") if on_cpu else None
+
+
+@functools.cache
+def known(option: str, value: str) -> dict[str, str] | None:
+    """The compiler option, for `jax.jit`; None, logged once, where the installed jaxlib does not know it.
+
+    XLA's options come and go between releases, and a compilation with an unknown one fails: jaxlib 0.11.1 took away
+    xla_cpu_use_fusion_emitters. The small program that tells compiles in 0.05 s.
+    """
+    options = {option: value}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        logging.warning("compiled without %s=%s: %s", option, value, str(e).partition("\n")[0])
+        return None
+    return options
 
 
 def keep_compiled(directory: str | None) -> None:

@@ -47,3 +47,13 @@ def test_a_command_takes_the_cores_that_its_batch_is_for():
     batch = ["--config.train.batch_images=48", "--config.encoder.block=mixed0"]
     out = succeed("bench", "input", *batch, "--images=96", "--steps=1", "--repeats=1", devices=None)
     assert f"input: {devices_lib.devices_of(devices_lib.usable_cores(), 48, 16)} x cpu" in out
+
+
+def test_a_compiler_option_that_jaxlib_lacks_is_left_out_with_one_line(caplog):
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert devices_lib.known("xla_no_such_option", "1") is None
+    assert [record.message for record in caplog.records] == [
+        "compiled without xla_no_such_option=1: INVALID_ARGUMENT: No such compile option: 'xla_no_such_option'"
+    ]
+    assert devices_lib.known("xla_backend_optimization_level", "1") == {"xla_backend_optimization_level": "1"}
