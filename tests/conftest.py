@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import tempfile
 
-from command import QUICK_TO_COMPILE
+from command import LEFT_OUT, QUICK_TO_COMPILE
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -28,6 +28,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The same examples every time, and no time limit for one: the machine may be busy.
 hypothesis.settings.register_profile("flaxcap", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("flaxcap")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"XLA_FLAGS: this jaxlib does not know {' '.join(LEFT_OUT)}, left out"] if LEFT_OUT else []
+
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from command import succeed
+from command import is_known, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,3 +57,8 @@ def test_a_compiler_option_that_jaxlib_lacks_is_left_out_with_one_line(caplog):
         "compiled without xla_no_such_option=1: INVALID_ARGUMENT: No such compile option: 'xla_no_such_option'"
     ]
     assert devices_lib.known("xla_backend_optimization_level", "1") == {"xla_backend_optimization_level": "1"}
+
+
+def test_a_flag_that_jaxlib_lacks_is_found_without_an_abort():
+    assert is_known("--xla_backend_optimization_level=0")
+    assert not is_known("--xla_no_such_flag=1")
