@@ -101,4 +101,5 @@ def batch_loss(config: Config, params: Any, feats_IPF: Any, tokens_ICT: np.ndarr
         if length:
             losses.append(jnp.stack(caption_loss(config, params, feats_IPF[i], tokens_ICT[i, c, :length])))
             tokens += length - 1
-    return tuple(jnp.stack(losses).sum(0) / tokens)
+    loss, nats = jnp.stack(losses).sum(0) / tokens
+    return loss, nats

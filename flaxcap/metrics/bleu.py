@@ -27,7 +27,7 @@ def bleu(matches: Matches, references: References) -> tuple[np.ndarray, np.ndarr
     distance_P = np.abs(length_P - length_C[matches.candidate_P])
     order_P = np.lexsort((length_P, distance_P, matches.candidate_P))
     closest_C = length_P[order_P[np.cumsum(matches.pairs_C) - matches.pairs_C]]
-    corpus = _bleu(correct_CN.sum(0), guessed_CN.sum(0), length_C.sum(), closest_C.sum())
+    corpus = _bleu(correct_CN.sum(0), guessed_CN.sum(0), length_C.sum(keepdims=True), closest_C.sum(keepdims=True))
     return corpus, _bleu(correct_CN, guessed_CN, length_C[:, None], closest_C[:, None])
 
 
