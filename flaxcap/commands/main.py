@@ -86,9 +86,10 @@ def _check(command: str, values: absl.flags.FlagValues, positional: Sequence[str
 def _run(command: str, flags: types.SimpleNamespace, overrides: list[str], positional: list[str]) -> int:
     """Configures JAX, loads the preset, and runs the command's module. JAX is imported here at the earliest."""
     logging.set_verbosity(flags.verbosity)
-    if command not in ("export", "verify", "bench"):  # bench times compilations
-        from flaxcap.runtime import devices
+    from flaxcap.runtime import devices
 
+    devices.check_flax()
+    if command not in ("export", "verify", "bench"):  # bench times compilations
         devices.keep_compiled(flags.compilation_cache_dir)
         if getattr(flags, "distributed", None):
             devices.join(flags.distributed)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib
+import importlib.metadata
 import os
 
 import jax
@@ -13,6 +15,20 @@ from flaxcap.runtime import cache
 # A process that is silent for so long is taken for dead, and the others end.
 HEARTBEAT_S = 60
 MOST_DEVICES = 16  # of a CPU: each has a copy of the parameters
+
+
+def check_flax() -> None:
+    """UserError where the installed flax cannot be imported beside the installed jax.
+
+    pip installs such pairs, as it can exclude a release but not a pair: flax up to 0.12.8 asks for any jax from 0.10,
+    and fails with jax 0.11.1 and newer (AttributeError: jax.experimental.hijax has no MutableHiType); so does flax
+    0.12.9 with jax 0.11.2 and newer (no HiPrimitive).
+    """
+    try:
+        importlib.import_module("flax.nnx")
+    except (AttributeError, ImportError) as e:
+        flax = importlib.metadata.version("flax")
+        raise UserError(f"flax {flax} does not work with jax {jax.__version__}, install a newer flax: {e}") from e
 
 
 def join(distributed: str) -> None:

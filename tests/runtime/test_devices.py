@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from command import is_known, succeed
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxcap.runtime import devices as devices_lib
+from flaxcap.commands.main import main
 
 
 @given(st.integers(1, 40), st.integers(1, 2000), st.integers(1, 20))
@@ -62,3 +64,10 @@ def test_a_compiler_option_that_jaxlib_lacks_is_left_out_with_one_line(caplog):
 def test_a_flag_that_jaxlib_lacks_is_found_without_an_abort():
     assert is_known("--xla_backend_optimization_level=0")
     assert not is_known("--xla_no_such_flag=1")
+
+
+def test_a_flax_that_does_not_go_with_jax_is_named_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flax.nnx", None)  # its import fails
+    assert main(["verify", "--workdir=run"]) == 1
+    line = f"flaxcap verify: flax {version('flax')} does not work with jax {version('jax')}, install a newer flax: "
+    assert capsys.readouterr().err.startswith(line)
