@@ -7,7 +7,7 @@ import sys
 
 
 def is_known(flag: str) -> bool:
-    """Whether the installed jaxlib knows a flag of XLA's. An unknown one in XLA_FLAGS aborts the process, so another
+    """Returns True if the installed jaxlib knows a flag of XLA. An unknown flag aborts the process, so another
     process tries it (0.5 s). The library's bytes do not tell: jaxlib 0.11.1 dropped a flag whose name is still there.
     """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag}
