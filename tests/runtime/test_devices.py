@@ -10,8 +10,8 @@ from command import is_known, succeed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxcap.runtime import devices as devices_lib
 from flaxcap.commands.main import main
+from flaxcap.runtime import devices as devices_lib
 
 
 @given(st.integers(1, 40), st.integers(1, 2000), st.integers(1, 20))
