@@ -11,7 +11,7 @@ from flaxcap import config as config_lib
 from flaxcap.data import shapes
 
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
-DECODER = "flaxcap.models.recurrent.Captioner"  # whose `config` is a Model
+DECODER = "flaxcap.models.recurrent.RecurrentDecoder"  # whose `config` is a Model
 
 
 class Reads(ast.NodeVisitor):
@@ -38,8 +38,10 @@ class Reads(ast.NodeVisitor):
         return None
 
     def visit_ImportFrom(self, node: ast.ImportFrom):
+        if node.module == "flaxcap.config":
+            self.kinds |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in GROUPS}
         if DECODER in {f"{node.module}.{alias.name}" for alias in node.names}:
-            self.kinds["Captioner"] = DECODER
+            self.kinds["RecurrentDecoder"] = DECODER
 
     def visit_Attribute(self, node: ast.Attribute):
         owner = self.of(node.value)
@@ -89,8 +91,11 @@ class A:
     groups = {("Config", "data"), ("Data", "shapes")}
     fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
     assert reads(text) == groups | fields
-    other = "def g(one: Captioner):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
-    assert reads(f"from flaxcap.models.recurrent import Captioner\n{other}") == {("Model", "tied"), ("Model", "output")}
+    other = "def g(one: RecurrentDecoder):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
+    assert reads(f"from flaxcap.models.recurrent import RecurrentDecoder\n{other}") == {
+        ("Model", "tied"),
+        ("Model", "output"),
+    }
     assert reads(other) == {("Config", "tied"), ("Config", "output")}
 
 
