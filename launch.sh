@@ -1,39 +1,39 @@
 #!/usr/bin/env bash
-# shellcheck disable=SC2329  # main calls functions by the name of the command
+# shellcheck disable=SC2329  # main calls functions by the command's name
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'END'
 usage: ./launch.sh               this machine: install into .venv, then prepare, train, evaluate, caption
-       ./launch.sh install       only make .venv and install
-       ./launch.sh test [ARGS]   ruff, pyright, then pytest, which gets ARGS
+       ./launch.sh install       only create .venv and install
+       ./launch.sh test [ARGS]   ruff, pyright, then pytest ARGS
        ./launch.sh help
 
-  PRESET=experiments/shapes.py   what to train; WORKDIR=runs/NAME and DATA_DIR=data: where it goes
-  PYTHON=python3.12              a Python, 3.11 or newer; default: the first on the PATH that will do
-  EXTRA=cuda12|cuda13|tpu        the accelerator to install for; default: by the NVIDIA driver; EXTRA= for none
-  SPLIT=test                     what is scored and captioned at the end: test, or val
-  MANUAL_DIR=DIR                 your own files, for the data sets that take any
+  PRESET=experiments/shapes.py   the preset; WORKDIR=runs/NAME: the run; DATA_DIR=data: data sets and features
+  PYTHON=python3.12              Python 3.11 or newer; default: the first one on the PATH
+  EXTRA=cuda12|cuda13|tpu        the accelerator; default: chosen by the NVIDIA driver; EXTRA= for none
+  SPLIT=test                     the split to score and caption at the end: test or val
+  MANUAL_DIR=DIR                 your own files, for data sets that need them
   DRY_RUN=1                      print every command, run none
 
 TPU VMs:  TPU_NAME=... ZONE=... TYPE=v6e-8 WORKDIR=gs://... DATA_DIR=gs://... ./launch.sh COMMAND
-  create               SPOT=1: as a spot VM; VERSION=...: runtime image; CREATE_FLAGS='...': more flags for gcloud
+  create               SPOT=1: a spot VM; VERSION=...: the runtime image; CREATE_FLAGS='...': more flags for gcloud
   setup                copy the commit REV=HEAD to all workers and install it there
-  run [-- PROGRAM..]   start it on all workers, detached; default: flaxcap train. WORKER=0: on that one only
-  watch [-- PROGRAM..] create, set up and run whatever is missing, also after a preemption, a crash or exit
-                       status 75 ("saved, start me again"), until PROGRAM ends with 0; gives up when
-                       MAX_RESTARTS=5 brought no newer checkpoint; looks every WATCH_INTERVAL=60 seconds
-  logs | stop | delete follow worker WORKER=0; have the program save and end; delete the VM
+  run [-- PROGRAM..]   start PROGRAM on all workers, detached; default: flaxcap train. WORKER=0: only on that worker
+  watch [-- PROGRAM..] create, set up and run, again after each preemption, crash or exit status 75 ("saved, start
+                       me again"), until PROGRAM ends with status 0. Gives up after MAX_RESTARTS=5 restarts
+                       without a newer checkpoint. Polls every WATCH_INTERVAL=60 seconds
+  logs | stop | delete follow the log of WORKER=0; ask the program to save and end; delete the VM
   (no command)         watch, then delete
-Several workers need the key in the SSH agent: ssh-add ~/.ssh/google_compute_engine
+A VM with several workers needs its key in the SSH agent: ssh-add ~/.ssh/google_compute_engine
 END
 }
 
 say() { printf '\n== %s\n' "$*" >&2; }
 die() { printf 'launch.sh: %s\n' "$*" >&2; exit 1; }
 dry() { [[ ${DRY_RUN:-0} == 1 ]]; }
-if dry; then exec 3>&1; fi  # commands are printed here, past any $(...) around them
+if dry; then exec 3>&1; fi  # commands are printed to 3, because $(...) captures 1
 
 execute() {
   local word line='' quote=\'
@@ -49,7 +49,7 @@ execute() {
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-find_python() {  # prints the first that will do; where none does, what there is, and fails
+find_python() {  # prints the first suitable Python; without one, prints the unsuitable ones and fails
   local python found='' candidates=(python3 python3.13 python3.12 python3.11)
   if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
   for python in "${candidates[@]}"; do
@@ -60,7 +60,7 @@ find_python() {  # prints the first that will do; where none does, what there is
   return 1
 }
 
-accelerator() {  # the extra to install: EXTRA, or what the NVIDIA driver can run
+accelerator() {  # prints the extra to install: EXTRA, or the newest CUDA that the NVIDIA driver supports
   local driver
   if [[ -n ${EXTRA+set} ]]; then echo "$EXTRA"; return; fi
   driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || return 0
@@ -70,14 +70,14 @@ accelerator() {  # the extra to install: EXTRA, or what the NVIDIA driver can ru
   echo "$EXTRA"
 }
 
-environment() {  # EXTRAS: .venv with the project in it; pip runs only where pyproject.toml has changed
+environment() {  # EXTRAS: installs the project in .venv; pip runs only after a change of pyproject.toml
   local python extras=$1 stamp=.venv/installed-${1:-base} key
   if ! new_enough .venv/bin/python || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     python=$(find_python) || die "flaxcap needs Python 3.11 or newer, but $python. Name one: PYTHON=... ./launch.sh"
-    say "making .venv with $python"
+    say "creating .venv with $python"
     execute "$python" -m venv --clear .venv
   fi
-  key=$({ pwd; cat pyproject.toml; } | cksum)  # with its place: the scripts of a moved .venv point nowhere
+  key=$({ pwd; cat pyproject.toml; } | cksum)  # the scripts of a moved .venv have the old path
   if [[ -r $stamp && $(<"$stamp") == "$key" ]]; then return; fi
   say "installing flaxcap${extras:+[$extras]}; the first time takes minutes"
   execute .venv/bin/python -m pip install --quiet -e ".${extras:+[$extras]}"
@@ -106,7 +106,7 @@ main_job() {
     --out_dir="$WORKDIR/captions"
 }
 
-tests() {  # pytest last, so that its closing line is the last one printed
+tests() {  # pytest runs last, so that its summary is the last line
   local cores parallel=()
   environment "${EXTRA:+$EXTRA,}test"
   cores=$(getconf _NPROCESSORS_ONLN)
@@ -117,7 +117,7 @@ tests() {  # pytest last, so that its closing line is the last one printed
   execute .venv/bin/python -m pytest ${parallel[@]+"${parallel[@]}"} "$@"
 }
 
-# ---- TPU VMs, from here
+# ---- TPU VMs, on this machine
 
 tpu() { execute gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 on_workers() { tpu ssh "$TPU_NAME" --worker="${WORKER:-all}" --command="$1"; }
@@ -145,7 +145,7 @@ setup() {
   WORKER=all on_workers "$unpack && tar -xzf flaxcap.tar.gz -C flaxcap && flaxcap/launch.sh worker install"
 }
 
-program_states() {  # the workers' different states, one a line: bare, absent, running, died, exited N
+program_states() {  # prints the distinct states of the workers: bare, absent, running, died, exited N
   local out
   out=$(on_workers 'if [ -e flaxcap/.ready ]; then flaxcap/launch.sh worker state; else echo state=bare; fi') ||
     { echo unreachable; return; }
@@ -184,7 +184,7 @@ vm_state() {
   fi
 }
 
-newest_step() {  # the highest number that is the name of a directory in WORKDIR
+newest_step() {  # prints the highest number that names a directory in WORKDIR
   [[ $WORKDIR == gs://* ]] || return 0
   { gcloud storage ls "$WORKDIR/**" 2>/dev/null || true; } |
     cut -c"${#WORKDIR}-" | { grep -oE '/[0-9]+/' || true; } | tr -d / | sort -n | tail -n 1
@@ -192,11 +192,11 @@ newest_step() {  # the highest number that is the name of a directory in WORKDIR
 
 again() { ./launch.sh "$@" || { say "$1 failed; trying again in $WATCH_INTERVAL s"; return 1; }; }
 
-watch() {  # each turn: one look, one action. So it may itself be stopped and started at any time
+watch() {  # each turn observes the state and takes one action, so that watch itself can be restarted at any time
   local vm states step last='' restarts=0
   WATCH_INTERVAL=${WATCH_INTERVAL:-60}
   REV=$(git rev-parse "${REV:-HEAD}")
-  export REV  # a VM that is made again gets the code that the run began with
+  export REV  # a VM that is created again gets the code that the run began with
   if dry; then vm_state; delete; create; setup; run "$@"; return; fi
   while true; do
     vm=$(vm_state)
@@ -218,7 +218,7 @@ watch() {  # each turn: one look, one action. So it may itself be stopped and st
             fi
             if again stop; then again run -- "$@" || true; fi ;;
           *absent*) if again stop; then again run -- "$@" || true; fi ;;
-          'exited 0') say "the program has ended well"; return ;;
+          'exited 0') say "the program ended with status 0"; return ;;
         esac ;;
       *) say "$TPU_NAME is ${vm:-in an unknown state}; waiting" ;;
     esac
@@ -226,14 +226,14 @@ watch() {  # each turn: one look, one action. So it may itself be stopped and st
   done
 }
 
-# ---- TPU VMs, on each worker, in the copy that setup has put there
+# ---- TPU VMs, on each worker, in the copy that setup has written
 
 worker() {
   local python at=$HOME/flaxcap
-  exec 9>>"$at.lock"  # held while the program runs; no reboot or kill can leave it behind, as it could a pid
+  exec 9>>"$at.lock"  # held while the program runs; unlike a pid file, the lock ends with a reboot or kill
   case $1 in
     install)
-      if ! python=$(find_python); then  # the runtime images come with 3.10
+      if ! python=$(find_python); then  # the runtime images have Python 3.10
         python3 -m pip install --quiet --user uv
         python3 -m uv python install --quiet 3.12
         python=$(python3 -m uv python find --system 3.12)
@@ -243,9 +243,9 @@ worker() {
     state) if flock -ns 9; then cat "$at.status" 2>/dev/null || echo state=absent; else echo state=running; fi ;;
     start)
       flock -n 9 || die "already running"
-      echo state=died >"$at.status"  # until its end says better
+      echo state=died >"$at.status"  # replaced when the program exits
       use_huge_pages
-      # A session of its own outlives the ssh. TERM ends the program, not the shell that notes its exit status.
+      # A new session outlives the ssh connection. TERM ends the program, not the shell that writes its exit status.
       # shellcheck disable=SC2016
       PATH=$PWD/.venv/bin:$PATH setsid bash -c 'trap : TERM; "$@" 9>&-; echo "state=exited $?" >"$0"; kill -KILL 0' \
         "$at.status" "${@:2}" </dev/null >>"$at.log" 2>&1 &
@@ -280,4 +280,4 @@ main() {
   esac
 }
 
-main "$@"; exit  # bash reads a script as it runs: an edit must not reach a watch that is under way
+main "$@"; exit  # bash reads a script while it runs: without exit, an edit would change a running watch

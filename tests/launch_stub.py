@@ -1,4 +1,4 @@
-"""Stand-ins for gcloud and Python, which note what they are asked: what launch.sh is tested against."""
+"""Fake gcloud and Python programs that log their arguments, for the tests of launch.sh."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"  # the repository of a test reads $STUB/huge_pages instead
 
-# Describes the VM and its program by the next line of a script, where there is one. Where $STUB/bucket is,
-# the directory $STUB/machine is the VM: create, ssh, scp and delete work on it.
+# The next lines of the files in $STUB, written by `Launch.script`, set the states of the VM and of its program.
+# If $STUB/bucket exists, the directory $STUB/machine is the VM, and create, ssh, scp and delete work on it.
 GCLOUD = r"""#!/usr/bin/env bash
 printf '%s\n' "gcloud $*" >>"$STUB/log"
 next() { line=$(sed -n 1p "$STUB/$1" 2>/dev/null) && sed -i 1d "$STUB/$1" && [[ -n $line ]]; }
@@ -66,7 +66,7 @@ def write_program(path: pathlib.Path, text: str) -> None:
 
 
 class Launch:
-    """A repository that holds launch.sh, and a PATH on which stand-ins come first."""
+    """A repository with launch.sh, and a PATH on which the fake programs come first."""
 
     def __init__(self, tmp: pathlib.Path, repo: pathlib.Path):
         self.stub, self.bin = tmp / "stub", tmp / "bin"
@@ -109,7 +109,7 @@ class Launch:
         return path.read_text().splitlines() if path.exists() else []
 
     def steps(self) -> list[str]:
-        """What gcloud was asked for, one word each, without the looks at the state."""
+        """Returns the actions that gcloud was called for, one word each, without queries of the state."""
         words = []
         for line in [line for line in self.log() if line.startswith("gcloud")]:
             verb = re.sub(r"gcloud (compute tpus tpu-vm )?", "", line).split()[0]
@@ -123,7 +123,7 @@ class Launch:
 
 
 def commit(repo: pathlib.Path) -> pathlib.Path:
-    """A git repository that holds launch.sh and what it reads."""
+    """Creates a git repository with launch.sh and the files that it reads. Returns its path."""
     shutil.copy(ROOT / "pyproject.toml", repo)
     script = (ROOT / "launch.sh").read_text()
     assert script.count(f"={HUGE_PAGES}\n") == 1

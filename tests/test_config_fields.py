@@ -1,4 +1,4 @@
-"""No field of a preset is dead: each is read by name somewhere in flaxcap."""
+"""No field of a preset is unused: flaxcap reads each one by name."""
 
 import ast
 import dataclasses
@@ -11,11 +11,11 @@ from flaxcap import config as config_lib
 from flaxcap.data import shapes
 
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
-DECODER = "flaxcap.models.recurrent.Captioner"  # whose `config` is a Model
+DECODER = "flaxcap.models.recurrent.RecurrentDecoder"  # whose `config` is a Model
 
 
 class Reads(ast.NodeVisitor):
-    """Which fields a module reads, as (class, field): follows annotations, assignments and attributes."""
+    """Collects the fields that a module reads, as (class, field), from annotations, assignments and attributes."""
 
     def __init__(self):
         self.found: set[tuple[str, str]] = set()
@@ -23,7 +23,7 @@ class Reads(ast.NodeVisitor):
         self.kinds = {name: name for name in GROUPS}
 
     def of(self, node: ast.AST) -> str | None:
-        """The name of the class of presets that an expression has."""
+        """Returns the name of an expression's class, if it is a class of config.py."""
         if isinstance(node, ast.Name):
             return next((scope[node.id] for scope in reversed(self.scopes) if node.id in scope), None)
         if isinstance(node, ast.Attribute):
@@ -38,8 +38,10 @@ class Reads(ast.NodeVisitor):
         return None
 
     def visit_ImportFrom(self, node: ast.ImportFrom):
+        if node.module == "flaxcap.config":
+            self.kinds |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in GROUPS}
         if DECODER in {f"{node.module}.{alias.name}" for alias in node.names}:
-            self.kinds["Captioner"] = DECODER
+            self.kinds["RecurrentDecoder"] = DECODER
 
     def visit_Attribute(self, node: ast.Attribute):
         owner = self.of(node.value)
@@ -55,7 +57,7 @@ class Reads(ast.NodeVisitor):
                 pairs = list(zip(target.elts, node.value.elts, strict=True))
             for name, value in pairs:
                 if (kind := self.of(value)) is not None:
-                    # What is set on self is known to all of the file: one class a file has a preset.
+                    # Attributes of self are visible in the complete file: only one class of a file has a preset.
                     scope = self.scopes[0] if isinstance(name, ast.Attribute) else self.scopes[-1]
                     scope[ast.unparse(name)] = kind
 
@@ -89,15 +91,18 @@ class A:
     groups = {("Config", "data"), ("Data", "shapes")}
     fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
     assert reads(text) == groups | fields
-    other = "def g(one: Captioner):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
-    assert reads(f"from flaxcap.models.recurrent import Captioner\n{other}") == {("Model", "tied"), ("Model", "output")}
+    other = "def g(one: RecurrentDecoder):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
+    assert reads(f"from flaxcap.models.recurrent import RecurrentDecoder\n{other}") == {
+        ("Model", "tied"),
+        ("Model", "output"),
+    }
     assert reads(other) == {("Config", "tied"), ("Config", "output")}
 
 
-def test_no_field_is_dead():
+def test_no_field_is_unused():
     files = [path for path in (ROOT / "flaxcap").rglob("*.py") if path.name != "config.py"]
     found = set.union(*(reads(path.read_text()) for path in files))
-    # These are handed to the builder all together, by their names.
+    # The builder takes these as keyword arguments.
     given = inspect.signature(shapes.ShapesBuilder).parameters
     found |= {("Shapes", f.name) for f in dataclasses.fields(config_lib.Shapes) if f.name in given}
     fields = {(name, field.name) for name, cls in GROUPS.items() for field in dataclasses.fields(cls)}

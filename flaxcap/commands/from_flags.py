@@ -36,8 +36,8 @@ def preset(command: str, flags: types.SimpleNamespace, overrides: list[str]) -> 
         file = os.path.join(directory, "config.json")
         return presets.override(loading.read_config(directory), overrides, command, file)
     if getattr(flags, "predictions", None):
-        raise UserError("which data set? give --config=PRESET")
-    raise UserError("which model? give --workdir=RUN or --model=EXPORT")
+        raise UserError("no data set is named: give --config=PRESET")
+    raise UserError("no model is named: give --workdir=RUN or --model=EXPORT")
 
 
 def captioner(flags: types.SimpleNamespace, config: Config) -> "Captioner":
@@ -55,5 +55,5 @@ def captioner(flags: types.SimpleNamespace, config: Config) -> "Captioner":
     workdirs = [flags.workdir] if isinstance(flags.workdir, str) else flags.workdir
     found = loading.load_ensemble(workdirs=workdirs, model_dirs=getattr(flags, "model", []), data_dir=flags.data_dir)
     if changed := difference(found.config, config, "model"):
-        raise ConfigError(f"the model was trained otherwise: {'; '.join(changed)}")
+        raise ConfigError(f"the model was trained with another preset: {'; '.join(changed)}")
     return dataclasses.replace(found, config=config)

@@ -159,7 +159,9 @@ def _store(path: epath.Path, report: Report) -> None:
 def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
     """Runs `flaxcap verify` and returns its exit status."""
     if not flags.workdir and not flags.config:
-        raise UserError("verify what? give --workdir=RUN, or --config and --data_dir of a store, or both")
+        raise UserError(
+            "nothing to verify is named: give --workdir=RUN, or --config and --data_dir of a store, or both"
+        )
     store_dir = store.path_for(flags.data_dir, config) if flags.config else None
     report = verify(workdir=flags.workdir or None, store_dir=store_dir)
     for line in report.lines():

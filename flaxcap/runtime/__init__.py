@@ -1,1 +1,1 @@
-"""JAX's devices, processes, meshes and memory."""
+"""JAX's devices, processes, meshes and memory, and the cache directory."""

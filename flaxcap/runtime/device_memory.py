@@ -1,4 +1,4 @@
-"""What a compiled step needs of a device's memory, known before it runs, and what a device has."""
+"""Memory that a compiled step needs on a device, known before it runs, and memory that a device has."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from flaxcap.config import ConfigError
 
 
 def capacity(devices: list) -> int:
-    """Bytes that a program may take on each of these devices: an accelerator's own, or an equal part of the host's."""
+    """Returns the bytes available on each device: the accelerator's memory, or an equal part of the host's memory."""
     stats: Callable = devices[0].memory_stats
     limit = (stats() or {}).get("bytes_limit")
     if limit:
@@ -20,16 +20,22 @@ def capacity(devices: list) -> int:
 
 
 def needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes on each device: what goes in and comes out, donated once, and the arithmetic between."""
+    """Returns the bytes on each device: arguments, results and temporaries. Donated buffers count once."""
     m: Any = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, devices: list, all_devices: int) -> int:
-    """The bytes that the step of a batch needs on each device.
+    """Returns the bytes that the step of a batch needs on each device.
 
-    `compile_for(images)` compiles the step for a batch of so many. ConfigError, naming the largest batch that fits,
-    where it needs more than `devices`, this process's, have. A compiler may refuse as well: that counts as too much.
+    Args:
+      compile_for: compiles the step for a number of images. RESOURCE_EXHAUSTED by the compiler counts as too much.
+      batch_images: images in a batch.
+      devices: devices of this process.
+      all_devices: number of devices of all processes; it divides the batch.
+
+    Raises:
+      ConfigError: the step needs more than a device has. The message names the largest batch that fits.
     """
     limit = capacity(devices)
 
@@ -45,13 +51,13 @@ def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, 
     if asked <= limit:
         return int(asked)
     most = batch_images - all_devices
-    # A step's need is linear in its batch: two small ones tell the largest.
+    # Memory is linear in the batch size: two small batches predict the largest that fits.
     small, large = (-(-batch_images // (part * all_devices)) * all_devices for part in (8, 4))
     low, high = need(small), need(large)
     if low < high < math.inf:
         rate = (high - low) / (large - small)
         most = min(most, int((limit - low) / rate + small) // all_devices * all_devices)
-    while most > 0 and need(most) > limit:  # by what a compiler rounds up
+    while most > 0 and need(most) > limit:  # the compiler's padding makes memory slightly more than linear
         most -= all_devices
     found = "does not compile for" if asked == math.inf else f"needs {megabytes(int(asked))} of"
     hint = f"the largest that fits is {most}"
@@ -63,4 +69,5 @@ def check(compile_for: Callable[[int], jax.stages.Compiled], batch_images: int, 
 
 
 def megabytes(size: int) -> str:
+    """Returns a number of bytes in MB, for messages."""
     return f"{size / 1e6:.1f} MB"

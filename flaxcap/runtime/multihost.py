@@ -1,4 +1,4 @@
-"""What one process of a run does for all of them."""
+"""Actions that process 0 takes for all processes of a run."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,18 @@ _TEXT_BYTES = 4096
 
 
 class FirstFailedError(UserError):
-    """Process 0 could not do what it does for all."""
+    """Raised on the other processes when an action of process 0 failed."""
 
 
 def first_does(action: Callable[[], object]) -> None:
-    """Process 0 calls `action`, the others wait for it. Where it fails all fail: none waits for one that is gone."""
+    """Calls `action` on process 0 while the other processes wait.
+
+    Every process raises if it fails, so that none waits for a process that has ended.
+
+    Raises:
+      FirstFailedError: on the other processes, with the message of process 0's exception.
+      Exception: on process 0, the exception of `action` itself.
+    """
     failed: Exception | None = None
     if jax.process_index() == 0:
         try:
@@ -25,8 +32,8 @@ def first_does(action: Callable[[], object]) -> None:
             failed = e
     if jax.process_count() > 1:
         text = (str(failed) or type(failed).__name__).encode()[:_TEXT_BYTES] if failed else b""
-        told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(_TEXT_BYTES, b"\0"), np.uint8))
-        text = np.asarray(told).tobytes().rstrip(b"\0").decode(errors="replace")
+        received = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(_TEXT_BYTES, b"\0"), np.uint8))
+        text = np.asarray(received).tobytes().rstrip(b"\0").decode(errors="replace")
         if text and jax.process_index() != 0:
             raise FirstFailedError(f"process 0 says: {text}")
     if failed is not None:

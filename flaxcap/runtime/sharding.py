@@ -1,4 +1,4 @@
-"""Meshes of devices, and how arrays lie on them."""
+"""The mesh of devices, and shardings over it."""
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -6,16 +6,17 @@ from jax.sharding import PartitionSpec as P
 
 
 def make_mesh(devices: list | None = None) -> Mesh:
-    """One axis, "data", over all devices of all processes."""
+    """Returns a mesh with one axis, "data", over the given devices, or over all devices of all processes."""
     devices = jax.devices() if devices is None else devices
-    # make_mesh's default became Explicit axes, under which emb[ids] and scan carries need sharding types.
+    # Since jax 0.9, make_mesh defaults to Explicit axes, under which emb[ids] and scan carries need sharding types.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def over_images(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Of an array whose axis `axis` is images."""
+    """Returns the sharding of an array whose axis `axis` is split over the devices, by images."""
     return NamedSharding(mesh, P(*[None] * axis, "data"))

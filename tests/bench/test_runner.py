@@ -186,8 +186,8 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "bench what? expected one of train, decode, extract, input, score; found nothing"),
-        ("train decode", "bench what? expected one of train, decode, extract, input, score; found train decode"),
+        ("", "found nothing, expected one of train, decode, extract, input, score"),
+        ("train decode", "found train decode, expected one of train, decode, extract, input, score"),
         ("trian", "trian: expected one of train, decode, extract, input, score; did you mean 'train'?"),
         ("train --steps=0", "flag --steps=0: "),
         ("train --repeats=0", "flag --repeats=0: "),

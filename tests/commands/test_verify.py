@@ -323,4 +323,4 @@ def test_what_is_not_there_is_said(tmp_path, capsys, trained: Trained):
     assert main(["verify", f"--config={trained.preset}", f"--data_dir={tmp_path}"]) == 1
     assert "no prepared features at" in capsys.readouterr().err
     assert main(["verify"]) == 1
-    assert "verify what? give --workdir=RUN, or --config and --data_dir" in capsys.readouterr().err
+    assert "nothing to verify is named: give --workdir=RUN, or --config and --data_dir" in capsys.readouterr().err

@@ -20,7 +20,7 @@ def test_unknown_command_is_named(launch: Launch):
     assert "no such command: trian" in launch("trian", status=1).stderr
 
 
-def test_main_job_and_that_a_second_one_does_not_install(launch: Launch):
+def test_the_main_job_installs_once(launch: Launch):
     data = "--config=experiments/shapes.py --data_dir=data"
     job = [
         f"flaxcap prepare {data}",
@@ -39,7 +39,7 @@ def test_main_job_and_that_a_second_one_does_not_install(launch: Launch):
     assert launch.log()[10:] == ["python -m pip install --quiet -e .", *job]
 
 
-def test_preset_and_places_are_taken_from_the_environment(launch: Launch):
+def test_preset_and_directories_come_from_the_environment(launch: Launch):
     launch(PRESET="experiments/coco.py", DATA_DIR="/d")
     assert "flaxcap train --config=experiments/coco.py --data_dir=/d --workdir=runs/coco" in launch.log()
 
@@ -76,7 +76,7 @@ def test_a_failing_step_ends_the_job_with_its_status(launch: Launch):
     assert (launch.stub / "ran").read_text().split() == ["prepare", "train"]
 
 
-def test_an_interrupted_installation_is_done_again(launch: Launch):
+def test_an_interrupted_installation_is_repeated(launch: Launch):
     failing = PYTHON.replace('echo "python', '[[ $* != *install* ]] || exit 3; echo "python')
     write_program(launch.bin / "python3", failing)
     launch("install", status=3)
@@ -94,7 +94,7 @@ def test_commands_run_the_suite_and_end_with_pytest(launch: Launch):
         "python -m pyright --pythonpath .venv/bin/python",
         "python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder -k two words",
     ]
-    assert launch("test").stdout == ""  # nothing of ours stands after pytest's closing line
+    assert launch("test").stdout == ""  # nothing follows pytest's summary
     write_program(launch.bin / "getconf", "#!/bin/sh\necho 1\n")
     launch("test")
     assert launch.log()[-1] == "python -m pytest"
@@ -118,10 +118,10 @@ def test_extra_follows_the_nvidia_driver(launch: Launch, driver: str, extra: str
     launch("install", EXTRA="tpu")
     assert launch.log()[-1] == "python -m pip install --quiet -e .[tpu]"
     launch("install", EXTRA="")
-    assert launch.log()[-1].endswith("-e ." if extra else "[tpu]")  # without a GPU the first one was the same
+    assert launch.log()[-1].endswith("-e ." if extra else "[tpu]")  # without a GPU, the first installation was the same
 
 
-def test_too_old_a_python_is_told_and_nothing_made(launch: Launch):
+def test_too_old_a_python_is_named_and_nothing_is_created(launch: Launch):
     error = launch(status=1, VERSION_INFO="3, 10, 12").stderr
     assert "needs Python 3.11 or newer, but python3 is Python 3.10.12, python3.13 is Python 3.10.12" in error
     assert "PYTHON=" in error
@@ -132,7 +132,7 @@ def test_too_old_a_python_is_told_and_nothing_made(launch: Launch):
 
 def test_python_may_be_named(launch: Launch):
     write_program(launch.bin / "mine", PYTHON)
-    assert "making .venv with mine" in launch("install", PYTHON="mine", VERSION_INFO="3, 11, 0").stderr
+    assert "creating .venv with mine" in launch("install", PYTHON="mine", VERSION_INFO="3, 11, 0").stderr
 
 
 def test_dry_run_prints_and_runs_nothing(pod: Launch):
@@ -145,7 +145,7 @@ def test_dry_run_prints_and_runs_nothing(pod: Launch):
     verbs = [re.sub(r"gcloud compute tpus tpu-vm (\S+).*", r"\1", line) for line in lines]
     assert verbs[:3] == ["describe", "delete", "create"]
     assert verbs[3].startswith("mkdir")
-    assert re.fullmatch(r"git archive .* [0-9a-f]{40}", verbs[4])  # not HEAD: a VM made later gets the same
+    assert re.fullmatch(r"git archive .* [0-9a-f]{40}", verbs[4])  # not HEAD: a later VM gets the same commit
     assert verbs[5:] == ["scp", "ssh", "ssh", "ssh"]
     for command in ("create", "setup", "run", "stop", "logs", "delete"):
         assert pod(command, DRY_RUN="1").stdout.startswith(("gcloud", "mkdir"))

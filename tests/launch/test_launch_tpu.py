@@ -19,7 +19,7 @@ def test_missing_variables_are_named(pod: Launch, command: str, name: str):
 
 
 @pytest.mark.parametrize("name", ["WORKDIR", "DATA_DIR"])
-def test_run_refuses_a_path_that_goes_with_the_vm(pod: Launch, name: str):
+def test_run_refuses_a_path_on_the_vms_disk(pod: Launch, name: str):
     pod.env[name] = "/home/me"
     assert f"{name}=/home/me: must be a gs:// path" in pod("run", status=1).stderr
     assert pod.log() == []
@@ -43,7 +43,7 @@ def test_create_chooses_the_image_by_type(pod: Launch, kind: str, image: str):
     assert pod.log()[1] == f"{start} --version=own --spot --network=n --labels=a=b --zone=z1 --quiet"
 
 
-def test_create_wants_an_image_for_an_unknown_type(pod: Launch):
+def test_create_needs_an_image_for_an_unknown_type(pod: Launch):
     assert "set VERSION to the runtime image for TYPE=v9-8" in pod("create", status=None, TYPE="v9-8").stderr
     pod("create", TYPE="v9-8", VERSION="new")
     assert pod.steps() == ["create"]
@@ -103,7 +103,7 @@ def test_logs_stop_and_delete(pod: Launch):
     ]
 
 
-def test_no_gcloud_is_told(pod: Launch):
+def test_a_missing_gcloud_is_named(pod: Launch):
     (pod.bin / "gcloud").unlink()
     tools = pod.bin.parent / "tools"
     tools.mkdir()
@@ -115,7 +115,7 @@ def test_no_gcloud_is_told(pod: Launch):
 # ---- watch
 
 
-def test_watch_makes_a_preempted_vm_again_and_resumes(pod: Launch):
+def test_watch_creates_a_preempted_vm_again_and_resumes(pod: Launch):
     pod.script("vm", "READY", "PREEMPTED", "MISSING", "CREATING", "READY", "READY", "READY", "READY")
     pod.script("program", "running", "bare", "absent", "absent", "running", "exited 0")
     done = pod("watch", SPOT="1")
@@ -125,28 +125,28 @@ def test_watch_makes_a_preempted_vm_again_and_resumes(pod: Launch):
 
 
 @pytest.mark.parametrize("state", ["TERMINATED", "PREEMPTED"])
-def test_watch_deletes_what_will_not_come_back(pod: Launch, state: str):
+def test_watch_deletes_a_vm_that_cannot_restart(pod: Launch, state: str):
     pod.script("vm", state)
     pod("watch")
     assert pod.steps() == ["delete"]
 
 
 def test_watch_ends_when_the_program_has(pod: Launch):
-    pod.script("program", "running", "exited 0,running")  # a worker that is still at it is waited for
-    assert "ended well" in pod("watch").stderr
+    pod.script("program", "running", "exited 0,running")  # watch waits for a worker that still runs
+    assert "the program ended with status 0" in pod("watch").stderr
     assert pod.steps() == []
     assert sum("describe" in line for line in pod.log()) == 3
 
 
 @pytest.mark.parametrize("states", ["exited 75", "exited 1,running", "died", "died,exited 0"])
-def test_watch_starts_again_what_has_stopped(pod: Launch, states: str):
+def test_watch_restarts_a_stopped_program(pod: Launch, states: str):
     pod.script("program", "running", states)
     pod("watch", "--", "my", "program")
     assert pod.steps() == ["stop", "start"]
     assert "worker start my program --zone" in next(line for line in pod.log() if "start" in line)
 
 
-def test_watch_waits_out_silence_and_trouble(pod: Launch):
+def test_watch_retries_after_failures(pod: Launch):
     pod.script("vm", "OFFLINE", "RESTARTING", "MISSING", "MISSING", "READY", "READY")
     pod.script("create", "no capacity")
     pod.script("program", "unreachable")
@@ -160,11 +160,11 @@ def test_watch_gives_up_without_progress(pod: Launch):
     pod.script("program", *["exited 1"] * 40)
     error = pod("watch", status=1, MAX_RESTARTS="3").stderr
     assert "3 restarts in a row brought no newer checkpoint" in error
-    # run asks for the state too: each round uses two lines of the script
+    # run reads the state too: each restart uses two lines of the script
     assert pod.steps() == ["stop", "start"] * 3 + ["tail"]
 
 
-def test_watch_goes_on_while_checkpoints_advance(pod: Launch):
+def test_watch_continues_while_checkpoints_advance(pod: Launch):
     pod.script("program", *["exited 75"] * 40)
     pod.script("steps", "100", "200", "200", "300", *["300"] * 9)
     error = pod("watch", status=1, MAX_RESTARTS="2").stderr
@@ -179,10 +179,10 @@ def test_without_a_command_a_named_vm_is_watched_then_deleted(pod: Launch):
     assert pod.steps() == ["create", "scp", "install", "stop", "start", "delete"]
     pod.script("program", "exited 1")
     pod(status=1, MAX_RESTARTS="0")
-    assert pod.steps()[6:] == ["tail"]  # what went wrong can still be looked at
+    assert pod.steps()[6:] == ["tail"]  # the VM remains for inspection
 
 
-# ---- the whole way, on a VM that is a directory
+# ---- complete runs, on a VM that is a directory
 
 
 def wait_for(path: pathlib.Path, text: str = "") -> None:
@@ -211,7 +211,7 @@ esac
     assert vm.steps() == [*fresh, "stop", "start", "delete", *fresh]
     assert (vm.stub / "log").read_text().count("pip install --quiet -e .[tpu]") == 2
     assert (vm.repo / "later").exists()
-    assert not (vm.stub / "machine/flaxcap/later").exists()  # it goes on with the code that it began with
+    assert not (vm.stub / "machine/flaxcap/later").exists()  # the new VM has the code that the run began with
 
 
 def test_worker_runs_one_program_and_stops_it_gently(vm: Launch):
@@ -227,7 +227,7 @@ def test_worker_runs_one_program_and_stops_it_gently(vm: Launch):
     vm("stop")
     assert vm("worker", "state", HOME=str(machine)).stdout == "state=exited 75\n"
     assert "saved" in (machine / "flaxcap.log").read_text()
-    vm("stop")  # nothing to stop is no error
+    vm("stop")  # stopping nothing is no error
 
     vm("run", "--", "bash", "-c", "trap '' TERM; echo deaf; for i in {1..500}; do sleep 0.02; done")
     wait_for(machine / "flaxcap.log", "deaf")
@@ -238,19 +238,19 @@ def test_worker_runs_one_program_and_stops_it_gently(vm: Launch):
     vm("run", "--", "bash", "-c", "echo $GLIBC_TUNABLES; setsid sleep 5 & exit 3")
     wait_for(machine / "flaxcap.status", "exited 3")
     assert "\nglibc.malloc.hugetlb=1\n" in (machine / "flaxcap.log").read_text()
-    # what a program leaves behind does not pass for the program
+    # a process that the program left behind does not hold the lock
     subprocess.run(["flock", "-w", "2", machine / "flaxcap.lock", "true"], check=True)
 
 
-def test_an_interrupted_setup_is_not_taken_for_a_whole_one(vm: Launch):
+def test_an_interrupted_setup_is_repeated(vm: Launch):
     vm("create")
-    vm("setup", status=1, VERSION_INFO="3, 10, 12")  # no Python that will do, nor after uv has been asked for one
+    vm("setup", status=1, VERSION_INFO="3, 10, 12")  # no suitable Python, even after uv has installed one
     assert "is not set up" in vm("run", status=1).stderr
     log = "\n".join(vm.log())
     assert "python -m pip install --quiet --user uv" in log
     assert "python -m uv python install --quiet 3.12" in log
     vm("setup")
-    vm("setup")  # keeps the environment that is there
+    vm("setup")  # keeps the existing environment
     assert vm.log().count("python -m venv --clear .venv") == 1
     assert vm.log().count("python -m pip install --quiet -e .[tpu]") == 1
     vm("run", "--", "true")

@@ -1,4 +1,4 @@
-"""How the cores of a CPU are taken: as devices."""
+"""CPU cores become JAX devices."""
 
 import os
 import subprocess
@@ -21,31 +21,32 @@ def test_devices_divide_the_images_and_each_has_enough(cores, images, least):
 
 
 @pytest.mark.parametrize(
-    ("told", "devices"),
+    ("variables", "devices"),
     [
         ({}, devices_lib.devices_of(devices_lib.usable_cores(), 48, 16)),
         ({"JAX_NUM_CPU_DEVICES": "5"}, 5),
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
     ],
 )
-def test_cores_are_devices_unless_told_otherwise(told, devices):
+def test_cores_are_devices_unless_a_variable_sets_their_number(variables, devices):
     program = "import jax; from flaxcap.runtime import devices; devices.share_cores(48, 16); print(jax.device_count())"
-    assert _printed(program, **told) == devices
+    assert _printed(program, **variables) == devices
 
 
-def test_devices_stay_where_jax_is_in_use_already():
+def test_devices_stay_after_jax_is_initialised():
     use = "import jax; from flaxcap.runtime import devices; jax.devices(); devices.share_cores(8, 1)"
     assert _printed(f"{use}; print(jax.device_count())") == 1
 
 
-def _printed(program: str, **told: str) -> int:
-    """By a process that is told nothing of devices but this."""
-    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | told
+def _printed(program: str, **variables: str) -> int:
+    """Runs a program with no variables about devices except the given ones. Returns the number that it prints."""
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    env |= variables
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
-def test_a_command_takes_the_cores_that_its_batch_is_for():
+def test_a_command_uses_as_many_cores_as_its_batch_allows():
     batch = ["--config.train.batch_images=48", "--config.encoder.block=mixed0"]
     out = succeed("bench", "input", *batch, "--images=96", "--steps=1", "--repeats=1", devices=None)
     assert f"input: {devices_lib.devices_of(devices_lib.usable_cores(), 48, 16)} x cpu" in out
