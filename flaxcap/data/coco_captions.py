@@ -1,4 +1,4 @@
-"""COCO 2014 captions with Karpathy's splits, read out of the zips as they are downloaded."""
+"""COCO 2014 captions in Karpathy's splits, read from the downloaded zips without unpacking them."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ KARPATHY_JSON = "dataset_coco.json"
 YEARS = ("train2014", "val2014")
 SPLITS = ("train", "restval", "val", "test")
 
-# {file: (bytes, SHA-256)}, as TFDS's own coco_captions has them.
+# {file: (bytes, SHA-256)}, from the checksums of TFDS's own coco_captions.
 CHECKSUMS: dict[str, tuple[int, str]] = {
     "train2014.zip": (13510573713, "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775"),
     "val2014.zip": (6645013297, "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0"),
@@ -38,7 +38,7 @@ class Annotated(NamedTuple):
     """An image of a COCO annotations file."""
 
     image_id: int
-    captions: list[tuple[int, str]]  # (id, text), in the file's order; empty ones too
+    captions: list[tuple[int, str]]  # (id, text), in the file's order, with the empty ones
 
 
 class _Image(NamedTuple):
@@ -51,16 +51,18 @@ class _Image(NamedTuple):
 class CocoCaptionsBuilder(CaptionBuilder):
     """COCO 2014 captions in Karpathy's splits: train 82,783, restval 30,504, val 5,000 and test 5,000 images.
 
-    Takes each of `train2014.zip`, `val2014.zip`, `annotations_trainval2014.zip` and `caption_datasets.zip`
-    (or its `dataset_coco.json` alone) from `manual_dir` where it is there, without a checksum, and downloads
-    the others. Captions and ids are those of the annotations, splits those of Karpathy's file. An empty
-    caption is dropped, and an image that has no other.
+    The source is four zips: `train2014.zip`, `val2014.zip`, `annotations_trainval2014.zip` and
+    `caption_datasets.zip`. A zip in `manual_dir` is read from there, and its checksum is not compared. The others
+    are downloaded. In place of Karpathy's zip, `manual_dir` may hold its `dataset_coco.json`.
+
+    Captions and ids come from the annotations, splits from Karpathy's file. Empty captions are dropped, and so
+    are images without another caption.
 
     Args:
-      base_url: where `zips/` and `annotations/` are.
-      karpathy_url: where Karpathy's zip is.
-      checksums: {file name: (size in bytes, SHA-256)} that downloads must have.
-      **kwargs: as for CaptionBuilder.
+      base_url: the server's address of `zips/` and `annotations/`.
+      karpathy_url: the address of Karpathy's zip.
+      checksums: {file name: (size in bytes, SHA-256)} of the downloads.
+      **kwargs: those of CaptionBuilder.
     """
 
     name = "coco_captions"
@@ -77,12 +79,12 @@ class CocoCaptionsBuilder(CaptionBuilder):
         self.urls = {f"{year}.zip": f"{base_url}/zips/{year}.zip" for year in YEARS}
         self.urls |= {ANNOTATIONS: f"{base_url}/annotations/{ANNOTATIONS}", KARPATHY: karpathy_url}
         self._checksums = checksums
-        # Not TFDS's variant "2014", which promises `objects` to those who share this data_dir.
+        # Not TFDS's variant "2014": its readers in the same data_dir expect the feature `objects`.
         super().__init__(variant="2014-captions", **kwargs)
 
     @property
     def url_infos(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What TFDS's download manager holds a download against: {URL: size and SHA-256}."""
+        """{URL: size and SHA-256}, with which TFDS's download manager compares a download."""
         return {
             self.urls[name]: tfds_checksums.UrlInfo(tfds_checksums.utils.Size(size), sha256, name)
             for name, (size, sha256) in self._checksums.items()
@@ -96,11 +98,11 @@ class CocoCaptionsBuilder(CaptionBuilder):
             where, tree = _load(files[ANNOTATIONS], f"annotations/captions_{year}.json")
             for filename, annotated in read_annotations(tree, where).items():
                 if f"{year}/{filename}" not in members or posixpath.basename(filename) != filename:
-                    zipped = f"{quoted(filename)}, which is not in {files[f'{year}.zip']}"
+                    absent = f"{quoted(filename)}, which is not in {files[f'{year}.zip']}"
                     raise bad_record(
-                        where, f"image {annotated.image_id}", "file_name", zipped, f"a file in its {year}/"
+                        where, f"image {annotated.image_id}", "file_name", absent, f"a file in its {year}/"
                     )
-                # By their ids, as Karpathy's file and TFDS's builder have them.
+                # In the order of their ids, as in Karpathy's file and in TFDS's coco_captions.
                 captions = sorted((number, text) for number, text in annotated.captions if text.strip())
                 images[filename] = _Image(filename, year, annotated.image_id, captions)
         splits = _read_karpathy(files[KARPATHY], images)
@@ -111,11 +113,11 @@ class CocoCaptionsBuilder(CaptionBuilder):
             archives = {year: stack.enter_context(_open(files[f"{year}.zip"])) for year in YEARS}
             for image in images:
                 if image.captions:
-                    file = _picture(archives[image.year], image)
+                    file = _image_file(archives[image.year], image)
                     yield example(file, image.image_id, image.filename, image.captions)
 
     def _file(self, name: str, dl_manager) -> pathlib.Path:
-        """The file from `manual_dir`, or else downloaded; DataError where neither can be had."""
+        """Returns the file's path in `manual_dir`, or else downloads it; DataError if that fails."""
         by_hand = [name, KARPATHY_JSON] if name == KARPATHY else [name]
         if self.manual_dir is not None:
             for path in (self.manual_dir / known for known in by_hand):
@@ -125,23 +127,25 @@ class CocoCaptionsBuilder(CaptionBuilder):
             with _few_retries():
                 return pathlib.Path(os.fspath(dl_manager.download(self.urls[name])))
         except download_manager.NonMatchingChecksumError as error:
-            raise DataError(f"{name}: the download is not the expected file. {error}") from error
+            raise DataError(f"{name}: found a download with another checksum; {error}") from error
         except (OSError, tfds.download.DownloadError) as error:  # OSError is the base of requests' exceptions
-            there = f"the directory given as --manual_dir (now {self.manual_dir or 'none'})"
             raise DataError(
-                f"{name}: could not be downloaded from {self.urls[name]}: {error}\n"
-                f"Fetch it by hand and put it as {name} into {there}."
+                f"{name}: cannot be downloaded from {self.urls[name]}: {error}\n"
+                f"Download it by hand, as {name}, into the directory that --manual_dir names"
+                f" (now {self.manual_dir or 'none'})."
             ) from error
 
 
 def read_annotations(tree: object, file: object) -> dict[str, Annotated]:
-    """{file name: image} of a parsed COCO captions file, in its order; an image may come without captions.
+    """Returns {file name: image} of a COCO captions file, in its order. An image may have no captions.
 
     Args:
-      tree: the JSON tree, with "images" (id, file_name) and "annotations" (id, image_id, caption).
-      file: its name, for messages.
+      tree: the parsed JSON, with "images" (id, file_name) and "annotations" (id, image_id, caption).
+      file: the file's name, for messages.
 
-    Raises DataError for a missing key, a wrong type, an id or file name given twice, a caption of no image.
+    Raises:
+      DataError: a field is missing or of another type, an id or file name is repeated, or a caption's image is
+        not in the file.
     """
     by_name: dict[str, Annotated] = {}
     by_id: dict[int, Annotated] = {}
@@ -154,26 +158,31 @@ def read_annotations(tree: object, file: object) -> dict[str, Annotated]:
         if name in by_name:
             raise bad_record(file, where, "file_name", f"{quoted(name)} a second time", "a file name of its own")
         by_id[image.image_id] = by_name[name] = image
-    seen: set[int] = set()
+    caption_ids: set[int] = set()
     for index, record in enumerate(read_field(tree, "annotations", list, file, "")):
         where = f"annotations[{index}]"
         number, image_id = (read_field(record, key, int, file, where) for key in ("id", "image_id"))
-        if number in seen:
+        if number in caption_ids:
             raise bad_record(file, where, "id", f"{number} a second time", "an id of its own")
         if image_id not in by_id:
             raise bad_record(file, where, "image_id", str(image_id), "the id of one of the images")
-        seen.add(number)
+        caption_ids.add(number)
         by_id[image_id].captions.append((number, read_field(record, "caption", str, file, where)))
     return by_name
 
 
 def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str, list[_Image]]:
-    """The images of each split, in the order of Karpathy's file, which is `path` or in the zip `path`."""
-    # Its tokens would take gigabytes as Python objects; they are dropped while it is parsed.
+    """Returns the images of each split, in the order of Karpathy's file.
+
+    Args:
+      path: Karpathy's zip, or its `dataset_coco.json`.
+      images: by file name, from the annotations.
+    """
+    # As Python objects, the file's tokens take gigabytes: they are dropped during parsing.
     wanted = ("images", "filename", "split")
     file, tree = _load(path, KARPATHY_JSON, lambda record: {key: record[key] for key in wanted if key in record})
     splits: dict[str, list[_Image]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
+    assigned: set[str] = set()
     for index, record in enumerate(read_field(tree, "images", list, file, "")):
         where = f"images[{index}]"
         filename = read_field(record, "filename", str, file, where)
@@ -182,33 +191,42 @@ def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str
             raise bad_record(file, where, "split", shown(split), "one of " + ", ".join(SPLITS))
         if filename not in images:
             raise bad_record(file, where, "filename", shown(filename), "an image of the COCO annotations")
-        if filename in seen:
+        if filename in assigned:
             raise bad_record(file, where, "filename", f"{quoted(filename)} a second time", "each image once")
-        seen.add(filename)
+        assigned.add(filename)
         splits[split].append(images[filename])
     return splits
 
 
 def _load(path: pathlib.Path, member: str, hook: Callable[[dict], Any] | None = None) -> tuple[str, object]:
-    """The name for messages and the tree of a JSON file: the zip's member, or `path` itself if it is JSON."""
+    """Parses a JSON file.
+
+    Args:
+      path: a zip, or the JSON file itself.
+      member: the JSON file in the zip.
+      hook: `json.loads`'s `object_hook`.
+
+    Returns:
+      The file's name, for messages, and the parsed JSON.
+    """
     if path.suffix == ".json":
         name, data = str(path), read_bytes(path)
     else:
         with _open(path) as archive:
             name, data = f"{path}/{member}", _member(archive, member, size_limits.CAPTIONS)
             if len(data) > size_limits.CAPTIONS:
-                raise DataError(f"{name}: has more than the {size_limits.CAPTIONS} bytes allowed")
+                raise DataError(f"{name}: found more than the {size_limits.CAPTIONS} bytes allowed")
     try:
         return name, json.loads(data, object_hook=hook)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: is not JSON in UTF-8: {error}") from error
+        raise DataError(f"{name}: not JSON in UTF-8: {error}") from error
 
 
 def _open(path: pathlib.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
-    except Exception as error:  # for damaged files zipfile raises many kinds
-        raise DataError(f"{path}: is not a whole zip file ({error}); delete it and fetch it anew") from error
+    except Exception as error:  # Python 3.11's zipfile raises many kinds for damaged files, not BadZipFile alone
+        raise DataError(f"{path}: not a complete zip file ({error}); delete it and download it again") from error
 
 
 def _members(path: pathlib.Path) -> set[str]:
@@ -216,31 +234,35 @@ def _members(path: pathlib.Path) -> set[str]:
         return set(archive.namelist())
 
 
-def _picture(archive: zipfile.ZipFile, image: _Image) -> bytes:
-    """Of a picture larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+def _image_file(archive: zipfile.ZipFile, image: _Image) -> bytes:
+    """Returns an image's file, at most one byte more than `size_limits.PICTURE`, see `records.read_image`."""
     return _member(archive, f"{image.year}/{image.filename}", size_limits.PICTURE)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-    """A file of the archive by its exact name, or the first `most` + 1 bytes of a larger one.
+    """Returns a file of the archive, or the first `most` + 1 bytes of a larger one.
 
-    What is read to its end is checked against its CRC. Nothing is unpacked to disk.
+    zipfile compares the CRC of a file that is read to its end. Nothing is unpacked to disk.
     """
     try:
         info = archive.getinfo(name)
     except KeyError:
-        there = [other for other in archive.namelist()[:5] if posixpath.basename(other)]
-        raise bad_record(archive.filename, "", "", f"no {plain(name)} in it (but {listed(there)}, ...)", "it") from None
+        existing = [other for other in archive.namelist()[:5] if posixpath.basename(other)]
+        found = f"no {plain(name)} in it, only {listed(existing)}, …"
+        raise bad_record(archive.filename, "", "", found, "this file") from None
     try:
         with archive.open(info) as file:
             return file.read(min(info.file_size, most) + 1)
-    except Exception as error:  # for damaged files zipfile raises many kinds
-        raise DataError(f"{archive.filename}/{plain(name)}: is damaged ({error}); fetch the zip anew") from error
+    except Exception as error:  # Python 3.11's zipfile raises many kinds for damaged files, not BadZipFile alone
+        raise DataError(f"{archive.filename}/{plain(name)}: damaged ({error}); download the zip again") from error
 
 
 @contextlib.contextmanager
 def _few_retries() -> Iterator[None]:
-    """TFDS tries ten times at doubling pauses: without a network, for more than three minutes."""
+    """Limits the attempts at a download to three.
+
+    TFDS 4.9 makes ten with doubling pauses, which takes more than three minutes without a network.
+    """
     before, downloader.MAX_RETRIES = downloader.MAX_RETRIES, 3
     try:
         yield

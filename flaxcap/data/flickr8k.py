@@ -1,4 +1,4 @@
-"""Flickr8k (Hodosh, Young and Hockenmaier 2013), from the files its authors gave out."""
+"""Flickr8k (Hodosh, Young and Hockenmaier 2013), from the files that its authors distributed."""
 
 import pathlib
 import re
@@ -17,7 +17,7 @@ SPLITS = {
     "val": "Flickr_8k.devImages.txt",
     "test": "Flickr_8k.testImages.txt",
 }
-IMAGES = ("Images", "Flicker8k_Dataset")  # so misspelt in the original zip
+IMAGES = ("Images", "Flicker8k_Dataset")  # the second is misspelt in the original zip
 
 _TOKEN = re.compile(r"(?P<name>[^\t]+)#\d+\t(?P<caption>.*)")
 
@@ -31,13 +31,16 @@ class _Image(NamedTuple):
 class Flickr8kBuilder(CaptionBuilder):
     """Flickr8k: 8,000 photographs of people and dogs, five captions each, in the authors' three splits.
 
-    `manual_dir` holds `Flickr8k.token.txt` (lines `NAME.jpg#N<tab>CAPTION`), `Flickr_8k.trainImages.txt`,
-    `Flickr_8k.devImages.txt`, `Flickr_8k.testImages.txt` (a file name a line) and the images in `Images/` or
-    `Flicker8k_Dataset/`. Without the dev or the test file there is no such split.
+    `manual_dir` holds the authors' files:
 
-    image/id is the image's place, from 0, among the names in the token file; a caption's id is its own place.
-    Captions of images in no split are ignored (the original has some of a missing file,
-    `2258277193_586949ec62.jpg.1`); an empty caption is dropped, and an image that has no other.
+    - `Flickr8k.token.txt`: lines `NAME.jpg#N<tab>CAPTION`;
+    - `Flickr_8k.trainImages.txt`, `Flickr_8k.devImages.txt` and `Flickr_8k.testImages.txt`: a file name a line.
+      The last two may be missing: the data set then has no val or test split;
+    - the images in `Images/` or `Flicker8k_Dataset/`.
+
+    image/id numbers the images, and a caption's id the captions, from 0 in the order of the token file. Captions
+    of images in no split are ignored: the original file has captions of 2258277193_586949ec62.jpg.1, which does
+    not exist. Empty captions are dropped, and so are images without another caption.
     """
 
     name = "flickr8k"
@@ -46,14 +49,14 @@ class Flickr8kBuilder(CaptionBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager
         if self.manual_dir is None:
-            raise DataError(f"flickr8k: expected --manual_dir to name the directory of {TOKENS} and the images")
-        there = [self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()]
-        if not there:
-            raise bad_record(self.manual_dir, "", "", "no images in it", f"a directory {' or '.join(IMAGES)}")
+            raise DataError(f"--manual_dir: found none, expected the directory of {TOKENS} and the images")
+        directories = [self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()]
+        if not directories:
+            raise bad_record(self.manual_dir, "", "", "no directory of images", f"a directory {' or '.join(IMAGES)}")
         tokens = self.manual_dir / TOKENS
         captions = _read_tokens(tokens)
         ids = {name: number for number, name in enumerate(captions)}
-        taken: dict[str, str] = {}
+        assigned: dict[str, str] = {}  # {image: file and line}
         splits = {}
         for split, filename in SPLITS.items():
             file = self.manual_dir / filename
@@ -62,16 +65,16 @@ class Flickr8kBuilder(CaptionBuilder):
             images = []
             for where, line in _lines(file):
                 name = line.strip()
-                if name in taken:
+                if name in assigned:
                     raise bad_record(
-                        file, where, "", f"{quoted(name)}, which is in {taken[name]} already", "each image once"
+                        file, where, "", f"{quoted(name)}, which is in {assigned[name]} already", "each image once"
                     )
                 if name not in captions:
                     raise bad_record(
-                        file, where, "", f"{quoted(name)}, of which {tokens} has no caption", "a captioned image"
+                        file, where, "", f"{quoted(name)}, which has no caption in {tokens}", "a captioned image"
                     )
-                taken[name] = f"{filename}, {where}"
-                images.append(_Image(image_path(there[0], name, file, where, ""), ids[name], captions[name]))
+                assigned[name] = f"{filename}, {where}"
+                images.append(_Image(image_path(directories[0], name, file, where, ""), ids[name], captions[name]))
             splits[split] = self._generate_examples(images)
         return splits
 
@@ -82,20 +85,20 @@ class Flickr8kBuilder(CaptionBuilder):
 
 
 def _read_tokens(path: pathlib.Path) -> dict[str, list[tuple[int, str]]]:
-    """{image file: its captions, (id, text), without the empty ones}, in the file's order."""
+    """Returns {image file: [(id, text), …]}, in the file's order, without empty captions."""
     captions: dict[str, list[tuple[int, str]]] = {}
     for number, (where, line) in enumerate(_lines(path)):
         match = _TOKEN.fullmatch(line)
         if match is None:
             raise bad_record(path, where, "", shown(line), "NAME.jpg#NUMBER, a tab and the caption")
-        of_image = captions.setdefault(match["name"], [])
+        image_captions = captions.setdefault(match["name"], [])
         if match["caption"].strip():
-            of_image.append((number, match["caption"].strip()))
+            image_captions.append((number, match["caption"].strip()))
     return captions
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """("line N", text) of the lines that are not blank."""
+    """Yields ("line N", text) of each line that is not blank."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"line {number}", line

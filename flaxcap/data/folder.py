@@ -1,4 +1,4 @@
-"""Any folder of images with a file of captions."""
+"""The user's own data set: a folder of images with a file of captions."""
 
 import csv
 import hashlib
@@ -22,7 +22,7 @@ _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
 class Caption(NamedTuple):
-    """One caption, and where it stands, for messages."""
+    """A caption, and the name of its record for messages."""
 
     image: str  # path below the folder
     text: str
@@ -38,18 +38,18 @@ class _Image(NamedTuple):
 
 
 class FolderBuilder(CaptionBuilder):
-    """A folder (`manual_dir`) of images, in any subfolders, with one file of captions. That file is one of
+    """A folder (`manual_dir`) of images, in any subfolders, with one file of captions. The file is one of
 
-    - `captions.csv`: a header and the columns image, caption and, if wanted, split; a row a caption;
-    - `captions.jsonl`: a JSON object a line: {"image": ..., "caption": ...} or
-      {"image": ..., "captions": [...]}, and "split" if wanted;
+    - `captions.csv`: a header and the columns image, caption and, optionally, split; a row a caption;
+    - `captions.jsonl`: a JSON object a line, {"image": ..., "caption": ...} or
+      {"image": ..., "captions": [...]}, optionally with "split";
     - COCO annotations: `captions.json`, or the folder's only `.json` file, with "images" (id, file_name) and
-      "annotations" (id, image_id, caption). An image without a caption is left out.
+      "annotations" (id, image_id, caption). Images without a caption are left out.
 
-    Images are named by their paths below the folder. image/id is the image's place, from 0, in the
-    file, or COCO's id. Without splits in the file, `split_by_name` makes them.
+    Images are named by their paths below the folder. image/id is COCO's id, or numbers the images from 0 in the
+    order of the file. `split_by_name` makes the splits if the file has none.
 
-    The path of the prepared copy has a hash of the captions file, so that changed captions are prepared anew.
+    The prepared copy's path contains a hash of the captions file, so changed captions are prepared again.
     """
 
     name = "folder"
@@ -57,7 +57,7 @@ class FolderBuilder(CaptionBuilder):
 
     def __init__(self, *, manual_dir, **kwargs):
         if manual_dir is None:
-            raise DataError("folder: expected --manual_dir to name the folder of images and captions")
+            raise DataError("--manual_dir: found none, expected the folder of images and captions")
         folder = pathlib.Path(manual_dir).expanduser()
         self.captions_file = _captions_file(folder)
         digest = hashlib.sha256(read_bytes(self.captions_file)).hexdigest()[:8]
@@ -87,13 +87,14 @@ class FolderBuilder(CaptionBuilder):
 
 
 def split_by_name(names: list[str]) -> dict[str, list[str]]:
-    """About 90% train, 5% val and 5% test, by the SHA-256 of each name, in the given order.
+    """Splits names by their SHA-256: about 90% train, 5% val, 5% test, each in the given order.
 
-    An image keeps its split when others come or go, but for this: of two images or more one at least is in
-    train and one in val; where the hashes leave none there, the lowest goes to train, the highest to val.
+    A name keeps its split when other names are added or removed, with one exception: train is never empty, and
+    val is not if there are two names. Without a hash in its range, val gets the name with the highest hash, and
+    train the name with the lowest.
     """
     rank = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
-    split_of = {name: "train" if at < 0.9 else "val" if at < 0.95 else "test" for name, at in rank.items()}
+    split_of = {name: "train" if r < 0.9 else "val" if r < 0.95 else "test" for name, r in rank.items()}
     if len(names) >= 2 and "val" not in split_of.values():
         split_of[max(names, key=rank.__getitem__)] = "val"
     if "train" not in split_of.values():
@@ -102,9 +103,10 @@ def split_by_name(names: list[str]) -> dict[str, list[str]]:
 
 
 def _captions_file(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the folder's file of captions; DataError unless there is exactly one."""
     expected = "captions.csv, captions.jsonl, captions.json or a single other .json file"
     if not folder.is_dir():
-        raise DataError(f"--manual_dir={folder}: found no directory of this name, expected one with {expected}")
+        raise DataError(f"--manual_dir={folder}: found no such directory, expected one with {expected}")
     files = [folder / f"captions.{suffix}" for suffix in ("csv", "jsonl", "json")]
     files = [file for file in files if file.is_file()] or sorted(folder.glob("*.json"))
     if len(files) != 1:
@@ -115,14 +117,27 @@ def _captions_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Path) -> dict[str, _Image]:
-    """{path: image with its captions}, each checked, in the order of first appearance."""
+    """Checks the captions and groups them by image.
+
+    Args:
+      captions: in the file's order.
+      ids: {path: image id}, or None to number the images from 0.
+      file: the file of captions.
+
+    Returns:
+      {path: image}, in the order of each image's first caption.
+
+    Raises:
+      DataError: a caption is empty, a split's name is bad or not the same for all captions of an image, or an image's
+        file does not exist.
+    """
     images: dict[str, _Image] = {}
     any_split = captions[0].split if captions else None
     for number, caption in enumerate(captions):
         if not caption.text.strip():
             raise bad_record(file, caption.where, "caption", shown(caption.text), "words")
         if (caption.split is None) != (any_split is None):
-            raise bad_record(file, caption.where, "split", shown(caption.split), "one in every record, or in none")
+            raise bad_record(file, caption.where, "split", shown(caption.split), "a split in every record, or in none")
         if caption.split is not None and (not _SPLIT_NAME.fullmatch(caption.split) or caption.split == "all"):
             raise bad_record(
                 file, caption.where, "split", shown(caption.split), "a name of letters, such as train or val"
@@ -133,13 +148,8 @@ def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Pa
             image_id = len(images) if ids is None else ids[caption.image]
             image = images[caption.image] = _Image(caption.image, image_id, [], caption.split)
         if image.split != caption.split:
-            raise bad_record(
-                file,
-                caption.where,
-                "split",
-                shown(caption.split),
-                f"{quoted(image.split)}, as before for this image",
-            )
+            expected = f"{quoted(image.split)}, the split of this image's other captions"
+            raise bad_record(file, caption.where, "split", shown(caption.split), expected)
         image.captions.append((number, caption.text.strip()))
     return images
 
@@ -150,17 +160,18 @@ def _read_csv(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
     try:
         header = next(rows, [])
         if not {"image", "caption"} <= set(header) <= set(COLUMNS) or len(set(header)) != len(header):
-            raise bad_record(file, "line 1", "", shown(header), "the columns image, caption and perhaps split")
+            raise bad_record(file, "line 1", "", shown(header), "the columns image, caption and, optionally, split")
         for row in rows:
             where = f"line {rows.line_num}"
             if not row:
                 continue
             if len(row) != len(header):
-                raise bad_record(file, where, "", f"{len(row)} values", f"{len(header)}; quote text that has commas")
+                expected = f"{len(header)}; quote text that contains commas"
+                raise bad_record(file, where, "", f"{len(row)} values", expected)
             record = dict(zip(header, row, strict=True))
             captions.append(Caption(record["image"], record["caption"], record.get("split"), where))
     except csv.Error as error:
-        raise DataError(f"{file}, line {rows.line_num}: is not CSV: {error}") from error
+        raise DataError(f"{file}, line {rows.line_num}: not CSV: {error}") from error
     return captions, None
 
 
@@ -177,7 +188,7 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
         if unknown or ("caption" in record) == ("captions" in record):
             lacking = "" if unknown or "caption" in record else "caption"
             raise bad_record(
-                file, where, lacking, f"the keys {listed(record)}", "image, caption or captions, perhaps split"
+                file, where, lacking, f"the keys {listed(record)}", "image, caption or captions, and optionally split"
             )
         split = read_field(record, "split", str, file, where) if "split" in record else None
         if "caption" in record:
@@ -185,7 +196,7 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
         else:
             texts = read_field(record, "captions", list, file, where)
             if not texts or not all(isinstance(each, str) for each in texts):
-                raise bad_record(file, where, "captions", shown(texts), "a list of strings, not empty")
+                raise bad_record(file, where, "captions", shown(texts), "a list of one string or more")
             for each in texts:
                 check_text(each, file, where, "captions")
         captions += [Caption(image, each, split, where) for each in texts]
@@ -206,7 +217,7 @@ def _parse(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON: {error}") from error
+        raise DataError(f"{where}: not JSON: {error}") from error
 
 
 _READERS: dict[str, Callable[[str, pathlib.Path], tuple[list[Caption], Any]]] = {

@@ -10,18 +10,28 @@ from flaxcap.files import size_limits
 
 T = TypeVar("T")
 
+_KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", dict: "an object"}
+
 
 def bad_record(file: object, record: str, field: str, found: str, expected: str) -> DataError:
-    """The error for one field of one record of a file; `record` and `field` may be empty."""
+    """Returns the error for one field of one record of a file; `record` and `field` may be empty."""
     where = ", ".join([str(file)] + [record] * bool(record) + [f"field {field!r}"] * bool(field))
     return DataError(f"{where}: found {found}, expected {expected}")
 
 
-_KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list", dict: "an object"}
-
-
 def read_field(record: object, key: str, kind: type[T], file: object, where: str) -> T:
-    """`record[key]` of a parsed JSON record; DataError where there is none, it is no `kind` or cannot be stored."""
+    """Returns `record[key]`, checked.
+
+    Args:
+      record: parsed JSON.
+      key: the field's name.
+      kind: the field's type: int, str, list or dict.
+      file: the file's name, for messages.
+      where: the record's name, for messages.
+
+    Raises:
+      DataError: the record is not an object, or the field is missing, of another type, or cannot be stored.
+    """
     if not isinstance(record, dict):
         raise bad_record(file, where, "", shown(record), "an object")
     if key not in record:
@@ -37,7 +47,7 @@ def read_field(record: object, key: str, kind: type[T], file: object, where: str
 
 
 def check_text(text: str, file: object, where: str, key: str) -> None:
-    """DataError for half a character, which JSON can hold as `"\\ud83d"`, and UTF-8 cannot."""
+    """Raises DataError for a lone surrogate: JSON can hold one, as `"\\ud83d"`, but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -45,7 +55,7 @@ def check_text(text: str, file: object, where: str, key: str) -> None:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """A file; DataError where it cannot be read or is larger than `limits.CAPTIONS`."""
+    """Reads a file; DataError if it cannot be read or is larger than `size_limits.CAPTIONS`."""
     try:
         return size_limits.read(path, size_limits.CAPTIONS)
     except OSError as error:
@@ -53,7 +63,10 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def read_image(path: pathlib.Path) -> bytes:
-    """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+    """Reads an image file, at most one byte more than `size_limits.PICTURE`.
+
+    A file that is too large thus stays too large, and `images.decode` refuses it.
+    """
     try:
         return size_limits.start(path, size_limits.PICTURE)
     except OSError as error:
@@ -61,7 +74,7 @@ def read_image(path: pathlib.Path) -> bytes:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """A UTF-8 file, with or without byte order mark; DataError where it cannot be read or is not UTF-8."""
+    """Reads a UTF-8 file, with or without byte order mark; DataError if it cannot be read or is not UTF-8."""
     data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")
@@ -71,10 +84,22 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def image_path(folder: pathlib.Path, name: str, file: object, record: str, key: str) -> pathlib.Path:
-    """`folder/name`, an existing file; DataError where it is missing or `name` leads out of the folder."""
+    """Returns `folder/name`.
+
+    Args:
+      folder: the directory of the images.
+      name: a path below `folder`, as a file of captions has it.
+      file: the name of the file of captions, for messages.
+      record: the record's name, for messages.
+      key: the name of the field, for messages; may be empty.
+
+    Raises:
+      DataError: there is no such file, or the path leads out of the folder.
+    """
     parts = pathlib.PurePath(name).parts
     if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts:
         raise bad_record(file, record, key, quoted(name), f"a path inside {folder}")
-    if not os.path.isfile(folder / name):  # unlike pathlib's it says no to any name, however long
+    # pathlib's is_file raises OSError for a name that is too long (Python 3.11); os.path's returns False.
+    if not os.path.isfile(folder / name):
         raise bad_record(file, record, key, f"{quoted(name)}, which is not in {folder}", "an image file")
     return folder / name

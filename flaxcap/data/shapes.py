@@ -1,7 +1,7 @@
-"""`shapes`: rendered scenes of two or three objects, whose captions can be judged true or false.
+"""`shapes`: rendered scenes of two or three objects, with captions whose truth can be computed.
 
-The data set that needs no download. An object has a colour, a texture, a size and a shape; some
-kinds of object are held out of training, and every val and test picture shows at least one of them.
+This data set needs no download. An object has a colour, a texture, a size and a shape. Some kinds of object are held
+out of training, and every val and test image shows at least one of them.
 """
 
 import io
@@ -30,7 +30,7 @@ SHAPES = ("ring", "bar", "triangle")
 CANVAS = 160
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
-# The words of a relation, and of the first object seen from the second.
+# {relation: (the words between the objects, the words after the second object)}
 _RELATIONS = {
     "left": ("to the left of", "on its left"),
     "right": ("to the right of", "on its right"),
@@ -46,7 +46,9 @@ _WORDINGS = (
 )
 
 
-class Thing(NamedTuple):
+class SceneObject(NamedTuple):
+    """An object of a scene."""
+
     colour: str
     texture: str
     size: str
@@ -56,107 +58,115 @@ class Thing(NamedTuple):
 
 
 def held_out(split: str) -> frozenset[tuple[str, str, str, str]]:
-    """The kinds (colour, texture, size, shape) that only this split shows: 12 of 108 for val and test each."""
+    """Returns the kinds (colour, texture, size, shape) that only this split shows: 12 of 108 for val and for test."""
     kinds = list(itertools.product(COLOURS, TEXTURES, SIZES, SHAPES))
     order = np.random.default_rng(2015).permutation(len(kinds))
     start = {"train": 0, "val": 0, "test": 12}[split]
     return frozenset(kinds[i] for i in order[start : start + (0 if split == "train" else 12)])
 
 
-def scene(image_id: int, seed: int = 0) -> list[Thing]:
-    """The objects of a picture, a pure function of its id and the data set's seed."""
+def scene(image_id: int, seed: int = 0) -> list[SceneObject]:
+    """Returns the objects of an image, a pure function of its id and the data set's seed."""
     return _scene(np.random.default_rng([seed, image_id]), SPLITS[image_id % 3])
 
 
-def _scene(rng: np.random.Generator, split: str) -> list[Thing]:
+def _scene(rng: np.random.Generator, split: str) -> list[SceneObject]:
     every = itertools.product(COLOURS, TEXTURES, SIZES, SHAPES)
-    seen = sorted(set(every) - held_out("val") - held_out("test"))
+    common = sorted(set(every) - held_out("val") - held_out("test"))
     special = sorted(held_out(split))
     count = int(rng.integers(2, 4))
     while True:
-        kinds = [seen[i] for i in rng.integers(len(seen), size=count)]
+        kinds = [common[i] for i in rng.integers(len(common), size=count)]
         if special:
             kinds[int(rng.integers(count))] = special[int(rng.integers(len(special)))]
         if len({colour for colour, *_ in kinds}) < count:
             continue
-        radius_K = np.array([SIZES[size] for _, _, size, _ in kinds])
-        low, high = radius_K.max(), CANVAS - radius_K.max()
-        centres = rng.uniform(low, high, size=(64, count, 2))  # 64 tries; the first clear one is taken
-        good = np.flatnonzero(_clear(centres, radius_K))
-        if len(good):
-            places = centres[good[0]].tolist()
-            return [Thing(*kind, x=x, y=y) for kind, (x, y) in zip(kinds, places, strict=True)]
+        radii = np.array([SIZES[size] for _, _, size, _ in kinds])
+        low, high = radii.max(), CANVAS - radii.max()
+        layouts = rng.uniform(low, high, size=(64, count, 2))
+        (clear,) = np.nonzero(_are_clear(layouts, radii))
+        if len(clear):
+            centres = layouts[clear[0]].tolist()
+            return [SceneObject(*kind, x=x, y=y) for kind, (x, y) in zip(kinds, centres, strict=True)]
 
 
-def _clear(centres_NK2: np.ndarray, radius_K: np.ndarray) -> np.ndarray:
-    """bool [N]: are all pairs apart, and the relation of each one that nobody would dispute?"""
-    good_N = np.ones(len(centres_NK2), bool)
-    for a, b in itertools.combinations(range(len(radius_K)), 2):
-        distance_N2 = np.sort(np.abs(centres_NK2[:, a] - centres_NK2[:, b]), axis=1)
-        good_N &= distance_N2[:, 1] > radius_K[a] + radius_K[b] + 2
-        good_N &= distance_N2[:, 1] > 1.6 * distance_N2[:, 0]
-    return good_N
+def _are_clear(layouts: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Returns which layouts keep all objects apart and the relation of each pair unambiguous.
+
+    Args:
+      layouts: float [layouts, objects, 2], the objects' centres in pixels.
+      radii: int [objects], in pixels.
+
+    Returns:
+      bool [layouts].
+    """
+    clear = np.ones(len(layouts), bool)
+    for a, b in itertools.combinations(range(len(radii)), 2):
+        near, far = np.sort(np.abs(layouts[:, a] - layouts[:, b]), axis=1).T
+        clear &= far > radii[a] + radii[b] + 2
+        clear &= far > 1.6 * near
+    return clear
 
 
-def relation(a: Thing, b: Thing) -> str:
-    """Where `a` is, seen from `b`."""
+def relation(a: SceneObject, b: SceneObject) -> str:
+    """Returns the position of `a` relative to `b`: "left", "right", "above" or "below"."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
         return "left" if dx < 0 else "right"
     return "above" if dy < 0 else "below"
 
 
-def render(things: list[Thing], rng: np.random.Generator) -> bytes:
-    """The scene as JPEG bytes, on a background of blotches and grain."""
+def render(objects: list[SceneObject], rng: np.random.Generator) -> bytes:
+    """Returns the scene as JPEG bytes, on a background of blotches and grain."""
     blotches = rng.integers(70, 150, size=(5, 5, 3)).astype(np.uint8)
     ground = Image.fromarray(blotches).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, size=(CANVAS, CANVAS, 3))
     pixels = np.clip(np.asarray(ground, np.float32) + grain, 0, 255).astype(np.uint8)
     image = Image.fromarray(pixels)
-    for thing in things:
-        _draw(image, thing)
+    for obj in objects:
+        _draw(image, obj)
     out = io.BytesIO()
     image.save(out, "JPEG", quality=92)
     return out.getvalue()
 
 
-def _draw(image: Image.Image, thing: Thing, scale: int = 4) -> None:
-    """One object, drawn `scale` times larger and shrunk: smooth edges."""
-    r = SIZES[thing.size] * scale
+def _draw(image: Image.Image, obj: SceneObject, scale: int = 4) -> None:
+    """Draws one object, `scale` times larger and then shrunk, for smooth edges."""
+    r = SIZES[obj.size] * scale
     side = 2 * r
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
-    if thing.shape == "ring":
+    if obj.shape == "ring":
         pen.ellipse((0, 0, side - 1, side - 1), fill=255)
         hole = r * 0.52
         pen.ellipse((r - hole, r - hole, r + hole, r + hole), fill=0)
-    elif thing.shape == "bar":
+    elif obj.shape == "bar":
         pen.rectangle((0, r * 0.6, side, r * 1.4), fill=255)
     else:
         pen.polygon([(r, 0), (side, side * 0.93), (0, side * 0.93)], fill=255)
 
-    colour = COLOURS[thing.colour]
+    colour = COLOURS[obj.colour]
     dark = tuple(int(c * 0.25) for c in colour)
     fill = Image.new("RGB", (side, side), colour)
     pen = ImageDraw.Draw(fill)
-    pitch = 9 * scale  # of stripes and dots: the same in pixels for both sizes
-    if thing.texture == "striped":
+    pitch = 9 * scale  # from stripe to stripe and from dot to dot, for both sizes
+    if obj.texture == "striped":
         for y in range(0, side, pitch):
             pen.rectangle((0, y, side, y + pitch * 0.42), fill=dark)
-    elif thing.texture == "dotted":
+    elif obj.texture == "dotted":
         dot = pitch * 0.27
         for row, y in enumerate(range(pitch // 4, side, pitch)):
             for x in range(pitch // 4 + (row % 2) * pitch // 2, side, pitch):
                 pen.ellipse((x - dot, y - dot, x + dot, y + dot), fill=dark)
     size = (side // scale, side // scale)
-    corner = (round(thing.x) - size[0] // 2, round(thing.y) - size[1] // 2)
+    corner = (round(obj.x) - size[0] // 2, round(obj.y) - size[1] // 2)
     shrunk = mask.resize(size, Image.Resampling.BOX)
     image.paste(fill.resize(size, Image.Resampling.BOX), corner, shrunk)
 
 
-def captions(things: list[Thing], rng: np.random.Generator) -> list[str]:
-    """Five true captions, each worded in its own way, of pairs of the objects."""
-    pairs = list(itertools.permutations(things, 2))
+def captions(objects: list[SceneObject], rng: np.random.Generator) -> list[str]:
+    """Returns five true captions of pairs of objects, one of each wording."""
+    pairs = list(itertools.permutations(objects, 2))
     texts = []
     for wording in _WORDINGS:
         a, b = pairs[int(rng.integers(len(pairs)))]
@@ -165,17 +175,17 @@ def captions(things: list[Thing], rng: np.random.Generator) -> list[str]:
     return texts
 
 
-def _name(thing: Thing, rng: np.random.Generator) -> str:
-    """Colour and shape, and in two names of three the size or the texture."""
+def _name(obj: SceneObject, rng: np.random.Generator) -> str:
+    """Returns a name: colour and shape, and in two cases of three the size or the texture."""
     return (
-        f"{thing.colour} {thing.shape}",
-        f"{thing.size} {thing.colour} {thing.shape}",
-        f"{thing.colour} {thing.texture} {thing.shape}",
+        f"{obj.colour} {obj.shape}",
+        f"{obj.size} {obj.colour} {obj.shape}",
+        f"{obj.colour} {obj.texture} {obj.shape}",
     )[int(rng.integers(3))]
 
 
-def _forms() -> list[re.Pattern]:
-    """The wordings as patterns: exactly what `captions` may say."""
+def _patterns() -> list[re.Pattern]:
+    """Returns the wordings as patterns, which match exactly the captions that `captions` can return."""
     size, colour, texture, shape = ("|".join(words) for words in (SIZES, COLOURS, TEXTURES, SHAPES))
     name = rf"(?:(?:{size}) )?(?:{colour}) (?:{shape})|(?:{colour}) (?:{texture}) (?:{shape})"
     where, its = ("|".join(words) for words in zip(*_RELATIONS.values(), strict=True))
@@ -184,21 +194,21 @@ def _forms() -> list[re.Pattern]:
     return [re.compile(wording.format(**groups)) for wording in _WORDINGS]
 
 
-_FORMS = _forms()
+_PATTERNS = _patterns()
 
 
 def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
-    """Whether a caption is true of a picture: two objects of it, each attribute named, and their relation.
+    """Tells whether a caption is true of an image: some two of its objects have the named attributes and relation.
 
-    Any sentence outside the grammar of `captions` is false.
+    A sentence that `captions` cannot return is false.
     """
     text = caption.strip(" .").lower()
-    match = next(filter(None, (form.fullmatch(text) for form in _FORMS)), None)
+    match = next(filter(None, (pattern.fullmatch(text) for pattern in _PATTERNS)), None)
     if match is None:
         return False
-    said = match.groupdict()
-    where = next(k for k, words in _RELATIONS.items() if said.get("where", said.get("its")) in words)
-    first, second = set(said["first"].split()), set(said["second"].split())
+    named = match.groupdict()
+    where = next(k for k, words in _RELATIONS.items() if named.get("where", named.get("its")) in words)
+    first, second = set(named["first"].split()), set(named["second"].split())
     return any(
         first <= set(a[:4]) and second <= set(b[:4]) and relation(a, b) == where
         for a, b in itertools.permutations(scene(image_id, seed), 2)
@@ -206,7 +216,15 @@ def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
 
 
 class ShapesBuilder(CaptionBuilder):
-    """TFDS builder of `num_train`, `num_val` and `num_test` scenes, rendered from `seed`."""
+    """Scenes of objects, rendered from a seed.
+
+    Args:
+      seed: of all scenes.
+      num_train: images of the split train.
+      num_val: images of the split val; 0: no such split.
+      num_test: images of the split test; 0: no such split.
+      **kwargs: those of CaptionBuilder.
+    """
 
     name = "shapes"
     VERSION = tfds.core.Version("1.0.0")
@@ -225,6 +243,6 @@ class ShapesBuilder(CaptionBuilder):
         for number in range(self.sizes[split]):
             image_id = 3 * number + SPLITS.index(split)
             rng = np.random.default_rng([self.seed, image_id])
-            things = _scene(rng, split)
-            image, texts = render(things, rng), captions(things, rng)
+            objects = _scene(rng, split)
+            image, texts = render(objects, rng), captions(objects, rng)
             yield example(image, image_id, f"{split}-{number:05d}.jpg", enumerate(texts, start=5 * image_id))

@@ -1,4 +1,4 @@
-"""COCO's layout, as zips made here: from a directory, and from a server on the loopback interface."""
+"""coco_captions, from small zips in COCO's layout: in a directory, and on a server on the loopback interface."""
 
 import functools
 import hashlib
@@ -19,8 +19,8 @@ from flaxcap.data.base import DataError, Examples
 
 
 @pytest.fixture(autouse=True)
-def direct(monkeypatch) -> None:
-    """The loopback interface is not to be reached through a proxy."""
+def no_proxy(monkeypatch) -> None:
+    """Lets requests to the loopback interface bypass proxies."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -33,12 +33,12 @@ def sample(tmp_path_factory) -> tuple[pathlib.Path, dict[str, list[str]]]:
 
 @pytest.fixture
 def zips(sample, tmp_path) -> pathlib.Path:
-    """A copy of the sample, to spoil."""
+    """A copy of the sample, for tests that change it."""
     return pathlib.Path(shutil.copytree(sample[0], tmp_path / "zips"))
 
 
 def rewrite(path: pathlib.Path, member: str, change: Callable[[dict], object]) -> None:
-    """Changes the JSON tree of one member of a zip in place."""
+    """Changes the parsed JSON of one member of a zip."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     tree = json.loads(members[member])
@@ -51,8 +51,8 @@ def rewrite(path: pathlib.Path, member: str, change: Callable[[dict], object]) -
 
 @pytest.fixture
 def server(zips) -> Iterator[tuple[str, pathlib.Path, list[str]]]:
-    """(base URL, the directory it serves, the paths asked for): COCO's and Karpathy's hosts at once."""
-    asked: list[str] = []
+    """COCO's and Karpathy's server in one: its base URL, the directory that it serves, and the requested paths."""
+    requested: list[str] = []
     for subfolder in ("zips", "annotations"):
         (zips / subfolder).mkdir()
     for name in ("train2014.zip", "val2014.zip"):
@@ -61,19 +61,19 @@ def server(zips) -> Iterator[tuple[str, pathlib.Path, list[str]]]:
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format, *args):
-            asked.append(self.path)
+            requested.append(self.path)
 
     handler = functools.partial(Handler, directory=str(zips))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield f"http://127.0.0.1:{httpd.server_port}", zips, asked
+        yield f"http://127.0.0.1:{httpd.server_port}", zips, requested
         httpd.shutdown()
         thread.join()
 
 
-def hosts(url: str, folder: pathlib.Path) -> dict:
-    """The builder's arguments to take everything from `url`, checked against the files of `folder`."""
+def arguments_of(url: str, folder: pathlib.Path) -> dict:
+    """Returns the builder's arguments for downloads from `url` with the checksums of the files in `folder`."""
     checksums = {
         path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
         for path in folder.rglob("*.zip")
@@ -96,10 +96,10 @@ def test_zips_of_a_directory_become_karpathys_splits(sample, tmp_path):
     assert [e.image_id for e in both] == [e.image_id for e in splits["train"] + splits["restval"]]
 
 
-def test_prepared_once_and_without_unpacking(sample, tmp_path):
+def test_data_are_prepared_once_and_without_unpacking(sample, tmp_path):
     folder, _ = sample
     first = datasets.prepare("coco_captions", tmp_path, manual_dir=folder)
-    again = datasets.prepare("coco_captions", tmp_path, manual_dir=tmp_path / "no longer there")
+    again = datasets.prepare("coco_captions", tmp_path, manual_dir=tmp_path / "absent")
     assert again.data_dir == first.data_dir
     assert list(Examples(again, "val")) == list(Examples(first, "val"))
     assert not list(tmp_path.rglob("*.jpg"))
@@ -107,57 +107,57 @@ def test_prepared_once_and_without_unpacking(sample, tmp_path):
 
 
 def test_downloads_are_checked_and_kept(server, tmp_path):
-    url, served, asked = server
-    builder = datasets.prepare("coco_captions", tmp_path, **hosts(url, served))
+    url, served, requested = server
+    builder = datasets.prepare("coco_captions", tmp_path, **arguments_of(url, served))
     assert len(Examples(builder, "train")) == 6
-    assert sorted(asked) == [
+    assert sorted(requested) == [
         "/annotations/annotations_trainval2014.zip",
         "/caption_datasets.zip",
         "/zips/train2014.zip",
         "/zips/val2014.zip",
     ]
     shutil.rmtree(builder.data_dir)
-    datasets.prepare("coco_captions", tmp_path, **hosts(url, served))
-    assert len(asked) == 4, "files that were downloaded before were fetched again"
+    datasets.prepare("coco_captions", tmp_path, **arguments_of(url, served))
+    assert len(requested) == 4, "downloaded files were requested again"
 
 
 def test_a_file_in_manual_dir_is_not_downloaded(server, tmp_path):
-    url, served, asked = server
+    url, served, requested = server
     by_hand = tmp_path / "by hand"
     by_hand.mkdir()
     shutil.copy(served / "zips" / "val2014.zip", by_hand)
     with zipfile.ZipFile(served / "caption_datasets.zip") as archive:
         archive.extract("dataset_coco.json", by_hand)
-    datasets.prepare("coco_captions", tmp_path / "data", manual_dir=by_hand, **hosts(url, served))
-    assert sorted(asked) == ["/annotations/annotations_trainval2014.zip", "/zips/train2014.zip"]
+    datasets.prepare("coco_captions", tmp_path / "data", manual_dir=by_hand, **arguments_of(url, served))
+    assert sorted(requested) == ["/annotations/annotations_trainval2014.zip", "/zips/train2014.zip"]
 
 
 def test_a_wrong_checksum_names_the_file(server, tmp_path):
     url, served, _ = server
-    arguments = hosts(url, served)
+    arguments = arguments_of(url, served)
     size, digest = arguments["checksums"]["val2014.zip"]
     arguments["checksums"]["val2014.zip"] = (size, digest[::-1])
-    with pytest.raises(DataError, match=r"^val2014\.zip: the download is not the expected file(.|\n)*" + digest):
+    with pytest.raises(DataError, match=r"^val2014\.zip: found a download with another checksum(.|\n)*" + digest):
         datasets.prepare("coco_captions", tmp_path, **arguments)
     assert not list(tmp_path.glob("coco_captions/*/*"))
 
 
-def test_the_official_checksums_hold_for_a_mirror_too(server, tmp_path):
+def test_the_official_checksums_apply_to_a_mirror(server, tmp_path):
     url, _, _ = server
     with pytest.raises(DataError, match=r"^train2014\.zip: .*wrong checksum"):
         datasets.prepare("coco_captions", tmp_path, base_url=url)
 
 
-def test_what_cannot_be_fetched_is_asked_for(server, tmp_path, sample):
+def test_a_failed_download_asks_for_the_file(server, tmp_path, sample):
     url, served, _ = server
-    arguments = hosts(url, served)
-    with pytest.raises(DataError, match=r"caption_datasets\.zip: could not be .*404(.|\n)*put it as caption_data"):
+    arguments = arguments_of(url, served)
+    with pytest.raises(DataError, match=r"caption_datasets\.zip: cannot be .*404(.|\n)*by hand, as caption_data"):
         datasets.prepare("coco_captions", tmp_path, **arguments | {"karpathy_url": f"{url}/gone/caption_datasets.zip"})
-    nobody = "http://127.0.0.1:9"  # the discard port: refused
+    refused = "http://127.0.0.1:9"  # no server listens on the discard port
     folder = tmp_path / "by hand"
     folder.mkdir()
-    with pytest.raises(DataError, match=rf"^train2014\.zip(.|\n)*by hand and put.*{re.escape(str(folder))}"):
-        datasets.prepare("coco_captions", tmp_path, manual_dir=folder, **arguments | {"base_url": nobody})
+    with pytest.raises(DataError, match=rf"^train2014\.zip(.|\n)*by hand.*{re.escape(str(folder))}"):
+        datasets.prepare("coco_captions", tmp_path, manual_dir=folder, **arguments | {"base_url": refused})
 
 
 def test_official_sizes_and_addresses():
@@ -168,7 +168,7 @@ def test_official_sizes_and_addresses():
         "http://images.cocodataset.org/zips/val2014.zip",
         "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip",
     ]
-    # TFDS's own registry of the same downloads.
+    # TFDS has its own registry of the same downloads.
     from tensorflow_datasets.core.download import checksums
 
     official = checksums.get_all_url_infos()
@@ -256,26 +256,26 @@ TRAIN_JSON, VAL_JSON = "annotations/captions_train2014.json", "annotations/capti
         ),
     ],
 )
-def test_bad_records_are_named(zips, tmp_path, archive, member, change, message):
+def test_the_error_of_a_bad_record_names_it(zips, tmp_path, archive, member, change, message):
     rewrite(zips / archive, member, change)
     with pytest.raises(DataError, match=message):
         datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
-    assert not list(tmp_path.glob("coco_captions/*/*")), "something half-made was left behind"
+    assert not list(tmp_path.glob("coco_captions/*/*")), "an incomplete copy was left behind"
 
 
-def test_damaged_zips_are_named(zips, tmp_path):
+def test_the_error_of_a_damaged_zip_names_it(zips, tmp_path):
     whole = (zips / "train2014.zip").read_bytes()
     (zips / "train2014.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"train2014\.zip: is not a whole zip file"):
+    with pytest.raises(DataError, match=r"train2014\.zip: not a complete zip file"):
         datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     at = whole.index(jpeg_of(0)) + 300
     (zips / "train2014.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-    with pytest.raises(DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: is damaged \(Bad CRC"):
+    with pytest.raises(DataError, match=r"train2014\.zip/train2014/COCO.*0009\.jpg: damaged \(Bad CRC"):
         datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     (zips / "caption_datasets.zip").unlink()
     (zips / "dataset_coco.json").write_text("{")
     (zips / "train2014.zip").write_bytes(whole)
-    with pytest.raises(DataError, match=r"dataset_coco\.json: is not JSON"):
+    with pytest.raises(DataError, match=r"dataset_coco\.json: not JSON"):
         datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
     with zipfile.ZipFile(zips / ANNOTATIONS, "w") as archive:
         archive.writestr("annotations/instances_val2014.json", "{}")
@@ -283,7 +283,7 @@ def test_damaged_zips_are_named(zips, tmp_path):
         datasets.prepare("coco_captions", tmp_path, manual_dir=zips)
 
 
-def test_an_empty_caption_is_dropped_and_an_image_without_any_left_out(zips, tmp_path):
+def test_empty_captions_are_dropped_and_images_without_another_caption_too(zips, tmp_path):
     def blank(tree):
         for record in tree["annotations"]:
             if record["id"] == 10 * id_of(0):

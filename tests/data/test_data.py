@@ -1,4 +1,4 @@
-"""The doors of flaxcap.data, and what the builders share."""
+"""Data sets by name, the builders' base class, and access to prepared examples."""
 
 import concurrent.futures
 import pathlib
@@ -17,7 +17,7 @@ from flaxcap.data.base import DataError, Example, Examples
 
 
 class Tiny(base.CaptionBuilder):
-    """Whatever the test gives it: {split: examples}."""
+    """A data set of the test's own examples, {split: examples}."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -38,7 +38,7 @@ def record(example: Example) -> tuple[int, dict]:
 
 
 def examples(count: int, first: int = 0) -> list[Example]:
-    # Descending, so that an order of TFDS's or the file system's own would show.
+    # Descending, because TFDS and file systems sort in ascending order.
     ids = range(first + count - 1, first - 1, -1)
     return [Example(b"%d" % i * 200, i, f"{i}.jpg", ("one", f"number {i}")) for i in ids]
 
@@ -54,7 +54,7 @@ def builder(tmp_path_factory) -> tfds.core.DatasetBuilder:
     return prepared(tmp_path_factory.mktemp("tiny"), train=examples(5), val=examples(3, 10), none=[])
 
 
-def test_examples_come_back_as_they_were_in_order(builder):
+def test_examples_are_read_back_unchanged_and_in_order(builder):
     assert list(Examples(builder, "train")) == examples(5)
     assert list(Examples(builder, "val")) == examples(3, 10)
 
@@ -78,13 +78,13 @@ def test_splits_in_tfds_notation(builder, split, ids):
 
 
 @pytest.mark.parametrize("split", ["test", "none", "train+dev", "train[:100]", "train[:0]", "train[3:1]", "train[", ""])
-def test_an_unknown_split_lists_those_there_are(builder, split):
+def test_the_error_of_an_unknown_split_lists_the_existing_ones(builder, split):
     with pytest.raises(DataError, match=r"train \(5 images\), val \(3 images\)\.$") as error:
         Examples(builder, split)
     assert repr(split) in str(error.value)
 
 
-def test_indices_beyond_the_ends(builder):
+def test_indices_out_of_range_raise(builder):
     found = Examples(builder, "train")
     for index in (5, -6):
         with pytest.raises(IndexError):
@@ -93,14 +93,14 @@ def test_indices_beyond_the_ends(builder):
         found[1:2]
 
 
-def test_bytes_pass_untouched(tmp_path):
-    hard = [b"", b"\0", b"\xff\xd8 not a JPEG", b"trailing\0\0\0", bytes(range(256)) * 300]
-    given = [Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0")) for k, image in enumerate(hard)]
+def test_bytes_and_captions_are_stored_unchanged(tmp_path):
+    images = [b"", b"\0", b"\xff\xd8 not a JPEG", b"trailing\0\0\0", bytes(range(256)) * 300]
+    given = [Example(image, k, f"bïld {k}\0.png", ("Ein Café…", "", " \n", "x\0")) for k, image in enumerate(images)]
     given.append(Example(b"no caption", 2**62, "", ()))
     assert list(Examples(prepared(tmp_path, train=given), "train")) == given
 
 
-def test_shards_and_threads(tmp_path, monkeypatch):
+def test_threads_read_a_split_of_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "SHARD_BYTES", 2000)
     given = examples(100)
     builder = prepared(tmp_path, train=given)
@@ -116,21 +116,21 @@ def test_shards_and_threads(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_split(tmp_path):
     size, count = 1 << 20, 48
 
-    def pictures():
+    def large_examples():
         for k in range(count):
             yield Example(bytes(size), k, "", ("text",))
 
     tracemalloc.start()
     try:
-        builder = prepared(tmp_path, train=pictures())
+        builder = prepared(tmp_path, train=large_examples())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(Examples(builder, "train")) == count
-    assert peak < count * size / 4, f"{peak >> 20} MiB held while writing {count * size >> 20} MiB"
+    assert peak < count * size / 4, f"{peak >> 20} MiB in memory while writing {count * size >> 20} MiB"
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+def test_a_full_disk_raises_and_leaves_nothing(tmp_path):
     big = [Example(bytes(1 << 20), 0, "", ("text",))]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
@@ -142,7 +142,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.rglob("*1.0.0*"))
 
 
-def test_what_a_builder_may_not_do(tmp_path):
+def test_repeated_keys_and_empty_data_sets_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"split 'val': found two examples with the key 3"):
         prepared(tmp_path, train=examples(1), val=examples(1, 3) * 2)
     with pytest.raises(DataError, match="no image with a caption"):
@@ -150,7 +150,7 @@ def test_what_a_builder_may_not_do(tmp_path):
     assert not list(tmp_path.rglob("*1.0.0*"))
 
 
-def test_variants_lie_side_by_side(tmp_path):
+def test_each_variant_has_its_own_copy(tmp_path):
     for variant, count in (("a", 1), ("b", 2)):
         builder = Tiny({"train": examples(count)}, data_dir=tmp_path, variant=variant)
         assert not list(builder.info.splits)
@@ -160,7 +160,7 @@ def test_variants_lie_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "missing"])
-def test_a_damaged_copy_is_named(tmp_path, damage):
+def test_the_error_of_a_damaged_copy_names_it(tmp_path, damage):
     builder = prepared(tmp_path, train=[Example(bytes(1 << 18), k, "", ("text",)) for k in range(4)])
     (shard,) = pathlib.Path(builder.data_dir).glob("*array_record*")
     if damage == "missing":
@@ -173,7 +173,7 @@ def test_a_damaged_copy_is_named(tmp_path, damage):
         list(Examples(builder, "train"))
 
 
-def test_an_unknown_data_set_names_the_nearest():
+def test_the_error_of_an_unknown_data_set_names_the_nearest():
     for call in (lambda: datasets.prepare("coco", "unused"), lambda: datasets.caption_truth(Config(dataset="coco"))):
         with pytest.raises(
             DataError, match=r"'coco': expected one of coco_captions, flickr8k, folder, shapes; .*'coco_"
@@ -187,7 +187,7 @@ def test_a_data_set_is_stored_under_its_own_name(name):
     assert datasets._builder_class(name).name == name
 
 
-def test_a_directory_that_is_no_data_set_is_left_alone(tmp_path):
+def test_files_of_the_user_are_not_overwritten(tmp_path):
     mine = tmp_path / "coco_captions" / "2014-captions" / "1.0.0" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("keep")
@@ -209,7 +209,7 @@ def test_the_truth_of_captions_is_known_for_shapes_only(monkeypatch):
 
 
 class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What TFDS's own coco_captions writes, `objects` and all, with TFDS's own writer."""
+    """TFDS's own coco_captions, with its feature `objects`, written by TFDS's own writer."""
 
     VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2014")]  # noqa: RUF012
@@ -249,7 +249,7 @@ class CocoCaptions(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield key, fields | {"objects": [thing] * number}
 
 
-def test_coco_prepared_by_tfds_is_used_as_it_is(tmp_path):
+def test_a_coco_copy_of_tfds_is_used(tmp_path):
     stock = CocoCaptions(data_dir=tmp_path)
     stock.download_and_prepare(file_format="array_record")
     builder = datasets.prepare("coco_captions", tmp_path)
@@ -260,21 +260,21 @@ def test_coco_prepared_by_tfds_is_used_as_it_is(tmp_path):
         Examples(builder, "test")
 
 
-def test_coco_prepared_by_tfds_as_tfrecord_is_not(tmp_path):
+def test_a_coco_copy_of_tfds_as_tfrecord_is_not_used(tmp_path):
     stock = CocoCaptions(data_dir=tmp_path)
     stock.download_and_prepare(file_format="array_record")
     info = pathlib.Path(stock.data_dir) / "dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(DataError, match=r"train2014\.zip: could not be downloaded"):
+    with pytest.raises(DataError, match=r"train2014\.zip: cannot be downloaded"):
         datasets.prepare("coco_captions", tmp_path, base_url="http://127.0.0.1:9")
 
 
-def test_tensorflow_is_not_needed():
+def test_neither_tensorflow_nor_torch_is_imported():
     assert "tensorflow" not in sys.modules
     assert "torch" not in sys.modules
 
 
-def test_a_data_dir_in_an_object_store_leaves_the_data_set_on_this_disk(tmp_path, monkeypatch):
+def test_with_a_remote_data_dir_the_data_set_is_prepared_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = Config(dataset="shapes", data=Data(shapes=Shapes(num_train=2, num_val=1, num_test=1)))
     builder = datasets.prepare_for(config, "gs://bucket/data")

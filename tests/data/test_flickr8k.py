@@ -1,4 +1,4 @@
-"""Flickr8k's files: the real ones where they are at hand, and small ones to spoil."""
+"""flickr8k: small files in its layout, and the real ones if FLAXCAP_TEST_PHOTOS names them."""
 
 import io
 import pathlib
@@ -21,7 +21,7 @@ def jpeg(grey: int) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Six captioned pictures, the stray entry of the original among them: train c b, dev a, test d."""
+    """Six images, their captions, and the original's stray entry. Train has c and b, dev a, test d."""
     folder = tmp_path / "flickr"
     (folder / "Images").mkdir(parents=True)
     for grey, name in enumerate("abcdef"):
@@ -35,13 +35,13 @@ def folder(tmp_path) -> pathlib.Path:
     return folder
 
 
-def spoil(file: pathlib.Path, old: str, new: str) -> None:
+def replace(file: pathlib.Path, old: str, new: str) -> None:
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new, 1))
 
 
-def fails(folder: pathlib.Path, message: str) -> None:
+def assert_fails(folder: pathlib.Path, message: str) -> None:
     with pytest.raises(DataError, match=message):
         datasets.prepare("flickr8k", folder.parent / "data", manual_dir=folder)
     assert not list((folder.parent / "data").glob("flickr8k/*"))
@@ -50,7 +50,7 @@ def fails(folder: pathlib.Path, message: str) -> None:
 def test_splits_captions_and_ids(folder, tmp_path):
     builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
     found = {split: list(Examples(builder, split)) for split in ("train", "val", "test")}
-    # f 0, b 1, the stray entry 2, c 3, a 4, d 5, e 6: by first appearance in the token file.
+    # The ids in the token file: f 0, b 1, the stray entry 2, c 3, a 4, d 5, e 6.
     assert {split: [(e.image_id, e.filename) for e in all_of] for split, all_of in found.items()} == {
         "train": [(3, "c.jpg"), (1, "b.jpg")],
         "val": [(4, "a.jpg")],
@@ -75,15 +75,15 @@ def test_the_original_names_and_line_ends(folder, tmp_path):
 
 def test_empty_captions_are_dropped(folder, tmp_path):
     tokens = folder / "Flickr8k.token.txt"
-    spoil(tokens, "b.jpg#0\tPicture b , caption 0 .", "b.jpg#0\t ")
-    spoil(tokens, "a.jpg#0\tPicture a , caption 0 .", "a.jpg#0\t")
-    spoil(tokens, "a.jpg#1\tPicture a , caption 1 .", "a.jpg#1\t")
+    replace(tokens, "b.jpg#0\tPicture b , caption 0 .", "b.jpg#0\t ")
+    replace(tokens, "a.jpg#0\tPicture a , caption 0 .", "a.jpg#0\t")
+    replace(tokens, "a.jpg#1\tPicture a , caption 1 .", "a.jpg#1\t")
     builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
     assert Examples(builder, "train")[1].captions == ("Picture b , caption 1 .",)
     assert list(builder.info.splits) == ["train", "test"]
 
 
-def test_a_broken_picture_is_kept_for_the_extraction_to_count(folder, tmp_path):
+def test_a_damaged_image_is_kept_for_the_extraction_to_count(folder, tmp_path):
     (folder / "Images" / "c.jpg").write_bytes(b"")
     (folder / "Images" / "b.jpg").write_bytes(jpeg(40)[:100])
     builder = datasets.prepare("flickr8k", tmp_path / "data", manual_dir=folder)
@@ -104,7 +104,7 @@ def test_a_broken_picture_is_kept_for_the_extraction_to_count(folder, tmp_path):
             "Flickr_8k.trainImages.txt",
             "b.jpg",
             "g.jpg",
-            r"trainImages\.txt, line 2: found 'g\.jpg', of which .*token",
+            r"trainImages\.txt, line 2: found 'g\.jpg', which has no caption in .*token",
         ),
         (
             "Flickr_8k.devImages.txt",
@@ -126,18 +126,18 @@ def test_a_broken_picture_is_kept_for_the_extraction_to_count(folder, tmp_path):
         ),
     ],
 )
-def test_bad_lines_are_named(folder, file, old, new, message):
-    spoil(folder / file, old, new)
-    fails(folder, message)
+def test_the_error_of_a_bad_line_names_it(folder, file, old, new, message):
+    replace(folder / file, old, new)
+    assert_fails(folder, message)
 
 
-def test_names_stay_in_the_folder(folder):
-    spoil(folder / "Flickr8k.token.txt", "e.jpg#0", "../Flickr8k.token.txt#0")
-    spoil(folder / "Flickr_8k.testImages.txt", "d.jpg", "../Flickr8k.token.txt")
-    fails(folder, r"testImages\.txt, line 1: found '\.\./Flickr8k\.token\.txt', expected a path inside")
+def test_names_cannot_lead_out_of_the_folder(folder):
+    replace(folder / "Flickr8k.token.txt", "e.jpg#0", "../Flickr8k.token.txt#0")
+    replace(folder / "Flickr_8k.testImages.txt", "d.jpg", "../Flickr8k.token.txt")
+    assert_fails(folder, r"testImages\.txt, line 1: found '\.\./Flickr8k\.token\.txt', expected a path inside")
 
 
-def test_missing_files_are_named(folder):
+def test_the_error_of_a_missing_file_names_it(folder):
     for name, message in (
         (
             "Images/b.jpg",
@@ -147,23 +147,23 @@ def test_missing_files_are_named(folder):
         ("Flickr8k.token.txt", r"token\.txt: cannot be read: No such file"),
     ):
         (folder / name).unlink()
-        fails(folder, message)
+        assert_fails(folder, message)
     shutil.rmtree(folder / "Images")
-    fails(folder, "no images in it, expected a directory Images or Flicker8k_Dataset")
+    assert_fails(folder, "no directory of images, expected a directory Images or Flicker8k_Dataset")
     shutil.rmtree(folder)
-    fails(folder, "--manual_dir=.*flickr: found no directory")
-    with pytest.raises(DataError, match=r"expected --manual_dir to name the directory of Flickr8k\.token"):
+    assert_fails(folder, "--manual_dir=.*flickr: found no such directory")
+    with pytest.raises(DataError, match=r"^--manual_dir: found none, expected the directory of Flickr8k\.token"):
         datasets.prepare("flickr8k", folder.parent / "data")
 
 
-def test_bytes_that_are_not_utf8_are_named(folder):
+def test_the_error_of_bytes_that_are_not_utf8_names_them(folder):
     file = folder / "Flickr8k.token.txt"
     file.write_bytes(file.read_bytes().replace(b"b , caption 1", b"b \xe9 caption 1"))
-    fails(folder, r"token\.txt, line 4: found the byte 0xe9, expected UTF-8")
+    assert_fails(folder, r"token\.txt, line 4: found the byte 0xe9, expected UTF-8")
 
 
 def test_real_photographs(flickr_dir, tmp_path):
-    """The first pictures of each split; all of them would copy 200 MB."""
+    """Prepares the first images of each split; all of them would be a copy of 200 MB."""
     folder = tmp_path / "flickr"
     folder.mkdir()
     (folder / "Images").symlink_to(flickr_dir / "Images")

@@ -1,4 +1,4 @@
-"""A folder of one's own: three kinds of captions file, and what can be wrong with each."""
+"""folder: three kinds of captions file, and the errors of each."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ def everything(builder) -> dict[str, Example]:
     return {example.filename: example for split in builder.info.splits for example in Examples(builder, split)}
 
 
-def fails(folder: pathlib.Path, message: str) -> None:
+def assert_fails(folder: pathlib.Path, message: str) -> None:
     with pytest.raises(DataError, match=message):
         datasets.prepare("folder", folder.parent / "data", manual_dir=folder)
     assert not list((folder.parent / "data").glob("folder/*/*"))
@@ -90,7 +90,7 @@ def test_each_kind_of_captions_file(folder, tmp_path, kind):
         assert found[name].image == encoded(name)
 
 
-def test_splits_that_are_given(folder, tmp_path):
+def test_splits_of_the_file_are_used(folder, tmp_path):
     rows = [
         ("a.jpg", "one", "dev"),
         ("b.png", "two", "train"),
@@ -107,7 +107,7 @@ def test_splits_that_are_given(folder, tmp_path):
     assert everything(other) == everything(builder)
 
 
-def test_split_by_name_is_stable_and_never_without_val():
+def test_split_by_name_is_stable_and_never_lacks_train_or_val():
     names = [f"{k}.jpg" for k in range(2000)]
     splits = split_by_name(names)
     assert sorted(itertools.chain(*splits.values())) == sorted(names)
@@ -125,22 +125,22 @@ def test_split_by_name_is_stable_and_never_without_val():
     assert split_by_name(splits["test"][:1]) == {"train": splits["test"][:1], "val": [], "test": []}
 
 
-def test_changed_captions_are_prepared_anew(folder, tmp_path):
-    where = tmp_path / "data"
+def test_changed_captions_are_prepared_again(folder, tmp_path):
+    data_dir = tmp_path / "data"
     write_csv(folder, [("a.jpg", "before"), ("b.png", "same")])
-    first = datasets.prepare("folder", where, manual_dir=folder)
+    first = datasets.prepare("folder", data_dir, manual_dir=folder)
     assert first.builder_config is not None
     assert first.builder_config.name.startswith("my_pictures-")
-    assert datasets.prepare("folder", where, manual_dir=folder).data_dir == first.data_dir
-    assert datasets.prepare("folder", where).data_dir == first.data_dir, "the only one there is"
+    assert datasets.prepare("folder", data_dir, manual_dir=folder).data_dir == first.data_dir
+    assert datasets.prepare("folder", data_dir).data_dir == first.data_dir, "the only prepared folder"
     write_csv(folder, [("a.jpg", "after"), ("b.png", "same")])
-    second = datasets.prepare("folder", where, manual_dir=folder)
+    second = datasets.prepare("folder", data_dir, manual_dir=folder)
     assert everything(second)["a.jpg"].captions == ("after",)
     assert everything(first)["a.jpg"].captions == ("before",)
     with pytest.raises(
         DataError, match=r"^--manual_dir: found none, .*; prepared copies: .*my_pictures-.*, .*my_pictures-"
     ):
-        datasets.prepare("folder", where)
+        datasets.prepare("folder", data_dir)
     with pytest.raises(DataError, match="prepared copies: none"):
         datasets.prepare("folder", tmp_path / "elsewhere")
 
@@ -158,7 +158,7 @@ def test_changed_captions_are_prepared_anew(folder, tmp_path):
         ("image,caption,caption\na.jpg,x,y\n", r"line 1: found .*expected the columns"),
         ("image,caption\na.jpg,x\nb.png,two, three\n", r"line 3: found 3 values, expected 2; quote"),
         ('image,caption\na.jpg,"x\ny"\nz.jpg,x\n', r"line 4, field 'image': found 'z\.jpg', which is not in"),
-        ('image,caption\na.jpg,"x\n', r"captions\.csv, line 2: is not CSV: unexpected end of data"),
+        ('image,caption\na.jpg,"x\n', r"captions\.csv, line 2: not CSV: unexpected end of data"),
         ("image,caption\na.jpg,x\na.jpg,  \n", r"line 3, field 'caption': found \"  \", expected words"),
         (
             "image,caption\n../my pictures/a.jpg,x\n",
@@ -181,24 +181,24 @@ def test_changed_captions_are_prepared_anew(folder, tmp_path):
 )
 def test_bad_csv(folder, text, message):
     (folder / "captions.csv").write_text(text)
-    fails(folder, message)
+    assert_fails(folder, message)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_column(folder, tmp_path):
+def test_a_byte_order_mark_is_not_part_of_a_column(folder, tmp_path):
     (folder / "captions.csv").write_bytes("\ufeffimage,caption\r\na.jpg,x\r\n".encode())
     assert everything(datasets.prepare("folder", tmp_path, manual_dir=folder))["a.jpg"].captions == ("x",)
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl", "captions.json"])
-def test_bytes_that_are_not_utf8_are_named(folder, name):
+def test_the_error_of_bytes_that_are_not_utf8_names_them(folder, name):
     (folder / name).write_bytes(b"image,caption\na.jpg,caf\xe9\n")
-    fails(folder, rf"{name}, line 2: found the byte 0xe9, expected UTF-8")
+    assert_fails(folder, rf"{name}, line 2: found the byte 0xe9, expected UTF-8")
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{", r"captions\.jsonl, line 2: is not JSON"),
+        ("{", r"captions\.jsonl, line 2: not JSON"),
         (7, r"line 2: found 7, expected an object"),
         ({"caption": "x"}, r"line 2, field 'image': found none, only 'caption', expected a string"),
         ({"image": 1, "caption": "x"}, r"line 2, field 'image': found 1, expected a string"),
@@ -215,7 +215,7 @@ def test_bytes_that_are_not_utf8_are_named(folder, name):
         ({"image": "a.jpg", "captions": "x"}, r"line 2, field 'captions': found \"x\", expected a list"),
         (
             {"image": "a.jpg", "captions": []},
-            r"line 2, field 'captions': found \[\], expected a list of strings, not",
+            r"line 2, field 'captions': found \[\], expected a list of one string",
         ),
         (
             {"image": "a.jpg", "captions": ["x", 2]},
@@ -228,14 +228,14 @@ def test_bytes_that_are_not_utf8_are_named(folder, name):
         ),
         (
             {"image": "a.jpg", "caption": "x", "split": "val"},
-            r"line 2, field 'split': found \"val\", expected one in",
+            r"line 2, field 'split': found \"val\", expected a split in",
         ),
     ],
 )
 def test_bad_jsonl(folder, record, message):
     line = record if isinstance(record, str) else json.dumps(record)
     (folder / "captions.jsonl").write_text('{"image": "b.png", "caption": "fine"}\n' + line + "\n")
-    fails(folder, message)
+    assert_fails(folder, message)
 
 
 def test_bad_coco_annotations(folder):
@@ -278,9 +278,9 @@ def test_bad_coco_annotations(folder):
         tree = coco_tree()
         change(tree)
         file.write_text(json.dumps(tree))
-        fails(folder, message)
+        assert_fails(folder, message)
     file.write_text("[1]")
-    fails(folder, r"captions\.json: found \[1\], expected an object")
+    assert_fails(folder, r"captions\.json: found \[1\], expected an object")
 
 
 def test_an_image_without_annotation_is_left_out(folder, tmp_path):
@@ -291,13 +291,13 @@ def test_an_image_without_annotation_is_left_out(folder, tmp_path):
     assert sorted(found) == sorted(set(CAPTIONS) - {"a.jpg"})
 
 
-def test_which_captions_file_is_meant(folder):
-    fails(folder, r"my pictures: found no captions file, expected one of captions\.csv")
+def test_the_captions_file_must_be_unambiguous(folder):
+    assert_fails(folder, r"my pictures: found no captions file, expected one of captions\.csv")
     (folder / "one.json").write_text("{}")
     (folder / "two.json").write_text("{}")
-    fails(folder, r"found one\.json, two\.json, expected one of")
+    assert_fails(folder, r"found one\.json, two\.json, expected one of")
     write_csv(folder, [("a.jpg", "x")])
     write_jsonl(folder, [])
-    fails(folder, r"found captions\.csv, captions\.jsonl, expected one of")
-    with pytest.raises(DataError, match=r"--manual_dir=.*gone: found no directory"):
+    assert_fails(folder, r"found captions\.csv, captions\.jsonl, expected one of")
+    with pytest.raises(DataError, match=r"--manual_dir=.*gone: found no such directory"):
         datasets.prepare("folder", folder.parent, manual_dir=folder / "gone")

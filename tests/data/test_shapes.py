@@ -27,9 +27,9 @@ WORDS = {
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
-def example(image_id: int, seed: int = 0) -> tuple[list[shapes.Thing], list[str]]:
-    things = shapes.scene(image_id, seed)
-    return things, shapes.captions(things, np.random.default_rng([seed, image_id, 1]))
+def example(image_id: int, seed: int = 0) -> tuple[list[shapes.SceneObject], list[str]]:
+    objects = shapes.scene(image_id, seed)
+    return objects, shapes.captions(objects, np.random.default_rng([seed, image_id, 1]))
 
 
 @pytest.fixture(scope="module")
@@ -44,40 +44,40 @@ def splits(builder) -> dict[str, list[Example]]:
 
 @given(IDS, SEEDS)
 def test_a_scene_is_a_function_of_id_and_seed(image_id, seed):
-    things = shapes.scene(image_id, seed)
+    objects = shapes.scene(image_id, seed)
     shapes.scene(image_id + 1, seed)
-    assert shapes.scene(image_id, seed) == things
-    assert shapes.scene(image_id + 3, seed) != things
-    assert shapes.scene(image_id, seed + 1) != things
+    assert shapes.scene(image_id, seed) == objects
+    assert shapes.scene(image_id + 3, seed) != objects
+    assert shapes.scene(image_id, seed + 1) != objects
 
 
 @given(IDS, SEEDS)
-def test_objects_are_whole_apart_and_of_different_colours(image_id, seed):
-    things = shapes.scene(image_id, seed)
-    assert len(things) in (2, 3)
-    assert len({thing.colour for thing in things}) == len(things)
-    for thing in things:
-        radius = shapes.SIZES[thing.size]
-        assert radius <= min(thing.x, thing.y)
-        assert max(thing.x, thing.y) <= shapes.CANVAS - radius
-    for a, b in itertools.combinations(things, 2):
+def test_objects_are_inside_the_image_apart_and_of_different_colours(image_id, seed):
+    objects = shapes.scene(image_id, seed)
+    assert len(objects) in (2, 3)
+    assert len({obj.colour for obj in objects}) == len(objects)
+    for obj in objects:
+        radius = shapes.SIZES[obj.size]
+        assert radius <= min(obj.x, obj.y)
+        assert max(obj.x, obj.y) <= shapes.CANVAS - radius
+    for a, b in itertools.combinations(objects, 2):
         near, far = sorted((abs(a.x - b.x), abs(a.y - b.y)))
         assert far > shapes.SIZES[a.size] + shapes.SIZES[b.size]
-        assert far > 1.5 * near, "nobody can say whether it is beside or above"
+        assert far > 1.5 * near, "the relation is ambiguous: beside or above?"
         assert shapes.relation(a, b) == OPPOSITE[shapes.relation(b, a)]
 
 
-def test_relations_are_those_of_the_picture():
+def test_relations_are_those_of_the_image():
     def at(x, y):
-        return shapes.Thing("red", "plain", "small", "ring", x, y)
+        return shapes.SceneObject("red", "plain", "small", "ring", x, y)
 
     middle = at(80, 80)
-    places = {"left": at(20, 90), "right": at(140, 70), "above": at(90, 20), "below": at(70, 140)}  # y grows downwards
-    assert {name: shapes.relation(place, middle) for name, place in places.items()} == {name: name for name in places}
+    objects = {"left": at(20, 90), "right": at(140, 70), "above": at(90, 20), "below": at(70, 140)}  # y grows downwards
+    assert {name: shapes.relation(obj, middle) for name, obj in objects.items()} == {name: name for name in objects}
 
 
 @given(IDS, SEEDS)
-def test_captions_are_true_of_their_own_picture(image_id, seed):
+def test_captions_are_true_of_their_own_image(image_id, seed):
     _, captions = example(image_id, seed)
     assert len(set(captions)) == 5
     for caption in captions:
@@ -85,31 +85,31 @@ def test_captions_are_true_of_their_own_picture(image_id, seed):
         assert shapes.is_true(image_id, f" {caption.capitalize()}. ", seed)
 
 
-def wrong(word: str, things: list[shapes.Thing]) -> list[str]:
-    """The words that would make a caption false in place of this one; for most words there are none."""
+def wrong(word: str, objects: list[shapes.SceneObject]) -> list[str]:
+    """Returns the words that make a caption false when they replace this one: none for most words."""
     if word in OPPOSITE:
         return [OPPOSITE[word]]
-    # Colours tell the objects of a picture apart, so only a colour that is not in it is surely wrong.
-    here = {thing.colour for thing in things} | {word}
-    return [other for known in WORDS.values() if word in known for other in known if other not in here]
+    # The objects differ in colour, so a colour that no object has is certainly wrong.
+    shown = {obj.colour for obj in objects} | {word}
+    return [other for known in WORDS.values() if word in known for other in known if other not in shown]
 
 
 @given(IDS, SEEDS)
 def test_one_false_word_makes_a_caption_false(image_id, seed):
-    things, captions = example(image_id, seed)
+    objects, captions = example(image_id, seed)
     for caption in captions:
         words = caption.split()
         changed = [
-            " ".join([*words[:place], other, *words[place + 1 :]])
-            for place, word in enumerate(words)
-            for other in wrong(word, things)
+            " ".join([*words[:n], other, *words[n + 1 :]])
+            for n, word in enumerate(words)
+            for other in wrong(word, objects)
         ]
-        assert len(changed) >= 2 * (3 + 2) + 1  # of each object its colour and shape, and the relation
+        assert len(changed) >= 2 * (3 + 2) + 1  # the colour and shape of both objects, and the relation
         assert not [text for text in changed if shapes.is_true(image_id, text, seed)]
 
 
 @given(IDS)
-def test_objects_changed_round_make_a_caption_false(image_id):
+def test_exchanged_objects_make_a_caption_false(image_id):
     a, b = shapes.scene(image_id)[:2]
     for where, words in {
         "left": "to the left of",
@@ -117,14 +117,14 @@ def test_objects_changed_round_make_a_caption_false(image_id):
         "above": "above",
         "below": "below",
     }.items():
-        said = f"a {a.colour} {a.shape} {words} a {b.colour} {b.shape}"
-        assert shapes.is_true(image_id, said) == (shapes.relation(a, b) == where)
-        said = f"a {b.colour} {b.shape} {words} a {a.colour} {a.shape}"
-        assert shapes.is_true(image_id, said) == (shapes.relation(b, a) == where)
+        caption = f"a {a.colour} {a.shape} {words} a {b.colour} {b.shape}"
+        assert shapes.is_true(image_id, caption) == (shapes.relation(a, b) == where)
+        caption = f"a {b.colour} {b.shape} {words} a {a.colour} {a.shape}"
+        assert shapes.is_true(image_id, caption) == (shapes.relation(b, a) == where)
         assert not shapes.is_true(image_id, f"a {a.colour} {a.shape} {words} a {a.colour} {a.shape}")
 
 
-def test_captions_of_another_picture_are_mostly_false():
+def test_captions_of_another_image_are_mostly_false():
     verdicts = [
         shapes.is_true(image_id, caption) for image_id in range(1, 900, 3) for caption in example(image_id + 3)[1]
     ]
@@ -132,14 +132,14 @@ def test_captions_of_another_picture_are_mostly_false():
 
 
 TWO = next(image_id for image_id in itertools.count() if len(shapes.scene(image_id)) == 2)
-# All that can be said of this picture: 5 wordings, 2 orders, 3 names of each object.
-SAID = {c for k in range(3000) for c in shapes.captions(shapes.scene(TWO), np.random.default_rng(k))}
+# All captions of this image: 5 wordings, 2 orders, 3 names of each object.
+TRUE_CAPTIONS = {c for k in range(3000) for c in shapes.captions(shapes.scene(TWO), np.random.default_rng(k))}
 
 
 @st.composite
 def garbled(draw):
-    """A true caption with words left out, doubled and moved."""
-    words = draw(st.sampled_from(sorted(SAID))).split()
+    """Draws a true caption with words removed, repeated or moved."""
+    words = draw(st.sampled_from(sorted(TRUE_CAPTIONS))).split()
     for _ in range(draw(st.integers(1, 3))):
         a, b = draw(st.integers(0, len(words) - 1)), draw(st.integers(0, len(words) - 1))
         moved = words[:a] + words[a + 1 :]
@@ -150,15 +150,15 @@ def garbled(draw):
 
 
 @given(st.text() | garbled())
-def test_what_is_no_caption_is_false(text):
-    assert len(SAID) == 5 * 2 * 3 * 3
-    assert shapes.is_true(TWO, text) == (text.strip(" .").lower() in SAID)
+def test_garbled_captions_are_false(text):
+    assert len(TRUE_CAPTIONS) == 5 * 2 * 3 * 3
+    assert shapes.is_true(TWO, text) == (text.strip(" .").lower() in TRUE_CAPTIONS)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda name: name.split()[-1],  # a ring: says too little
+        lambda name: name.split()[-1],  # "ring": no colour
         lambda name: " ".join(name.split()[:-1]),
         lambda name: f"{name} {name}",
         lambda name: f"{name.split()[0]} {name}",
@@ -188,16 +188,16 @@ def test_held_out_kinds_are_shown_only_by_their_split(splits):
     assert all(kind & val and not kind & test for kind in kinds["val"])
     assert all(kind & test and not kind & val for kind in kinds["test"])
     for attribute in zip(*(kind for found in kinds["train"] for kind in found), strict=True):
-        assert len(set(attribute)) in map(len, WORDS.values())  # each word is seen in training
+        assert len(set(attribute)) in map(len, WORDS.values())  # training shows every attribute value
 
 
-def test_every_attribute_is_learnt_from_training_captions(splits):
-    said = {word for found in splits["train"] for caption in found.captions for word in caption.split()}
-    assert set(itertools.chain.from_iterable(WORDS.values())) <= said
-    assert {word for s in ("val", "test") for e in splits[s] for c in e.captions for word in c.split()} <= said
+def test_training_captions_have_every_word(splits):
+    known = {word for found in splits["train"] for caption in found.captions for word in caption.split()}
+    assert set(itertools.chain.from_iterable(WORDS.values())) <= known
+    assert {word for s in ("val", "test") for e in splits[s] for c in e.captions for word in c.split()} <= known
 
 
-def test_the_data_set_is_the_scenes(builder, splits):
+def test_the_data_set_holds_the_scenes(builder, splits):
     is_true, other_seed = (
         datasets.caption_truth(Config(dataset="shapes", data=Data(shapes=config.Shapes(seed=seed)))) for seed in (5, 6)
     )
@@ -211,44 +211,44 @@ def test_the_data_set_is_the_scenes(builder, splits):
     assert re.search(r"seed5-60-20-20", str(builder.data_dir))
 
 
-def test_a_smaller_data_set_begins_like_a_larger_one(splits, tmp_path):
+def test_a_smaller_data_set_is_the_beginning_of_a_larger_one(splits, tmp_path):
     builder = datasets.prepare("shapes", tmp_path, seed=5, num_train=7, num_val=2, num_test=0)
     assert list(Examples(builder, "train")) == splits["train"][:7]
     assert list(Examples(builder, "val")) == splits["val"][:2]
     assert set(builder.info.splits) == {"train", "val"}
 
 
-def test_pictures_show_their_objects(splits):
+def test_images_show_their_objects(splits):
     for found in splits["test"]:
         image = Image.open(io.BytesIO(found.image))
         assert (image.format, image.size, image.mode) == ("JPEG", (shapes.CANVAS,) * 2, "RGB")
         pixels = decode.to_square(found.image, shapes.CANVAS).astype(int)
-        for thing in shapes.scene(found.image_id, 5):
-            square = pixels[inside(thing)]
-            near = np.abs(square - np.array(shapes.COLOURS[thing.colour]).reshape(1, 1, 3)).max(-1) < 60
-            assert near.mean() > 0.15, thing  # of the object's square, whatever its texture and shape
+        for obj in shapes.scene(found.image_id, 5):
+            square = pixels[inside(obj)]
+            near = np.abs(square - np.array(shapes.COLOURS[obj.colour]).reshape(1, 1, 3)).max(-1) < 60
+            assert near.mean() > 0.15, obj  # of the object's square, for every texture and shape
 
 
-def inside(thing: shapes.Thing) -> tuple[slice, slice]:
-    r, x, y = shapes.SIZES[thing.size], round(thing.x), round(thing.y)
+def inside(obj: shapes.SceneObject) -> tuple[slice, slice]:
+    r, x, y = shapes.SIZES[obj.size], round(obj.x), round(obj.y)
     return slice(y - r, y + r), slice(x - r, x + r)
 
 
 @pytest.mark.parametrize("image_id", range(6))
-def test_an_object_is_where_the_scene_says_and_nowhere_else(image_id):
-    def pixels(things: list[shapes.Thing]) -> np.ndarray:
-        return decode.to_square(shapes.render(things, np.random.default_rng(0)), shapes.CANVAS).astype(int)
+def test_an_object_is_drawn_at_its_centre_and_nowhere_else(image_id):
+    def pixels(objects: list[shapes.SceneObject]) -> np.ndarray:
+        return decode.to_square(shapes.render(objects, np.random.default_rng(0)), shapes.CANVAS).astype(int)
 
-    things = shapes.scene(image_id)
-    whole = pixels(things)
-    for thing in things:
-        changed = np.abs(whole - pixels([other for other in things if other != thing])).max(-1) > 40
-        assert changed[inside(thing)].mean() > 0.25
-        changed[inside(thing)] = False
+    objects = shapes.scene(image_id)
+    complete = pixels(objects)
+    for obj in objects:
+        changed = np.abs(complete - pixels([other for other in objects if other != obj])).max(-1) > 40
+        assert changed[inside(obj)].mean() > 0.25
+        changed[inside(obj)] = False
         assert changed.mean() < 0.01  # JPEG blurs across the border
 
 
 def test_rendering_is_deterministic():
-    things = shapes.scene(4)
-    one, same, other = (shapes.render(things, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    objects = shapes.scene(4)
+    one, same, other = (shapes.render(objects, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert one == same != other

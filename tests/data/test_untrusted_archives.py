@@ -1,4 +1,4 @@
-"""COCO's archives from strangers: nothing in them leads out of them, is unpacked to disk, or is larger than allowed."""
+"""COCO's archives from untrusted sources: nothing is unpacked to disk, and sizes are limited."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ from flaxcap.images import decode
 
 @pytest.fixture
 def coco(tmp_path) -> pathlib.Path:
-    """COCO's four zips, small, to be changed."""
+    """COCO's four zips, small, for tests that change them."""
     torture_files.write_files(
         tmp_path / "coco", {name: torture_files.coco_zip(name) for name in torture_files.COCO_ZIPS}
     )
@@ -24,7 +24,7 @@ def coco(tmp_path) -> pathlib.Path:
 
 
 def rewrite(path: pathlib.Path, **changes: bytes) -> None:
-    """Puts other members into a zip, or others' contents; names with / and . as they are."""
+    """Adds members to a zip, or changes their contents. Names may contain / and dots."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -32,16 +32,16 @@ def rewrite(path: pathlib.Path, **changes: bytes) -> None:
             archive.writestr(name, content)
 
 
-def pictures_of(builder) -> dict[str, bytes]:
+def images_of(builder) -> dict[str, bytes]:
     return {e.filename: e.image for split in builder.info.splits for e in Examples(builder, split)}
 
 
-def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
-    """No member is written to disk under its own name, whatever that is."""
+def test_paths_in_an_archive_are_not_followed(coco, tmp_path):
+    """No member is written to disk under its own name."""
     outside = {"../../escaped": b"x", "/escaped": b"x", "train2014/../../escaped": b"x"}
     rewrite(coco / "train2014.zip", **outside)
     before = {p for p in tmp_path.parent.rglob("*") if p.name == "escaped"}
-    assert len(pictures_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))) == 4
+    assert len(images_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))) == 4
     assert {p for p in tmp_path.parent.rglob("*") if "escaped" in p.name} == before == set()
     assert not pathlib.Path("/escaped").exists()
     name = "annotations/captions_train2014.json"
@@ -53,23 +53,23 @@ def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
         datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
 
 
-def test_a_packed_picture_that_is_too_large_is_left_to_be_skipped(coco, tmp_path, monkeypatch):
+def test_a_packed_image_that_is_too_large_is_cut_and_later_refused(coco, tmp_path, monkeypatch):
     monkeypatch.setattr(size_limits, "PICTURE", 50_000)
     rewrite(coco / "val2014.zip", **{"val2014/val2014_0.jpg": bytes(1 << 24)})
-    found = pictures_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
+    found = images_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
     assert len(found["val2014_0.jpg"]) == 50_001
     with pytest.raises(decode.ImageError, match="more than the 50000 bytes allowed"):
         decode.to_square(found["val2014_0.jpg"])
     monkeypatch.setattr(size_limits, "CAPTIONS", 100)
-    with pytest.raises(DataError, match=r"annotations_trainval2014\.zip/.*: has more than the 100 bytes allowed"):
+    with pytest.raises(DataError, match=r"annotations_trainval2014\.zip/.*: found more than the 100 bytes allowed"):
         datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
 
 
 @pytest.mark.parametrize("name", torture_files.COCO_ZIPS)
-def test_broken_archives_are_read_or_named(coco, name):
-    whole, refused = (coco / name).read_bytes(), 0
-    for broken in torture_files.broken_copies(whole, 40, seed=1):
-        (coco / name).write_bytes(broken)
+def test_damaged_archives_are_read_or_named(coco, name):
+    content, refused = (coco / name).read_bytes(), 0
+    for damaged in torture_files.broken_copies(content, 40, seed=1):
+        (coco / name).write_bytes(damaged)
         try:
             builder = CocoCaptionsBuilder(manual_dir=coco, data_dir=coco / "data")
             for examples in builder._split_generators(None).values():  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Captions, presets, vocabularies and numbers from strangers: read as data, in bounded memory, or named."""
+"""Captions, presets, vocabularies and numbers from untrusted sources: read in bounded memory, or refused by name."""
 
 import json
 import pathlib
@@ -23,10 +23,10 @@ from flaxcap.models import word_vectors
 from flaxcap.models.word_vectors import EmbeddingsError
 from flaxcap.text.vocabulary import SPECIAL, Vocabulary, VocabularyError
 
-# What messages are made of
+# Messages
 
 
-def test_what_a_stranger_wrote_stands_in_a_message_harmlessly():
+def test_untrusted_text_in_a_message_is_harmless():
     bad = "a\x1b[2J\r\n\x9b1m\u202e\u2028\ud83d"
     for found in (plain(bad), shown(bad), quoted(bad), listed([bad])):
         assert found.encode()
@@ -45,35 +45,34 @@ def test_what_a_stranger_wrote_stands_in_a_message_harmlessly():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("images")
     torture_records.write_images(folder)
     return folder
 
 
 @given(torture_records.files)
-def test_captions_come_back_or_their_error_names_file_record_and_field(pictures, file):
-    assert torture_records.judge_file(pictures, file) == ""
+def test_captions_are_read_or_their_error_names_file_record_and_field(images, file):
+    assert torture_records.judge_file(images, file) == ""
 
 
 @given(torture_records.presets_())
-def test_presets_that_cannot_be_are_named_with_their_field(tmp_path_factory, preset):
+def test_the_error_of_a_bad_preset_names_its_field(tmp_path_factory, preset):
     assert torture_records.judge_preset(tmp_path_factory.getbasetemp() / "preset.json", preset) == ""
 
 
 @given(torture_records.vocabularies)
-def test_what_is_no_vocabulary_is_named(content):
+def test_vocabularies_are_read_or_their_error_names_them(content):
     assert torture_records.judge_vocabulary(content) == ""
 
 
 @given(torture_records.results)
-def test_predictions_come_back_or_are_named(tmp_path_factory, content):
+def test_predictions_are_read_or_their_error_names_them(tmp_path_factory, content):
     assert torture_records.judge_results(tmp_path_factory.getbasetemp() / "results.json", content) == ""
 
 
-def test_hard_captions_go_through_the_whole_of_prepare(pictures, tmp_path):
-    """Through TFDS's records and the store's files."""
-    folder = shutil.copytree(pictures, tmp_path / "folder")
+def test_hard_captions_pass_through_tfds_records(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "folder")
     captions = [text for text in torture_records.HARD if text.strip()]
     record = {"image": "a.jpg", "captions": captions}
     (folder / "captions.jsonl").write_text(json.dumps(record) + '\n{"image": "é.gif", "caption": "a"}\n')
@@ -97,7 +96,7 @@ def test_hard_captions_go_through_the_whole_of_prepare(pictures, tmp_path):
         ({"\x1b[2J": 1}, "", r"unknown field '\x1b[2J'"),
     ],
 )
-def test_a_value_is_named_with_the_file_it_stands_in(tree, override, message, tmp_path, capsys):
+def test_the_error_of_a_bad_value_names_its_file(tree, override, message, tmp_path, capsys):
     (tmp_path / "p.json").write_text(json.dumps({"dataset": "shapes"} | tree))
     overrides = [f"--config.{override}"] if override else []
     assert main(["prepare", f"--config={tmp_path / 'p.json'}", f"--data_dir={tmp_path}", *overrides]) == 1
@@ -107,13 +106,13 @@ def test_a_value_is_named_with_the_file_it_stands_in(tree, override, message, tm
 
 
 @pytest.mark.parametrize("word", ["", "a b", "a\nb", "\x1b[2J", "\x9b1m", "\t"])
-def test_what_is_no_word_is_in_no_vocabulary(word):
-    text = Vocabulary([*SPECIAL, "dog", word]).to_json()  # with the right hash
+def test_a_vocabulary_holds_words_only(word):
+    text = Vocabulary([*SPECIAL, "dog", word]).to_json()  # with a correct hash
     with pytest.raises(VocabularyError, match=r"^v\.json: not a vocabulary: found '.*', expected a word"):
         Vocabulary.from_json(text, "v.json")
 
 
-def test_files_of_words_and_numbers_are_read_no_further_than_allowed(tmp_path, monkeypatch):
+def test_files_of_words_and_numbers_are_read_up_to_their_limit(tmp_path, monkeypatch):
     file = tmp_path / "vectors.txt"
     file.write_bytes(b"dog 1 2\n" + b"x" * (1 << 20))
     with pytest.raises(EmbeddingsError, match=r"vectors\.txt: line 2 is not a word and its numbers \(of 1048576 bytes"):
@@ -127,7 +126,7 @@ def test_files_of_words_and_numbers_are_read_no_further_than_allowed(tmp_path, m
         datasets.prepare("folder", tmp_path / "data", manual_dir=tmp_path)
 
 
-def test_a_feature_map_that_says_it_is_huge_takes_no_memory(tmp_path):
+def test_a_feature_map_with_a_huge_header_takes_no_memory(tmp_path):
     with (tmp_path / "a.jpg.npy").open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (64, 10**15)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -138,8 +137,8 @@ def test_a_feature_map_that_says_it_is_huge_takes_no_memory(tmp_path):
         npy_maps.read_npy(epath.Path(tmp_path), "a.jpg")
 
 
-def test_pictures_of_a_folder_are_read_no_further_than_allowed(pictures, tmp_path, monkeypatch):
-    folder = shutil.copytree(pictures, tmp_path / "folder")
+def test_images_of_a_folder_are_read_up_to_their_limit(images, tmp_path, monkeypatch):
+    folder = shutil.copytree(images, tmp_path / "folder")
     (folder / "captions.csv").write_text("image,caption\na.jpg,x\né.gif,y\n")
     (folder / "a.jpg").write_bytes(bytes(10_000))
     monkeypatch.setattr(size_limits, "PICTURE", 5000)
