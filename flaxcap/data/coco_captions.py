@@ -218,7 +218,7 @@ def _members(path: pathlib.Path) -> set[str]:
 
 def _picture(archive: zipfile.ZipFile, image: _Image) -> bytes:
     """Of a picture larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
-    return _member(archive, f"{image.year}/{image.filename}", size_limits.PICTURE)
+    return _member(archive, f"{image.year}/{image.filename}", size_limits.IMAGE)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

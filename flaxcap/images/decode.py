@@ -152,8 +152,8 @@ def _decode(
     """Returns the frame's pixels. `frame_of(width, height)`: of a file of this size."""
     if not data:
         raise ImageError("the file is empty")
-    if len(data) > size_limits.PICTURE:
-        raise ImageError(f"the file has more than the {size_limits.PICTURE} bytes allowed")
+    if len(data) > size_limits.IMAGE:
+        raise ImageError(f"the file has more than the {size_limits.IMAGE} bytes allowed")
     scans = headers.check(data)
     _silence_pillow()
     try:

@@ -17,7 +17,7 @@ from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.features import npy_maps
-from flaxcap.features.store import StoreError
+from flaxcap.features.shards import StoreError
 from flaxcap.files import size_limits
 from flaxcap.models import word_vectors
 from flaxcap.models.word_vectors import EmbeddingsError

@@ -12,8 +12,8 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.features import extract, store
-from flaxcap.features.store import Row, Skipped, Split, StoreError
+from flaxcap.features import extract
+from flaxcap.features.shards import Row, Skipped, Split, StoreError, write_rows
 from flaxcap.images.decode import ImageError
 
 POSITIONS, WIDTH = 5, 2
@@ -21,7 +21,7 @@ POSITIONS, WIDTH = 5, 2
 
 def make_split(path, images: int, shard_rows: int) -> Split:
     path = epath.Path(path)
-    store.write_rows(path, [Row(k, f"{k}.jpg", ("a",)) for k in range(images)])
+    write_rows(path, [Row(k, f"{k}.jpg", ("a",)) for k in range(images)])
     return Split(path, images, shard_rows)
 
 
@@ -36,9 +36,8 @@ def encode(images: np.ndarray) -> np.ndarray:
 
 def run(split: Split, load: Callable = pixels, encode: Callable = encode, **options) -> None:
     settings = {"batch_size": 4, "at_once": 2, "num_workers": 2, "max_bad_fraction": 1.0} | options
-    extract.extract(
-        split, load, encode, positions=POSITIONS, feature_dim=WIDTH, dtype="float32", name="test", **settings
-    )
+    array = split.create_array(POSITIONS, WIDTH, "float32")
+    extract.extract(split, array, load, encode, name="test", **settings)
 
 
 def bad_at(*rows: int) -> Callable[[int], np.ndarray]:
@@ -168,7 +167,7 @@ def test_too_many_bad_pictures_stop_it_with_their_names(tmp_path):
     split = make_split(tmp_path, 10, 4)
     with pytest.raises(extract.BadImagesError) as error:
         run(split, bad_at(1, 5, 6), max_bad_fraction=0.2)
-    assert "3 of 10 pictures cannot be read, more than --max_bad_fraction=0.2 allows" in str(error.value)
+    assert "3 of 10 images cannot be read, more than --max_bad_fraction=0.2 allows" in str(error.value)
     assert str(error.value).splitlines()[1:] == [f"  {k}.jpg: damaged in place {k}" for k in (1, 5, 6)]
     assert split.unfinished() == [1, 2]  # what was good before stays
     with pytest.raises(extract.BadImagesError):  # those of earlier runs count as well

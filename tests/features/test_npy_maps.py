@@ -9,9 +9,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.features import extract, npy_maps, store
+from flaxcap.features import extract, npy_maps
 from flaxcap.features.npy_maps import FeatureShape
-from flaxcap.features.store import Row, Split, StoreError
+from flaxcap.features.shards import Row, Split, StoreError, write_rows
 
 POSITIONS, WIDTH = 64, 3
 NAMES = ("0.jpg", "sub/0.jpg", "b.c.png")
@@ -36,16 +36,14 @@ def folder(tmp_path) -> pathlib.Path:
 def run(tmp_path: pathlib.Path, folder: pathlib.Path, dtype: str = "float32") -> np.ndarray:
     """Imports them as `flaxcap prepare` does; what the store then holds."""
     split = Split(epath.Path(tmp_path) / f"train-{dtype}", len(NAMES), 2)
-    store.write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(NAMES)])
+    write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(NAMES)])
     extract.extract(
         split,
+        split.create_array(POSITIONS, WIDTH, dtype),
         npy_maps.loader(epath.Path(folder), split, FeatureShape(POSITIONS, WIDTH)),
         np.asarray,
         batch_size=2,
         at_once=2,
-        positions=POSITIONS,
-        feature_dim=WIDTH,
-        dtype=dtype,
         num_workers=1,
         max_bad_fraction=0,
         name="npy",
@@ -61,7 +59,7 @@ def test_feature_maps_are_imported_in_either_shape(tmp_path, folder):
 
 def test_images_of_one_name_in_two_folders_are_told_apart(tmp_path, folder):
     (folder / "sub" / "0.jpg.npy").unlink()
-    with pytest.raises(StoreError, match=r"npy/sub/0\.jpg\.npy: not there"):
+    with pytest.raises(StoreError, match=r"npy/sub/0\.jpg\.npy: not found"):
         run(tmp_path, folder)
 
 
@@ -175,7 +173,7 @@ def test_only_headers_are_read_to_find_the_shape(tmp_path, monkeypatch):
         ((6, 4), "found 4 features a position, expected 3 as in a.npy"),
         ((0, 3), r"found float32 \[0, 3\], expected floats"),
         ((6,), r"found float32 \[6\], expected floats"),
-        (None, "not there; expected the features of b"),
+        (None, "not found, expected the features of b"),
     ],
 )
 def test_a_folder_with_a_map_that_does_not_fit_is_refused(tmp_path, shape, message):
@@ -187,7 +185,7 @@ def test_a_folder_with_a_map_that_does_not_fit_is_refused(tmp_path, shape, messa
 def test_unused_positions_are_nan(tmp_path):
     folder = save(tmp_path, {"few": (2, 3), "all": (5, 3), "more": (6, 3)})
     split = Split(folder / "train", 3, 3)
-    store.write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(("few", "all", "more"))])
+    write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(("few", "all", "more"))])
     load = npy_maps.loader(folder, split, FeatureShape(5, 3, positions_vary=True))
     for row, used in ((0, 2), (1, 5)):
         feats_PF = load(row)

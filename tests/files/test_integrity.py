@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxcap.files import integrity
-from flaxcap.files.integrity import DamagedError, Sum, WriteError
+from flaxcap.files.integrity import Checksum, DamagedError, WriteError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -46,7 +46,7 @@ def test_any_changed_byte_of_sealed_json_is_seen(indent):
 
 def test_json_without_a_seal_is_damaged():
     for unsealed in (b'{"skipped": []}', b'{"files": {}}', b"{}"):
-        with pytest.raises(DamagedError, match="does not match the SHA-256 that it should end with"):
+        with pytest.raises(DamagedError, match="another SHA-256 of the content than its field sha256 says"):
             integrity.unseal(unsealed)
     for other in (b"[]", b"null", b"7"):
         with pytest.raises(ValueError, match="expected an object"):
@@ -54,16 +54,16 @@ def test_json_without_a_seal_is_damaged():
 
 
 def test_sums_of_bytes_and_files_agree(tmp_path):
-    assert integrity.of_bytes(b"") == Sum(0, EMPTY)
+    assert integrity.Checksum.of_bytes(b"") == Checksum(0, EMPTY)
     for size in (0, 1, 1 << 20, (1 << 20) + 1):
         data, heard = bytes(i % 251 for i in range(size)), []
         (tmp_path / "f").write_bytes(data)
-        assert integrity.of_file(path_of(tmp_path / "f"), heard.append) == integrity.of_bytes(data)
+        assert integrity.Checksum.of_file(path_of(tmp_path / "f"), heard.append) == integrity.Checksum.of_bytes(data)
         assert sum(heard) == size
 
 
 def test_a_file_that_differs_says_how(tmp_path):
-    file, expected = path_of(tmp_path / "f"), integrity.of_bytes(b"abc")
+    file, expected = path_of(tmp_path / "f"), integrity.Checksum.of_bytes(b"abc")
     with pytest.raises(DamagedError, match=r"^missing$"):
         integrity.check(file, expected)
     with pytest.raises(DamagedError, match=r"^missing$"):
@@ -90,17 +90,17 @@ def directory(tmp_path) -> epath.Path:
     for name in ("a", "b/c", "b/d/e", "b/empty"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"" if name == "b/empty" else name.encode() * 9)
-    integrity.write_sums(path_of(tmp_path))
+    integrity.write_checksums(path_of(tmp_path))
     return path_of(tmp_path)
 
 
 def test_a_directory_that_is_whole(directory):
-    assert list(integrity.damages(directory)) == []
-    assert set(integrity.read_sums(directory)) == {"a", "b/c", "b/d/e", "b/empty"}
+    assert list(integrity.find_damage(directory)) == []
+    assert set(integrity.read_checksums(directory)) == {"a", "b/c", "b/d/e", "b/empty"}
     (directory / "new").write_text("is not known, and not damage")
-    assert list(integrity.damages(directory)) == []
-    integrity.write_sums(directory, ["b/c"])
-    assert set(integrity.read_sums(directory)) == {"b/c"}
+    assert list(integrity.find_damage(directory)) == []
+    integrity.write_checksums(directory, ["b/c"])
+    assert set(integrity.read_checksums(directory)) == {"b/c"}
 
 
 @pytest.mark.parametrize("name", ["a", "b/c", "b/d/e", "b/empty"])
@@ -114,25 +114,25 @@ def test_every_file_of_a_directory_counts(directory, name):
             file.unlink()
         else:
             file.write_bytes(data)
-        ((path, found),) = integrity.damages(directory, heard.append)
+        ((path, found),) = integrity.find_damage(directory, heard.append)
         assert path == file
         assert found.startswith("missing" if data is None else "damaged: found")
-        assert not list(integrity.damages(directory, among=lambda other: other != name))
+        assert not list(integrity.find_damage(directory, among=lambda other: other != name))
         file.write_bytes(whole)
     assert sum(heard)
 
 
 def test_damaged_sums_are_named(directory):
-    file = directory / integrity.SUMS
+    file = directory / integrity.CHECKSUMS
     whole = file.read_bytes()
     outside = integrity.seal({"files": {"../f": {"size": 1, "sha256": "a"}}}, indent=1).encode()
     for data in (whole.replace(b"size", b"sice", 1), whole[:-9], b"", b"{}", b'{"files": 3}', b"\xff", outside):
         file.write_bytes(data)
-        ((path, found),) = integrity.damages(directory)
+        ((path, found),) = integrity.find_damage(directory)
         assert path == file
         assert found.startswith("damaged")
     file.unlink()
-    assert list(integrity.damages(directory)) == [(file, "missing")]
+    assert list(integrity.find_damage(directory)) == [(file, "missing")]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "..", "../x", "a/../../x", "a/.."])
@@ -144,5 +144,5 @@ def test_names_that_lead_out_are_not_followed(name):
 def test_a_part_that_cannot_be_finished_leaves_nothing_behind(tmp_path):
     (tmp_path / "f").mkdir()  # a file cannot take its place
     with pytest.raises(WriteError, match=r"f: cannot be written \(.*is a directory\)"):
-        integrity.write_whole(path_of(tmp_path / "f"), "text")
+        integrity.write_atomically(path_of(tmp_path / "f"), "text")
     assert [file.name for file in tmp_path.iterdir()] == ["f"]

@@ -121,7 +121,7 @@ def test_without_locks_the_run_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", none)
     with locks.held(tmp_path), locks.held(tmp_path):
         pass
-    assert f"{tmp_path}: not locked, its file system knows no locks (No locks available)" in caplog.text
+    assert f"{tmp_path}: not locked, its file system has no locks (No locks available)" in caplog.text
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
