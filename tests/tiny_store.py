@@ -1,4 +1,4 @@
-"""A finished store of made-up features and captions, for tests that begin behind it."""
+"""A finished store of synthetic features and captions, for tests that need no images."""
 
 import pathlib
 from typing import Any
@@ -35,7 +35,7 @@ def tiny_config(**train: Any) -> Config:
 
 
 def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> store.Store:
-    """Captions that name the image's kind, which its features show: something can be learned."""
+    """Writes the store. The captions name a kind of image that the features show, so a model can learn it."""
     path = store.path_for(data_dir, config)
     rng = np.random.default_rng(0)
     splits = {}
@@ -57,7 +57,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
     integrity.write_atomically(path / "vocabulary.json", vocabulary.to_json())
     files = ["vocabulary.json", *(f"{role}/{name}" for role in splits for name in (CAPTIONS, ARRAY))]
     manifest = {
-        "source": "made up",
+        "source": "synthetic",
         "splits": splits,
         "positions": POSITIONS,
         "feature_dim": FEATURES,

@@ -1,4 +1,4 @@
-"""A store's manifest, captions and vocabulary: what is missing or damaged is named."""
+"""A store's manifest, captions and vocabulary: missing and damaged files are named."""
 
 import json
 
@@ -24,7 +24,7 @@ FILES = ["vocabulary.json", *(f"{role}/{name}" for role in ("train", "val") for 
 
 
 def make(path: epath.Path, config: Config) -> epath.Path:
-    """A finished store but for its features."""
+    """Writes a finished store without features."""
     for role, rows in (("train", TRAIN), ("val", TRAIN[:1])):
         write_rows(path / role, rows)
         split = Split(path / role, len(rows), 2)
@@ -48,7 +48,7 @@ def make(path: epath.Path, config: Config) -> epath.Path:
 
 
 def write_manifest(path: epath.Path, manifest: dict) -> None:
-    """Writes a manifest that matches its own checksum, whatever it says; there is no copy."""
+    """Writes any manifest with a correct checksum. There is no copy."""
     (path / "manifest.json").write_text(integrity.seal(manifest, indent=2))
 
 
@@ -57,7 +57,7 @@ def path(tmp_path) -> epath.Path:
     return make(store.path_for(tmp_path, Config()), Config())
 
 
-def test_a_finished_store_has_everything(path, tmp_path):
+def test_a_finished_store_is_read(path, tmp_path):
     found = Store.finished(tmp_path, Config())
     assert found.path == path
     assert found.roles == ("train", "val")
@@ -69,7 +69,7 @@ def test_a_finished_store_has_everything(path, tmp_path):
         found.split("test")
 
 
-def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
+def test_an_unfinished_store_is_refused_with_a_remedy(path, tmp_path):
     with pytest.raises(StoreError, match=rf"no prepared features at {tmp_path}/x/.*`flaxcap prepare` computes them"):
         Store.finished(tmp_path / "x", Config())
     (path / "train" / "shards" / "00001.json").unlink()
@@ -158,7 +158,7 @@ def test_a_damaged_captions_line_is_named(path, line):
         _ = Split(file.parent, 3, 2).rows
 
 
-def test_captions_that_are_gone_are_named(path):
+def test_unreadable_and_missing_captions_are_named(path):
     file = path / "train" / "captions.jsonl"
     file.write_bytes(b"\xff")
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
@@ -177,15 +177,15 @@ def test_captions_that_are_gone_are_named(path):
         integrity.seal({"skipped": [], "file": {"size": 3}}),
     ],
 )
-def test_a_damaged_note_of_a_shard_is_named(path, text):
+def test_a_damaged_record_of_a_shard_is_named(path, text):
     file = path / "train" / "shards" / "00001.json"
     file.write_text(text)
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; `flaxcap prepare` computes this shard again"):
         Store(path).split("train").skipped()
 
 
-def test_another_vocabulary_than_the_manifest_names_is_not_used(path, tmp_path):
-    # As after a prepare that was stopped between the two files.
+def test_a_vocabulary_that_the_manifest_does_not_name_is_refused(path, tmp_path):
+    # A prepare that is killed between the two files leaves this.
     file = path / "vocabulary.json"
     file.write_text(Vocabulary.of_captions(["a dog"], 10).to_json())
     with pytest.raises(
@@ -204,7 +204,7 @@ def test_another_vocabulary_than_the_manifest_names_is_not_used(path, tmp_path):
 
 
 @given(st.lists(st.builds(Row, st.integers(), st.text(), st.lists(st.text()).map(tuple)), min_size=1, max_size=5))
-def test_captions_come_back_as_they_were(tmp_path_factory, rows):
+def test_captions_are_read_as_they_were_written(tmp_path_factory, rows):
     path = epath.Path(tmp_path_factory.mktemp("rows"))
     write_rows(path, rows)
     assert Split(path, len(rows), 10).rows == rows
