@@ -217,7 +217,7 @@ def _members(path: pathlib.Path) -> set[str]:
 
 
 def _picture(archive: zipfile.ZipFile, image: _Image) -> bytes:
-    """Of a picture larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+    """Of a picture larger than `size_limits.IMAGE` a byte more than that, which decoding then refuses."""
     return _member(archive, f"{image.year}/{image.filename}", size_limits.IMAGE)
 
 

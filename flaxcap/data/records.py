@@ -53,7 +53,7 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def read_image(path: pathlib.Path) -> bytes:
-    """A picture's file; of one larger than `limits.PICTURE` a byte more than that, which decoding then refuses."""
+    """A picture's file; of one larger than `size_limits.IMAGE` a byte more than that, which decoding then refuses."""
     try:
         return size_limits.start(path, size_limits.IMAGE)
     except OSError as error:

@@ -54,7 +54,7 @@ def test_paths_in_an_archive_lead_nowhere(coco, tmp_path):
 
 
 def test_a_packed_picture_that_is_too_large_is_left_to_be_skipped(coco, tmp_path, monkeypatch):
-    monkeypatch.setattr(size_limits, "PICTURE", 50_000)
+    monkeypatch.setattr(size_limits, "IMAGE", 50_000)
     rewrite(coco / "val2014.zip", **{"val2014/val2014_0.jpg": bytes(1 << 24)})
     found = pictures_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
     assert len(found["val2014_0.jpg"]) == 50_001

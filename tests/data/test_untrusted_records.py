@@ -142,7 +142,7 @@ def test_pictures_of_a_folder_are_read_no_further_than_allowed(pictures, tmp_pat
     folder = shutil.copytree(pictures, tmp_path / "folder")
     (folder / "captions.csv").write_text("image,caption\na.jpg,x\né.gif,y\n")
     (folder / "a.jpg").write_bytes(bytes(10_000))
-    monkeypatch.setattr(size_limits, "PICTURE", 5000)
+    monkeypatch.setattr(size_limits, "IMAGE", 5000)
     builder = datasets.prepare("folder", tmp_path / "data", manual_dir=folder)
     found = {e.filename: e.image for split in builder.info.splits for e in Examples(builder, split)}
     assert {name: len(image) for name, image in found.items()} == {
