@@ -1,4 +1,4 @@
-"""A finished store of made-up features and captions, for tests that begin behind it."""
+"""A finished store of synthetic features and captions, for tests that need no images."""
 
 import pathlib
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
 from flaxcap.features import store
-from flaxcap.features.shards import ARRAY, CAPTIONS
+from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, write_rows
 from flaxcap.files import integrity
 from flaxcap.text.vocabulary import Vocabulary
 
@@ -35,29 +35,29 @@ def tiny_config(**train: Any) -> Config:
 
 
 def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> store.Store:
-    """Captions that name the image's kind, which its features show: something can be learned."""
+    """Writes the store. The captions name a kind of image that the features show, so a model can learn it."""
     path = store.path_for(data_dir, config)
     rng = np.random.default_rng(0)
     splits = {}
     for role, count in (("train", images), ("val", 11), ("test", 7)):
         kinds = rng.integers(4, size=count)
         rows = [
-            store.Row(i, f"{role}{i}.jpg", tuple(_caption(rng, k) for _ in range(int(rng.integers(1, 5)))))
+            Row(i, f"{role}{i}.jpg", tuple(_caption(rng, k) for _ in range(int(rng.integers(1, 5)))))
             for i, k in enumerate(kinds)
         ]
-        store.write_rows(path / role, rows)
-        split = store.Split(path / role, count, shard_rows=16)
+        write_rows(path / role, rows)
+        split = Split(path / role, count, shard_rows=16)
         feats = rng.standard_normal((count, POSITIONS, FEATURES)) + np.eye(FEATURES)[kinds][:, None]
         split.create_array(POSITIONS, FEATURES, "bfloat16")[:].write(feats.astype(ml_dtypes.bfloat16)).result()
         for number in range(split.num_shards):
-            split.finish(number, [])
+            split.mark_finished(number, [])
         splits[role] = {"split": role, "images": count}
-    captions = [c for row in store.Split(path / "train", images, 16).rows for c in row.captions]
+    captions = [c for row in Split(path / "train", images, 16).rows for c in row.captions]
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
-    store.write_whole(path / "vocabulary.json", vocabulary.to_json())
+    integrity.write_atomically(path / "vocabulary.json", vocabulary.to_json())
     files = ["vocabulary.json", *(f"{role}/{name}" for role in splits for name in (CAPTIONS, ARRAY))]
     manifest = {
-        "source": "made up",
+        "source": "synthetic",
         "splits": splits,
         "positions": POSITIONS,
         "feature_dim": FEATURES,
@@ -65,7 +65,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         "shard_rows": 16,
         "encoder": {"weights_sha256": None, "imported_from": "nowhere"},
         "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
-        "files": integrity.to_json({name: integrity.of_file(path / name) for name in files}),
+        "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in files}),
     }
     store.write_manifest(path, manifest)
     return store.Store(path)

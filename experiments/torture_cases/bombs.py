@@ -11,7 +11,7 @@ from torture_cases.images import encoded, picture, png_chunk, with_size
 
 from flaxcap.files import size_limits
 
-MOST = size_limits.PICTURE
+MOST = size_limits.IMAGE
 
 
 def _png(width: int, height: int, pixels: bytes, *before: bytes, depth: int = 8, colour: int = 2) -> bytes:

@@ -14,8 +14,8 @@ from torture_cases.space import other_store, run, store_of
 
 from flaxcap.commands.verify import verify
 from flaxcap.errors import UserError
-from flaxcap.features.shards import Split
-from flaxcap.features.store import COPY, Store, StoreError
+from flaxcap.features.shards import Split, StoreError
+from flaxcap.features.store import COPY, Store
 from flaxcap.files.params import load_params
 from flaxcap.inference import captioner
 from flaxcap.training.checkpoints import Checkpoints

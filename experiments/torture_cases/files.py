@@ -22,7 +22,7 @@ from torture_cases import records as torture_records
 
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.files import integrity
-from flaxcap.inference import captioner
+from flaxcap.inference import export
 
 FUZZED = 5000  # of each kind of record
 BROKEN = 1000  # weights, feature maps, archives
@@ -250,9 +250,9 @@ def models_broken(scratch: pathlib.Path, scale: float) -> dict:
             file = path / names[number % len(names)]
             kind = KINDS[draw.integers(len(KINDS))]
             file.write_bytes(torture_images.MUTATIONS[kind](file.read_bytes() or b"\0", draw))
-            if file.name != integrity.SUMS:
-                for part in captioner.PARAMS:
-                    integrity.write_sums(epath.Path(path / part))
+            if file.name != integrity.CHECKSUMS:
+                for part in export.PARAMS:
+                    integrity.write_checksums(epath.Path(path / part))
 
     count = max(1, round(MODELS * scale))
     return read_all("models_broken", "models", ((lambda path, n=n: write(path, n)) for n in range(count)), scratch)

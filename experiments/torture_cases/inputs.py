@@ -24,7 +24,7 @@ Case = Callable[[pathlib.Path, float], dict]
 PICTURES = 5000
 WORKERS = 2
 # What decoding may take, beside what the program takes for sound pictures: as `decode.to_square` says.
-DECODING_MB = (decode.MAX_MEMORY + 3 * WORKERS * size_limits.PICTURE) / 2**20
+DECODING_MB = (decode.MAX_MEMORY + 3 * WORKERS * size_limits.IMAGE) / 2**20
 
 
 def pictures_prepared_and_captioned(scratch: pathlib.Path, scale: float) -> dict:

@@ -16,7 +16,7 @@ from flaxcap import config as config_lib
 from flaxcap import fields, presets
 from flaxcap.data.base import DataError
 from flaxcap.data.folder import FolderBuilder
-from flaxcap.features.store import Row
+from flaxcap.features.shards import Row
 from flaxcap.inference import coco_results
 from flaxcap.text import vocabulary
 

@@ -16,7 +16,8 @@ from PIL import Image
 from flaxcap.bench.base import Figures, Given, Work, rates
 from flaxcap.config import Config
 from flaxcap.encoders import base as encoders
-from flaxcap.features import extract, store
+from flaxcap.features import extract
+from flaxcap.features.shards import Split
 from flaxcap.images import decode
 
 PICTURES = 256  # different ones; more would only take time to be made
@@ -62,18 +63,16 @@ def work(config: Config, given: Given) -> Iterator[Work]:
     def whole() -> Figures:
         count = given.steps * batch
         with tempfile.TemporaryDirectory(prefix="flaxcap-bench-") as folder:
-            split = store.Split(epath.Path(folder), count, config.encoder.shard_images)
+            split = Split(epath.Path(folder), count, config.encoder.shard_images)
             begin = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):  # it says its rate, and so do we
                 extract.extract(
                     split,
+                    split.create_array(given.positions, given.feature_dim, config.encoder.store_dtype),
                     load,
                     encode,
                     batch_size=batch,
                     at_once=at_once,
-                    positions=given.positions,
-                    feature_dim=given.feature_dim,
-                    dtype=config.encoder.store_dtype,
                     num_workers=given.workers,
                     max_bad_fraction=0,
                     name="extract",

@@ -15,6 +15,7 @@ from flaxcap.bench import synthetic
 from flaxcap.bench.base import Figures, Given, Work, rates, spread
 from flaxcap.config import Config
 from flaxcap.features import store
+from flaxcap.features.shards import Split
 from flaxcap.files import disk_space
 from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.runtime import sharding
@@ -76,13 +77,13 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         yield Work("captions_s", facts, repeat)
 
 
-def _write(folder: str, config: Config, given: Given) -> tuple[float, store.Split]:
+def _write(folder: str, config: Config, given: Given) -> tuple[float, Split]:
     """A store's split of made-up features, and GB a second of its writing. WriteError if the disk is too small."""
     size = given.images * store.bytes_an_image(given.positions, given.feature_dim, config.encoder.store_dtype)
     disk_space.check(folder, size, f"--images={given.images}", "set TMPDIR to a larger disk")
     dtype = jnp.dtype(config.encoder.store_dtype)
     source = synthetic.MadeUp(given.images, given.positions, given.feature_dim, dtype, config.seed)
-    split = store.Split(epath.Path(folder), given.images, config.encoder.shard_images)
+    split = Split(epath.Path(folder), given.images, config.encoder.shard_images)
     begin = time.perf_counter()
     array = split.create_array(given.positions, given.feature_dim, config.encoder.store_dtype)
     for number in tqdm.trange(split.num_shards, desc="store", unit=" shards", disable=None):

@@ -19,7 +19,8 @@ from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import UserError
 from flaxcap.features import store
-from flaxcap.features.store import Row
+from flaxcap.features.shards import Row, Split
+from flaxcap.files import integrity
 from flaxcap.inference import coco_results
 from flaxcap.inference.captioner import Captioner
 from flaxcap.runtime import sharding
@@ -111,7 +112,7 @@ def _report(
     more, missing = coco_results.score(rows, texts, known, datasets.caption_truth(config))
     found |= more
     out_dir = epath.Path(out_dir)
-    store.write_whole(out_dir / "predictions.json", coco_results.to_json(rows, texts))
+    integrity.write_atomically(out_dir / "predictions.json", coco_results.to_json(rows, texts))
     described = {
         "dataset": config.dataset,
         "split": split_name,
@@ -119,7 +120,7 @@ def _report(
         "scores": found,
         "missing": missing,
     }
-    store.write_whole(out_dir / "scores.json", json.dumps(described, indent=2) + "\n")
+    integrity.write_atomically(out_dir / "scores.json", json.dumps(described, indent=2) + "\n")
     return Report(found, missing)
 
 
@@ -133,7 +134,7 @@ def _prepared(captioner: Captioner, data_dir: epath.PathLike) -> store.Store | N
     return prepared if made_by == captioner.about["encoder_sha256"] else None
 
 
-def _likelihood(captioner: Captioner, split: store.Split) -> dict[str, float]:
+def _likelihood(captioner: Captioner, split: Split) -> dict[str, float]:
     config, mesh = captioner.config, sharding.make_mesh()
     plan, feed = validation.make_feed(config, split, captioner.vocabulary, mesh)
     eval_step = step_lib.make_eval_step(captioner.bind, mesh, config.train)

@@ -1,4 +1,4 @@
-"""`flaxcap prepare`: a data set, once, into a store of captions, vocabulary and features."""
+"""`flaxcap prepare`: writes the captions, vocabulary and features of a data set into a store."""
 
 import dataclasses
 import functools
@@ -19,8 +19,10 @@ from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, npy_maps, repair
 from flaxcap.features import store as store_lib
-from flaxcap.features.store import Row, Store, StoreError
+from flaxcap.features.shards import Row, Split, StoreError
+from flaxcap.features.store import Store
 from flaxcap.files import disk_space, integrity, locks
+from flaxcap.files.integrity import Checksum
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
@@ -39,41 +41,44 @@ def prepare(
     num_workers: int = 4,
     max_bad_fraction: float = 0.05,
 ) -> Store:
-    """Makes the preset's store, or goes on with it at the first unfinished shard, and mends what is damaged in it.
+    """Writes the store of a preset, or repairs and finishes the one that is there.
 
-    `npy_dir`: take the feature maps found there instead of computing them. `encoder_weights`: a file to use
-    in place of the published one. Of several processes (one data_dir, shared) each extracts its share. LockError if
-    another prepare works on this store.
+    Extraction resumes at the first unfinished shard. Several processes that share `data_dir` extract a share each.
+
+    Args:
+      config: the preset.
+      data_dir: a directory on a disk or in an object store.
+      manual_dir: the user's own files of the data set.
+      npy_dir: feature maps to import, see npy_maps.py. None: the preset's encoder computes the features.
+      encoder_weights: a file that replaces the published weights.
+      num_workers: threads that load images.
+      max_bad_fraction: the largest fraction of a split's images that may be skipped as unreadable.
+
+    Raises:
+      LockError: another prepare works on this store.
+      UserError: the preset, the data set, the weights or the store cannot be used. The message says why.
     """
     encoder = _make_encoder(config, encoder_weights)
-    with locks.held(store_lib.path_for(data_dir, config)):
+    path = store_lib.path_for(data_dir, config)
+    with locks.held(path):
         builder = None
 
         def first() -> None:
             nonlocal builder
             builder = _dataset(config, data_dir, manual_dir)
-            _describe(config, data_dir, builder, npy_dir, encoder_weights)
+            _write_all_but_features(path, config, builder, npy_dir, encoder_weights)
 
         multihost.first_does(first)
         if builder is None:
             builder = _dataset(config, data_dir, manual_dir)
-        store = Store(store_lib.path_for(data_dir, config))
+        store = Store(path)
         npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
         if any(store.split(role).unfinished() for role in store.roles):
             _check_space(store, config)
             _extract(store, config, encoder, builder, npy_dir, num_workers, max_bad_fraction)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("extracted")
-        for role in store.roles:
-            split = store.split(role)
-            skipped = split.skipped()
-            store.manifest["splits"][role] |= {
-                "shards": split.num_shards,
-                "skipped": [dataclasses.asdict(s) for s in skipped],
-            }
-            print(f"{role}: {split.images - len(skipped)} images with features, {len(skipped)} skipped")
-        if jax.process_index() == 0:
-            store_lib.write_manifest(store.path, store.manifest)
+        _write_summary(store)
     print(f"prepared: {store.path}")
     return store
 
@@ -81,13 +86,14 @@ def prepare(
 def _dataset(
     config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
 ) -> tfds.core.DatasetBuilder:
-    """The data set, prepared. Of several programs that want to prepare it the others wait for the first."""
+    """Returns the builder of the prepared data set. A lock lets one program at a time prepare it."""
     root = datasets.local_dir(data_dir)
     directory = root / config.dataset
     if config.dataset not in datasets.NAMES:
         return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
     with locks.flock(root / f".{config.dataset}.lock", str(directory), wait=True):
-        for left in (*directory.glob("incomplete.*"), *directory.glob("*/incomplete.*")):  # TFDS's, of one killed
+        for left in (*directory.glob("incomplete.*"), *directory.glob("*/incomplete.*")):
+            # TFDS 4.9 leaves these of a process that was killed.
             left.rmtree() if left.is_dir() else left.unlink()
         return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
 
@@ -98,34 +104,33 @@ def _make_encoder(config: config_lib.Config, encoder_weights: str | None) -> Ima
     if encoder_weights is not None and "random" in (encoder_weights, fields.weights):
         raise ConfigError(
             f"--encoder_weights={encoder_weights} with --config.encoder.weights={fields.weights}: expected a file in"
-            " place of the published weights; random ones are asked for by --config.encoder.weights=random alone"
+            " place of the published weights; for random weights give --config.encoder.weights=random alone"
         )
     return encoders.make(fields)
 
 
-def _describe(
+def _write_all_but_features(
+    path: epath.Path,
     config: config_lib.Config,
-    data_dir: epath.PathLike,
     builder: tfds.core.DatasetBuilder,
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> None:
-    """Writes everything but the features.
+    """Writes captions, encoder, vocabulary and manifest of a new store, or repairs those of an existing one.
 
-    Of a store that is there the vocabulary is made anew, and what is damaged. StoreError if it is made of something
-    else.
+    The vocabulary is always written again, since the preset may ask for another size. Raises StoreError if the existing
+    store was made of other data.
     """
-    path = store_lib.path_for(data_dir, config)
     repair.restore_manifest(path)
     if (path / store_lib.MANIFEST).exists():
         found = Store(path)
         manifest = found.manifest
         _check_same(path, manifest, builder, config, npy_dir, encoder_weights)
-        sums = repair.mend(found, config, builder, encoder_weights)
+        checksums = repair.repair(found, config, builder, encoder_weights)
     else:
-        manifest, sums = build.make(path, config, builder, npy_dir, encoder_weights)
+        manifest, checksums = build.create(path, config, builder, npy_dir, encoder_weights)
     rows = {
-        role: store_lib.Split(path / role, split["images"], manifest["shard_rows"]).rows
+        role: Split(path / role, split["images"], manifest["shard_rows"]).rows
         for role, split in manifest["splits"].items()
     }
     captions = (caption for row in rows["train"] for caption in row.captions)
@@ -133,13 +138,14 @@ def _describe(
     for role in rows:
         _warn_of_unknown_words(role, rows[role], vocabulary)
     text = vocabulary.to_json()
-    integrity.write_whole(path / store_lib.VOCABULARY, text)
+    integrity.write_atomically(path / store_lib.VOCABULARY, text)
     manifest["vocabulary"] = {
         "size": config.data.vocab_size,
         "words": len(vocabulary),
         "sha256": vocabulary.hash,
     }
-    manifest["files"] = integrity.to_json(sums | {store_lib.VOCABULARY: integrity.of_bytes(text.encode())})
+    checksums[store_lib.VOCABULARY] = Checksum.of_bytes(text.encode())
+    manifest["files"] = integrity.checksums_to_json(checksums)
     store_lib.write_manifest(path, manifest)
 
 
@@ -148,7 +154,7 @@ def _warn_of_unknown_words(role: str, rows: list[Row], vocabulary: Vocabulary) -
     if unknown:
         row, caption = unknown[0]
         logging.warning(
-            "%s: %d captions hold no word of the vocabulary; the first is %r, of %s",
+            "%s: %d captions contain no word of the vocabulary; the first is %r, of %s",
             role, len(unknown), caption[:80], row.filename,
         )  # fmt: skip
 
@@ -161,20 +167,22 @@ def _check_same(
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> None:
-    """StoreError if the store was made of another data set or by other weights than are asked for now."""
-    anew = "delete it, or take another --data_dir"
+    """Raises StoreError if the store was made of another data set, or by other weights, than the flags say."""
+    remedy = "delete it, or choose another --data_dir"
     if manifest["source"] != builder.info.full_name:
-        raise StoreError(f"{path}: made of {manifest['source']}, not of {builder.info.full_name}; {anew}")
+        raise StoreError(
+            f"{path}: found features of {manifest['source']}, expected those of {builder.info.full_name}; {remedy}"
+        )
     made_by = manifest["encoder"]
     if npy_dir is not None and "imported_from" not in made_by:
-        raise StoreError(f"{path}: its features were computed, not imported from {npy_dir}; {anew}")
-    # "imagenet" and "random" are in the store's name; which file it was only the manifest says.
+        raise StoreError(f"{path}: found computed features, expected those imported from {npy_dir}; {remedy}")
+    # The store's name tells random weights from others, but not one file of weights from another.
     spec = encoder_weights or config.encoder.weights
     if npy_dir is None and spec not in ("imagenet", "random"):
         _, found = encoders.make(config.encoder).load(spec)
         if found != made_by["weights_sha256"]:
             by = made_by.get("imported_from") or f"weights {made_by['weights_sha256']}"
-            raise StoreError(f"{path}: its features were made by {by}, not by {spec} ({found}); {anew}")
+            raise StoreError(f"{path}: found features made by {by}, expected those of {spec} ({found}); {remedy}")
 
 
 def _extract(
@@ -186,7 +194,7 @@ def _extract(
     num_workers: int,
     max_bad_fraction: float,
 ) -> None:
-    """The features of every split that are not there yet."""
+    """Computes or imports the features of all unfinished shards."""
     if npy_dir is None:
         params = load_params(store.path / store_lib.ENCODER_DIR)
         encode = extract.make_encode(encoder, params, config.encoder, many=True)
@@ -200,13 +208,11 @@ def _extract(
             load, encode = npy_maps.loader(epath.Path(npy_dir), split, shape), np.asarray
         extract.extract(
             split,
+            split.create_array(store.positions, store.feature_dim, config.encoder.store_dtype),
             load,
             encode,
             batch_size=extract.batch_size(config.encoder),
             at_once=extract.batches_at_once(),
-            positions=store.positions,
-            feature_dim=store.feature_dim,
-            dtype=config.encoder.store_dtype,
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
             name=f"features of {role}",
@@ -218,12 +224,26 @@ def _pixels(examples: Examples, preprocess: Preprocess, row: int) -> np.ndarray:
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:
-    """Says what the features will take; WriteError if the disk has less."""
+    """Prints the size of the features that are still missing. Raises WriteError if the disk is too small."""
     images = sum(len(store.split(r).shard(n)) for r in store.roles for n in store.split(r).unfinished())
     needed = images * store_lib.bytes_an_image(store.positions, store.feature_dim, config.encoder.store_dtype)
     what = f"features of {images} images"
-    free = disk_space.check(store.path, needed, what, "free some, or take another --data_dir")
+    free = disk_space.check(store.path, needed, what, "free some space, or choose another --data_dir")
     print(f"{what}: {needed / 1e9:.2f} GB in {store.path}{f' ({free / 1e9:.1f} GB free)' if free is not None else ''}")
+
+
+def _write_summary(store: Store) -> None:
+    """Prints the numbers of images with and without features, and writes them into the manifest."""
+    for role in store.roles:
+        split = store.split(role)
+        skipped = split.skipped()
+        store.manifest["splits"][role] |= {
+            "shards": split.num_shards,
+            "skipped": [dataclasses.asdict(s) for s in skipped],
+        }
+        print(f"{role}: {split.images - len(skipped)} images with features, {len(skipped)} skipped")
+    if jax.process_index() == 0:
+        store_lib.write_manifest(store.path, store.manifest)
 
 
 def run(flags: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> int:

@@ -39,10 +39,10 @@ def claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: b
         if Vocabulary.from_json(words.read_text(), str(words)).hash != vocabulary.hash:
             raise ConfigError(f"--workdir={workdir} holds a run with another vocabulary; take another --workdir")
     if jax.process_index() == 0:
-        (workdir / integrity.SUMS).unlink(missing_ok=True)
-        store.write_whole(words, vocabulary.to_json())
-        store.write_whole(file, presets.to_json(config))
-        integrity.write_sums(workdir, (file.name, words.name))
+        (workdir / integrity.CHECKSUMS).unlink(missing_ok=True)
+        integrity.write_atomically(words, vocabulary.to_json())
+        integrity.write_atomically(file, presets.to_json(config))
+        integrity.write_checksums(workdir, (file.name, words.name))
 
 
 def stage(config: Config, prepared: store.Store, data_dir: epath.PathLike, init_from: epath.PathLike | None) -> Stage:

@@ -1,8 +1,7 @@
-"""`flaxcap verify`: whether the files of a store or a run are still what was written."""
+"""`flaxcap verify`: compares the files of a store or a run with their checksums."""
 
 import contextlib
 import types
-from collections.abc import Callable
 
 import tqdm
 from etils import epath
@@ -13,147 +12,156 @@ from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.shards import Split, StoreError
 from flaxcap.files import integrity
-from flaxcap.files.integrity import DamagedError, Sum
+from flaxcap.files.integrity import Checksum, DamagedError, Progress
 from flaxcap.training import checkpoints
 
-ANEW = "`flaxcap prepare` makes it anew"
-CUT_OFF = "`flaxcap train` writes it when it goes on"
+_WRITE_AGAIN = "`flaxcap prepare` writes it again"
 
 
-class Report:
-    """What was read, and what is wrong with it."""
+class VerifyReport:
+    """The damage that was found in files.
 
-    def __init__(self, tell: Callable[[int], object]):
-        self.files, self.size = 0, 0  # that were compared with their checksums, and their bytes
-        self.wrong: list[str] = []  # a line each: the file, what is wrong with it, and what to do about it
-        self._tell = tell
+    Attributes:
+      files: the number of files that are sound.
+      size: bytes read.
+      wrong: one line for each problem: the file, what was found, and a remedy.
+    """
 
-    def add(self, path: epath.Path, found: Exception | str, mend: str) -> None:
-        self.wrong.append(f"{path}: {found}; {mend}")
+    def __init__(self, progress: Progress):
+        self.files, self.size = 0, 0
+        self.wrong: list[str] = []
+        self._progress = progress
 
-    def file(self, path: epath.Path, expected: Sum, mend: str) -> None:
-        """Compares a file with its sum."""
+    def add(self, path: epath.Path, found: Exception | str, remedy: str) -> None:
+        self.wrong.append(f"{path}: {found}; {remedy}")
+
+    def check_file(self, path: epath.Path, expected: Checksum, remedy: str) -> None:
+        """Compares a file with its checksum."""
         try:
             integrity.check(path, expected, self._count)
             self.files += 1
         except DamagedError as e:
-            self.add(path, e, mend)
+            self.add(path, e, remedy)
 
-    def directory(self, path: epath.Path, mend: str) -> None:
-        """Compares all files that it has sums of."""
+    def check_directory(self, path: epath.Path, remedy: str) -> None:
+        """Compares the files of a directory with the checksums in its file CHECKSUMS."""
         try:
-            sums = integrity.read_sums(path)
+            checksums = integrity.read_checksums(path)
         except DamagedError as e:
-            self.add(path / integrity.SUMS, e, mend)
+            self.add(path / integrity.CHECKSUMS, e, remedy)
             return
-        for name, expected in sums.items():
-            self.file(path / name, expected, mend)
+        for name, expected in checksums.items():
+            self.check_file(path / name, expected, remedy)
         self.files += 1
 
-    def parsed(self, path: epath.Path, read: Callable[[epath.Path], object], mend: str) -> None:
-        """Reads a file that tells itself whether it is whole."""
+    def check_manifest(self, path: epath.Path) -> None:
+        """Compares a manifest, or its copy, with the checksum at its end."""
+        remedy = "`flaxcap prepare` restores it from its copy"
         try:
-            read(path)
+            store.read_manifest(path)
             self.files += 1
             self._count(path.stat().length)
         except FileNotFoundError:
-            self.add(path, "missing", mend)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            self.add(path, str(e).removeprefix(f"{path}: "), mend)
+            self.add(path, "missing", remedy)
+        except (OSError, ValueError, RecursionError) as e:
+            self.add(path, e, remedy)
 
-    def shard(self, split: Split, role: str, number: int) -> None:
-        """Compares a finished shard with its note; damaged, it becomes an unfinished one, where that can be written."""
-        mend = f"shard {number} of {role}: {ANEW}"
-        before = len(self.wrong)
+    def check_shard(self, split: Split, role: str, number: int) -> None:
+        """Compares a complete shard with its record. A damaged shard becomes unfinished if the disk can be written."""
+        remedy = f"shard {number} of {role}: `flaxcap prepare` computes it again"
         try:
-            note = split.note(number)
             split.check_shard(number, self._count)
-            self.files += 2 if note.file else 1
+            self.files += 2 if split.record(number).file else 1
+            return
         except StoreError as e:
-            self.add(split.note_file(number), str(e).removeprefix(f"{split.note_file(number)}: "), mend)
+            self.add(split.record_file(number), str(e).removeprefix(f"{split.record_file(number)}: "), remedy)
         except DamagedError as e:
-            self.add(split.shard_file(number), e, mend)
-        if len(self.wrong) > before:
-            try:
-                split.undo(number)
-            except StoreError as e:
-                self.wrong[-1] += f", once it can be written to ({e})"
+            self.add(split.shard_file(number), e, remedy)
+        try:
+            split.mark_unfinished(number)
+        except StoreError as e:
+            self.wrong[-1] += f", once the disk can be written ({e})"
 
     def _count(self, size: int) -> None:
         self.size += size
-        self._tell(size)
+        self._progress(size)
 
     def lines(self) -> list[str]:
-        """For the user; the last one sums up."""
-        lines = list(self.wrong)
-        end = f"{len(self.wrong)} to be mended" if self.wrong else "sound"
-        return [*lines, f"{self.files} files, {self.size} bytes: {end}"]
+        """Returns the lines to print; the last one is a summary."""
+        end = f"{len(self.wrong)} damaged" if self.wrong else "sound"
+        return [*self.wrong, f"{self.files} files, {self.size} bytes: {end}"]
 
 
-def verify(*, workdir: epath.PathLike | None = None, store_dir: epath.PathLike | None = None) -> Report:
-    """Reads every file of a run, of a store, or both.
+def verify(*, workdir: epath.PathLike | None = None, store_dir: epath.PathLike | None = None) -> VerifyReport:
+    """Reads every file of a run, of a store, or of both.
 
-    Damaged shards are made unfinished ones, so that `flaxcap prepare` makes them, and only them, anew. UserError if
-    there is no run or no store.
+    A damaged shard becomes unfinished, so that `flaxcap prepare` computes it again, and no other.
+
+    Raises:
+      UserError: there is no run, or no store.
     """
-    places = [epath.Path(workdir) / "checkpoints"] if workdir is not None else []
-    places += [epath.Path(store_dir)] if store_dir is not None else []
-    total = sum(map(_size, places))
+    directories = [epath.Path(workdir) / "checkpoints"] if workdir is not None else []
+    directories += [epath.Path(store_dir)] if store_dir is not None else []
+    total = sum(map(_size, directories))
     with tqdm.tqdm(desc="verify", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        report = Report(bar.update)
+        report = VerifyReport(bar.update)
         if workdir is not None:
-            _run(epath.Path(workdir), report)
+            _verify_run(epath.Path(workdir), report)
         if store_dir is not None:
-            _store(epath.Path(store_dir), report)
+            _verify_store(epath.Path(store_dir), report)
     return report
 
 
 def _size(directory: epath.Path) -> int:
-    """The bytes of all files in it."""
+    """Returns the bytes of all files in a directory."""
     size = 0
     for name in integrity.names_below(directory):
-        with contextlib.suppress(FileNotFoundError):  # a run that goes on deletes some
+        with contextlib.suppress(FileNotFoundError):  # a running train deletes checkpoints
             size += (directory / name).stat().length
     return size
 
 
-def _run(workdir: epath.Path, report: Report) -> None:
+def _verify_run(workdir: epath.Path, report: VerifyReport) -> None:
     if not (workdir / "config.json").exists() and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir}: found neither config.json nor checkpoints, expected a run of flaxcap")
-    mend = "delete both config.json and vocabulary.json; `flaxcap train` with the same preset writes them anew"
-    report.directory(workdir, mend)
-    mend = "`flaxcap train` sets this checkpoint aside, and goes on from the newest sound one"
+    report.check_directory(
+        workdir, "delete config.json and vocabulary.json; `flaxcap train` with the same preset writes both again"
+    )
     for step in checkpoints.steps(workdir / "checkpoints"):
         before = len(report.wrong)
-        if (step / integrity.SUMS).exists():
-            report.directory(step, mend)
+        if (step / integrity.CHECKSUMS).exists():
+            report.check_directory(
+                step, "`flaxcap train` sets this checkpoint aside and resumes from the newest sound one"
+            )
         else:
-            report.add(step / integrity.SUMS, "missing, its save is under way or was cut off", CUT_OFF)
-        if not step.exists():  # a run that goes on has deleted it meanwhile
+            # Orbax completes a checkpoint before its checksums are written.
+            report.add(
+                step / integrity.CHECKSUMS, "missing; a save is in progress or was killed", "`flaxcap train` writes it"
+            )
+        if not step.exists():  # a running train has deleted it meanwhile
             del report.wrong[before:]
 
 
-def _store(path: epath.Path, report: Report) -> None:
+def _verify_store(path: epath.Path, report: VerifyReport) -> None:
     if not (path / store.MANIFEST).exists() and not (path / store.COPY).exists():
-        _ = store.Store(path)  # says what to do
-    mend = "`flaxcap prepare` restores it from its copy"
-    report.parsed(path / store.MANIFEST, store.read_manifest, mend)
+        _ = store.Store(path)  # raises StoreError with a remedy
+    report.check_manifest(path / store.MANIFEST)
+    report.check_manifest(path / store.COPY)
     try:
         found = store.Store(path)
     except StoreError:
         found = store.Store(path, store.COPY)
-    report.parsed(path / store.COPY, store.read_manifest, mend)
-    for name, expected in found.sums.items():
-        report.file(path / name, expected, ANEW)
+    for name, expected in found.checksums.items():
+        report.check_file(path / name, expected, _WRITE_AGAIN)
     if "imported_from" not in found.manifest["encoder"]:
-        report.directory(path / store.ENCODER_DIR, ANEW)
+        report.check_directory(path / store.ENCODER_DIR, _WRITE_AGAIN)
     for role in found.roles:
         split = found.split(role)
         left = split.unfinished()
         if left:
-            report.add(split.path, f"shards {', '.join(map(str, left))} are not finished", "`flaxcap prepare` goes on")
+            report.add(split.path, f"shards {', '.join(map(str, left))} are not finished", "`flaxcap prepare` resumes")
         for number in split.finished():
-            report.shard(split, role, number)
+            report.check_shard(split, role, number)
 
 
 def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:

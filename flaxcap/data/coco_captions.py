@@ -235,8 +235,8 @@ def _members(path: pathlib.Path) -> set[str]:
 
 
 def _image_file(archive: zipfile.ZipFile, image: _Image) -> bytes:
-    """Returns an image's file, at most one byte more than `size_limits.PICTURE`, see `records.read_image`."""
-    return _member(archive, f"{image.year}/{image.filename}", size_limits.PICTURE)
+    """Returns an image's file, at most one byte more than `size_limits.IMAGE`, see `records.read_image`."""
+    return _member(archive, f"{image.year}/{image.filename}", size_limits.IMAGE)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

@@ -63,12 +63,12 @@ def read_bytes(path: pathlib.Path) -> bytes:
 
 
 def read_image(path: pathlib.Path) -> bytes:
-    """Reads an image file, at most one byte more than `size_limits.PICTURE`.
+    """Reads an image file, at most one byte more than `size_limits.IMAGE`.
 
     A file that is too large thus stays too large, and `images.decode` refuses it.
     """
     try:
-        return size_limits.start(path, size_limits.PICTURE)
+        return size_limits.start(path, size_limits.IMAGE)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 

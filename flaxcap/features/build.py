@@ -1,4 +1,4 @@
-"""What stands beside the features of a store, made: its captions, its encoder, and what the manifest says of them."""
+"""The first part of a new store: captions, encoder, empty arrays, and a manifest that describes them."""
 
 import dataclasses
 
@@ -17,34 +17,51 @@ from flaxcap.features import npy_maps, store
 from flaxcap.features.npy_maps import FeatureShape
 from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
 from flaxcap.files import integrity
-from flaxcap.files.integrity import Sum
+from flaxcap.files.integrity import Checksum
 from flaxcap.files.params import save_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 
-SAMPLE_IMAGES = 64  # whose statistics the batch norms of random weights take
+SAMPLE_IMAGES = 64  # from which random weights compute the statistics of their batch norms
 
 
-def make(
+def create(
     path: epath.Path,
     config: config_lib.Config,
     builder: tfds.core.DatasetBuilder,
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
-) -> tuple[dict, dict[str, Sum]]:
-    """The manifest of a new store, without vocabulary, and the sums of the files written."""
+) -> tuple[dict, dict[str, Checksum]]:
+    """Writes a new store without its vocabulary, manifest and features.
+
+    Args:
+      path: the store's directory.
+      config: the preset.
+      builder: the preset's data set.
+      npy_dir: the directory of imported feature maps, see npy_maps.py. None: the preset's encoder computes them.
+      encoder_weights: a file that replaces the preset's weights.
+
+    Returns:
+      The manifest without its fields `vocabulary` and `files`, and the checksums of captions and arrays.
+
+    Raises:
+      StoreError: the directory holds shards without a manifest, or a feature map cannot be imported.
+      DataError: the data set has no split of the preset's name.
+    """
     if any((path / role / "shards").exists() for role in store.ROLES):
-        raise StoreError(f"{path}: its {store.MANIFEST}, which tells what made the features, is gone; delete the rest")
-    sums: dict[str, Sum] = {}
-    rows = _write_captions(config, path, builder, sums)
+        raise StoreError(
+            f"{path}: found shards without a {store.MANIFEST}, which says what made the features; delete the directory"
+        )
+    checksums: dict[str, Checksum] = {}
+    rows = _write_captions(config, path, builder, checksums)
     filenames = [row.filename for role in rows for row in rows[role]]
     shape, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights, filenames)
     for role in rows:
-        if (path / role / "features").exists():  # of a prepare that was killed; perhaps of other captions
+        if (path / role / "features").exists():  # a prepare that was killed may have written it for other captions
             (path / role / "features").rmtree()
         split = Split(path / role, len(rows[role]), config.encoder.shard_images)
         split.create_array(shape.positions, shape.feature_dim, config.encoder.store_dtype)
-        sums[f"{role}/{ARRAY}"] = integrity.of_file(split.path / ARRAY)
+        checksums[f"{role}/{ARRAY}"] = Checksum.of_file(split.path / ARRAY)
     manifest = {
         "source": builder.info.full_name,
         "splits": {role: {"split": datasets.splits(config)[role], "images": len(rows[role])} for role in rows},
@@ -52,13 +69,13 @@ def make(
         **shape._asdict(),
         "shard_rows": config.encoder.shard_images,
     }
-    return manifest, sums
+    return manifest, checksums
 
 
 def _write_captions(
-    config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder, sums: dict[str, Sum]
+    config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder, checksums: dict[str, Checksum]
 ) -> dict[str, list[Row]]:
-    """The captions of every split, written and returned. Their sums are put into `sums`."""
+    """Writes the captions of every split, adds their checksums to `checksums`, and returns the rows by role."""
     found = {}
     for role, split in datasets.splits(config).items():
         try:
@@ -68,16 +85,21 @@ def _write_captions(
                 raise
             logging.warning("no test split: %s", e)
             continue
-        rows = read_rows(examples, config.data, f"captions of {role}")
-        text = captions_text(rows)
-        integrity.write_whole(path / role / CAPTIONS, text)
-        sums[f"{role}/{CAPTIONS}"] = integrity.of_bytes(text.encode())
-        found[role] = rows
+        found[role] = read_rows(examples, config.data, f"captions of {role}")
+        text = captions_text(found[role])
+        integrity.write_atomically(path / role / CAPTIONS, text)
+        checksums[f"{role}/{CAPTIONS}"] = Checksum.of_bytes(text.encode())
     return found
 
 
 def read_rows(examples: Examples, limits: config_lib.Data, name: str) -> list[Row]:
-    """The images of a split, up to the preset's limits."""
+    """Returns the images of a split and their captions.
+
+    Args:
+      examples: the split.
+      limits: `max_images` and `max_captions` bound the numbers of images and of captions; 0 means no bound.
+      name: the name of the progress bar.
+    """
     rows, captions = [], 0
     numbers = range(min(len(examples), limits.max_images or len(examples)))
     for number in tqdm.tqdm(numbers, name, unit=" images", disable=None):
@@ -98,8 +120,10 @@ def _write_encoder(
     encoder_weights: str | None,
     filenames: list[str],
 ) -> tuple[FeatureShape, dict]:
-    """Keeps the encoder beside the features, so that new pictures meet the same one; the features' shape, and the
-    manifest's words.
+    """Writes the encoder's parameters into the store, where captioning finds them. Imported features have none.
+
+    Returns:
+      The shape of the features, and the manifest's field `encoder`.
     """
     encoder = encoders.make(config.encoder)
     described = {

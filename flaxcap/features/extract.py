@@ -1,4 +1,4 @@
-"""Extraction: every picture of a split through the frozen encoder, once, into the store."""
+"""Extraction: computes the features of every image of a split once, and writes them into the store."""
 
 import collections
 import itertools
@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore as ts
 import tqdm
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
@@ -21,13 +22,14 @@ from flaxcap.features.shards import Skipped, Split
 from flaxcap.images.decode import ImageError
 from flaxcap.runtime import devices as devices_lib
 
-Encode = Callable[[np.ndarray], jax.Array | np.ndarray]
+Load = Callable[[int], np.ndarray]  # row -> the image's pixels; raises ImageError
+Encode = Callable[[np.ndarray], jax.Array | np.ndarray]  # a batch of them [I, ...] -> feats_IPF
 
-CPU_IMAGES = 2  # in one forward pass: quickest, with as many passes at once as there are cores
+CPU_IMAGES = 2  # images of a forward pass on a CPU: the fastest number when each core runs a pass of its own
 
 
 class BadImagesError(UserError):
-    """More pictures than allowed cannot be read."""
+    """More images than allowed cannot be read."""
 
 
 def make_encode(encoder: ImageEncoder, params: Params, config: config_lib.Encoder, *, many: bool) -> Encode:
@@ -60,99 +62,108 @@ def make_encode(encoder: ImageEncoder, params: Params, config: config_lib.Encode
 
 
 def batch_size(config: config_lib.Encoder) -> int:
-    """Images a forward pass: the preset's, or what suits this machine's devices."""
+    """Returns the images of a forward pass: the preset's number, or one that suits this machine's devices."""
     devices = jax.local_devices()
     return config.batch_size or (CPU_IMAGES if devices[0].platform == "cpu" else 64) * len(devices)
 
 
 def batches_at_once() -> int:
-    """How many are encoded side by side: as many as a CPU has cores; else the next while the last one is fetched."""
+    """Returns how many batches are encoded concurrently.
+
+    On a CPU each core encodes a batch. Elsewhere the device encodes one batch while the last one is fetched.
+    """
     return devices_lib.usable_cores() if jax.local_devices()[0].platform == "cpu" else 2
 
 
 def extract(
     split: Split,
-    load: Callable[[int], np.ndarray],
+    array: ts.TensorStore,
+    load: Load,
     encode: Encode,
     *,
     batch_size: int,
     at_once: int,
-    positions: int,
-    feature_dim: int,
-    dtype: str,
     num_workers: int,
     max_bad_fraction: float,
     name: str,
 ) -> None:
-    """Writes the split's unfinished shards; of several processes each takes its share of them.
+    """Computes and writes the split's unfinished shards. Of several processes each takes its share.
 
-    `load(row)` gives a picture's pixels, or raises ImageError: then its row stays empty and is listed as skipped.
-    `num_workers` threads load ahead, `at_once` encode a batch each, and a shard is written and its checksum taken while
-    the next one is made: two shards are held in memory. BadImagesError as soon as more than `max_bad_fraction` of the
-    split is skipped.
+    A thread writes a shard while the next one is computed, so two shards are in memory.
+
+    Args:
+      split: the split.
+      array: of `split.create_array`.
+      load: loads the image of a row. An image that cannot be read is skipped: its row stays NaN.
+      encode: computes the features of a batch of loaded images.
+      batch_size: images in a batch.
+      at_once: batches that are encoded concurrently, each by its own thread.
+      num_workers: threads that load images ahead.
+      max_bad_fraction: the largest fraction of the split's images that may be skipped.
+      name: the name of the progress bar.
+
+    Raises:
+      BadImagesError: more images than allowed cannot be read.
+      StoreError, WriteError: a shard cannot be written.
     """
-    array = split.create_array(positions, feature_dim, dtype)
-    # By number, not by place in the list: a process may ask later, when others have finished some of theirs.
+    # By the shard's number: a process that starts late finds fewer unfinished shards than the others did.
     shards = [n for n in split.unfinished() if n % jax.process_count() == jax.process_index()]
     if not shards:
         return
-    skipped = split.skipped()
     images = sum(len(split.shard(n)) for n in shards)
-    begin = time.perf_counter()
-    written: Future | None = None
-    with ThreadPoolExecutor(num_workers, "load") as pool, ThreadPoolExecutor(1, "write") as writer:
-        rows = itertools.chain.from_iterable(split.shard(n) for n in shards)
-        loaded = _load_ahead(pool, load, rows, at_once * batch_size)
-        bar = tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None)
-        items = iter(bar)
+    skipped, begin = split.skipped(), time.perf_counter()
+    with ThreadPoolExecutor(num_workers, "load") as loaders, ThreadPoolExecutor(1, "write") as writer:
+        rows = itertools.chain.from_iterable(map(split.shard, shards))
+        loaded = _load_ahead(loaders, load, rows, at_once * batch_size)
+        items = iter(tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None))
+        written = writer.submit(list)
         for number in shards:
-            span = split.shard(number)
-            feats_NPF = np.full((len(span), positions, feature_dim), np.nan, array.dtype.numpy_dtype)
-            bad: list[Skipped] = []
+            span, bad = split.shard(number), []
             good = _without_bad(itertools.islice(items, len(span)), split, bad)
+            feats_NPF = np.full((len(span), *array.shape[1:]), np.nan, array.dtype.numpy_dtype)
             for rows_I, feats_IPF in encode_ahead(good, encode, batch_size, at_once):
                 feats_NPF[rows_I - span.start] = feats_IPF
             skipped += bad
-            if len(skipped) > max_bad_fraction * split.images:
-                listed = "\n".join(f"  {s.filename}: {s.reason}" for s in skipped[:10])
-                raise BadImagesError(
-                    f"{split.path}: {len(skipped)} of {split.images} pictures cannot be read, more than"
-                    f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
-                )
-            if written is not None:
-                written.result()
-            written = writer.submit(split.write, array, number, feats_NPF, bad)
-        if written is not None:
+            _check_bad(split, skipped, max_bad_fraction)
             written.result()
+            written = writer.submit(split.write, array, number, feats_NPF, bad)
+        written.result()
     print(f"{name}: {images} images, {images / (time.perf_counter() - begin):.1f} images/s")
 
 
 def _load_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[int], np.ndarray], rows: Iterator[int], ahead: int
+    pool: ThreadPoolExecutor, load: Load, rows: Iterator[int], ahead: int
 ) -> Iterator[tuple[int, np.ndarray | str]]:
-    """(row, what was loaded or why not), in order, `ahead` of them under way."""
+    """Yields each row and its loaded image, or the reason why it cannot be read, in the order of `rows`.
+
+    Args:
+      pool: the threads that load.
+      load: loads the image of a row.
+      rows: the rows.
+      ahead: images that are loading or loaded while the caller works.
+    """
 
     def attempt(row: int) -> tuple[int, np.ndarray | str]:
         try:
             return row, load(row)
         except ImageError as e:
-            return row, str(e)  # the exception itself would hold on to half-decoded pixels
+            return row, str(e)  # the exception's traceback would keep half-decoded pixels in memory
 
-    under_way = collections.deque(pool.submit(attempt, row) for row in itertools.islice(rows, ahead))
+    queue = collections.deque(pool.submit(attempt, row) for row in itertools.islice(rows, ahead))
     try:
-        while under_way:
-            done = under_way.popleft()
-            under_way.extend(pool.submit(attempt, row) for row in itertools.islice(rows, 1))
+        while queue:
+            done = queue.popleft()
+            queue.extend(pool.submit(attempt, row) for row in itertools.islice(rows, 1))
             yield done.result()
     finally:
-        for future in under_way:
+        for future in queue:
             future.cancel()
 
 
 def _without_bad(
     items: Iterator[tuple[int, np.ndarray | str]], split: Split, bad: list[Skipped]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The pictures that were loaded; the others are put into `bad`."""
+    """Yields the images that were loaded, and appends the others to `bad`."""
     for row, found in items:
         if isinstance(found, str):
             logging.warning("%s: skipped: %s", split.rows[row].filename, found)
@@ -161,22 +172,38 @@ def _without_bad(
             yield row, found
 
 
+def _check_bad(split: Split, skipped: list[Skipped], max_bad_fraction: float) -> None:
+    if len(skipped) > max_bad_fraction * split.images:
+        listed = "\n".join(f"  {s.filename}: {s.reason}" for s in skipped[:10])
+        raise BadImagesError(
+            f"{split.path}: {len(skipped)} of {split.images} images cannot be read, more than"
+            f" --max_bad_fraction={max_bad_fraction} allows:\n{listed}"
+        )
+
+
 def encode_ahead(
     items: Iterator[tuple[int, np.ndarray]], encode: Encode, batch_size: int, at_once: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, their features), in order: of so many batches at once, each by a thread of its own, and one that waits."""
+    """Yields the rows and features of one batch after another, in the order of `items`.
+
+    Args:
+      items: rows and loaded images.
+      encode: computes the features of a batch.
+      batch_size: images in a batch.
+      at_once: batches that are encoded concurrently, each by its own thread.
+    """
 
     def run(images: list[np.ndarray]) -> np.ndarray:
-        # The last batch is filled up with its last picture: one shape, one compilation.
+        # Copies of the last image fill the last batch: with one shape, XLA compiles once.
         filled = np.stack(images + images[-1:] * (batch_size - len(images)))
         return np.asarray(encode(filled))[: len(images)]
 
     with ThreadPoolExecutor(at_once, "encode") as pool:
-        under_way: collections.deque[tuple[np.ndarray, Future]] = collections.deque()
+        queue: collections.deque[tuple[np.ndarray, Future]] = collections.deque()
         while group := list(itertools.islice(items, batch_size)):
-            under_way.append((np.array([row for row, _ in group]), pool.submit(run, [image for _, image in group])))
-            if len(under_way) > at_once:
-                rows_I, feats_IPF = under_way.popleft()
+            queue.append((np.array([row for row, _ in group]), pool.submit(run, [image for _, image in group])))
+            if len(queue) > at_once:  # one batch waits: a thread that becomes free encodes it at once
+                rows_I, feats_IPF = queue.popleft()
                 yield rows_I, feats_IPF.result()
-        for rows_I, feats_IPF in under_way:
+        for rows_I, feats_IPF in queue:
             yield rows_I, feats_IPF.result()

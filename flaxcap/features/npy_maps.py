@@ -1,7 +1,7 @@
 """Feature maps that another program made: one `.npy` file an image.
 
-FOLDER/FILENAME.npy is a float array [P, F] or [Y, X, F] with any number of positions. TensorFlow's captioning tutorial
-writes such files. An object detector finds another number of regions in every image, so P may vary.
+FOLDER/FILENAME.npy is a float array [P, F] or [Y, X, F]. Any number of positions is possible: 64 in TensorFlow's
+captioning tutorial, 49 or 196 for other networks. P may vary between images, as the regions of an object detector do.
 """
 
 import functools
@@ -17,27 +17,27 @@ from etils import epath
 
 from flaxcap.features.shards import Split, StoreError
 
-_HEADER_THREADS = 8  # a header takes one round trip of a network file system
+_HEADER_THREADS = 8  # on a network file system every header takes a round trip
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 class FeatureShape(NamedTuple):
-    """The shape of the features of an image, [P, F]."""
+    """The shape of an image's features, [P, F]."""
 
-    positions: int  # the largest number where it varies
-    feature_dim: int
-    positions_vary: bool = False
+    positions: int  # P: the largest number, if it varies
+    feature_dim: int  # F
+    positions_vary: bool = False  # between images
 
 
 def find_shape(folder: epath.Path, filenames: Sequence[str]) -> FeatureShape:
-    """Returns the shape that holds the maps of all these images. Only the files' headers are read.
+    """Returns the shape into which the maps of all images fit. Reads only the headers of the files.
 
     Args:
       folder: the directory of the maps.
-      filenames: the names of all images of all splits, at least one.
+      filenames: the images of all splits, at least one.
 
     Raises:
-      StoreError: a map is missing, or is no array of floats, or its width differs from the first map's.
+      StoreError: a map is missing, is not an array of floats, or has another width than the first one.
     """
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
         found = pool.map(functools.partial(_map_shape, folder), filenames)
@@ -54,10 +54,15 @@ def find_shape(folder: epath.Path, filenames: Sequence[str]) -> FeatureShape:
 
 
 def loader(folder: epath.Path, split: Split, shape: FeatureShape) -> Callable[[int], np.ndarray]:
-    """Returns `load(row)`, which reads the map of an image as [P, F].
+    """Returns `load(row)`, which reads the map of an image, [P, F].
 
-    Where the number of positions varies, NaN fills the positions that an image does not have. `load` raises StoreError
-    where a map is missing, damaged, or of another shape than the store's.
+    `load` fills the positions that an image does not use with NaN. It raises StoreError if the map is missing, damaged,
+    or does not fit the shape.
+
+    Args:
+      folder: the directory of the maps.
+      split: gives the filename of a row.
+      shape: the store's.
     """
 
     def load(row: int) -> np.ndarray:
@@ -80,7 +85,11 @@ def loader(folder: epath.Path, split: Split, shape: FeatureShape) -> Callable[[i
 
 
 def read_npy(folder: epath.Path, filename: str) -> np.ndarray:
-    """Returns the map of an image, floats [P, F]. Raises StoreError where there is none."""
+    """Reads the map of an image, floats [P, F].
+
+    Raises:
+      StoreError: the map is missing or damaged, is not an array of floats, or holds numbers that are not finite.
+    """
     file = folder / f"{filename}.npy"
 
     def read(f: IO[bytes]) -> np.ndarray:
@@ -101,18 +110,23 @@ def _map_shape(folder: epath.Path, filename: str) -> tuple[int, int]:
 
 def _opened(file: epath.Path, filename: str, read: Callable[[IO[bytes]], Any]) -> Any:
     if not file.exists():
-        raise StoreError(f"{file}: not there; expected the features of {filename}")
+        raise StoreError(f"{file}: not found, expected the features of {filename}")
     try:
         with file.open("rb") as f:
             return read(f)
     except StoreError:
         raise
-    except Exception as e:  # for damaged files NumPy raises many kinds
+    except Exception as e:  # NumPy 2.4 raises exceptions of many types for damaged files
         raise StoreError(f"{file}: not a NumPy array ({e})") from e
 
 
 def _checked_shape(file: epath.Path, f: IO[bytes]) -> tuple[int, int]:
-    """Returns (P, F) of the map in an open file. The file must hold as many bytes as its header says."""
+    """Returns (P, F) of the map in an open file.
+
+    Raises:
+      StoreError: the file holds an array of another kind.
+      ValueError: the header cannot be read, or the file is shorter than the header says.
+    """
     version = np.lib.format.read_magic(f)
     if version not in _READ_HEADER:
         raise ValueError(f"found format version {version}, expected one of {', '.join(map(str, _READ_HEADER))}")

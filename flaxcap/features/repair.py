@@ -1,4 +1,4 @@
-"""A store that is there, mended: what is damaged or gone is made anew, and nothing else."""
+"""Repair of a store: writes damaged or missing files again, and leaves the others as they are."""
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -9,12 +9,12 @@ from flaxcap.data.base import Examples
 from flaxcap.features import build, store
 from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions_text
 from flaxcap.files import integrity
-from flaxcap.files.integrity import DamagedError, Sum
+from flaxcap.files.integrity import Checksum, DamagedError
 from flaxcap.files.params import save_params
 
 
 def restore_manifest(path: epath.Path) -> None:
-    """Puts the copy of the manifest in its place if that is damaged or gone."""
+    """Replaces a damaged or missing manifest by its copy, if there is a sound one."""
     file, copy = path / store.MANIFEST, path / store.COPY
     try:
         if file.exists():
@@ -30,73 +30,85 @@ def restore_manifest(path: epath.Path) -> None:
     store.write_manifest(path, manifest)
 
 
-def mend(
+def repair(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
-) -> dict[str, Sum]:
-    """Makes anew what is damaged or gone; the sums of captions and arrays.
+) -> dict[str, Checksum]:
+    """Writes damaged or missing captions, array descriptions and encoder parameters again.
 
-    Shards that are seen to be damaged without reading them become unfinished ones. StoreError if the data set or the
-    weights at hand are not those that the store was made of.
+    A shard whose record is damaged, or whose file is missing or truncated, becomes unfinished.
+
+    Args:
+      found: the store.
+      config: the preset.
+      builder: the data set that the store was made of.
+      encoder_weights: a file that replaces the preset's weights.
+
+    Returns:
+      The checksums of captions and array descriptions.
+
+    Raises:
+      StoreError: the data set or the weights are not those that the store was made of.
     """
-    sums = {}
+    checksums = {}
     for role in found.roles:
         split = found.split(role)
-        sums[f"{role}/{CAPTIONS}"] = _mend_captions(split, found, role, config, builder)
-        sums[f"{role}/{ARRAY}"] = _mend_array(split, found, role, config)
+        checksums[f"{role}/{CAPTIONS}"] = _repair_captions(split, found, role, config, builder)
+        checksums[f"{role}/{ARRAY}"] = _repair_array(split, found, role, config)
         for number in split.finished():
             try:
                 split.check_shard(number)
             except (DamagedError, StoreError) as e:
                 where = "" if isinstance(e, StoreError) else f"{split.shard_file(number)}: "
-                print(f"{where}{e}; shard {number} of {role} is made anew")
-                split.undo(number)
+                print(f"{where}{e}; shard {number} of {role} is computed again")
+                split.mark_unfinished(number)
     if "imported_from" not in found.manifest["encoder"]:
-        _mend_encoder(found, config, builder, encoder_weights)
-    return sums
+        _repair_encoder(found, config, builder, encoder_weights)
+    return checksums
 
 
-def _mend_captions(
+def _repair_captions(
     split: Split, found: store.Store, role: str, config: config_lib.Config, builder: tfds.core.DatasetBuilder
-) -> Sum:
-    file, expected = split.path / CAPTIONS, found.sums[f"{role}/{CAPTIONS}"]
+) -> Checksum:
+    file, expected = split.path / CAPTIONS, found.checksums[f"{role}/{CAPTIONS}"]
     try:
         integrity.check(file, expected)
     except DamagedError as e:
-        print(f"{file}: {e}; it is made anew")
+        print(f"{file}: {e}; it is written again")
         examples = Examples(builder, found.manifest["splits"][role]["split"])
         text = captions_text(build.read_rows(examples, config.data, f"captions of {role}"))
-        if integrity.of_bytes(text.encode()) != expected:
+        if Checksum.of_bytes(text.encode()) != expected:
             raise StoreError(
-                f"{file}: {e}, and the data set has other captions now; delete {found.path}, or take another --data_dir"
+                f"{file}: {e}; found other captions in the data set, expected those of the store; delete {found.path},"
+                " or choose another --data_dir"
             ) from e
-        integrity.write_whole(file, text)
+        integrity.write_atomically(file, text)
     return expected
 
 
-def _mend_array(split: Split, found: store.Store, role: str, config: config_lib.Config) -> Sum:
+def _repair_array(split: Split, found: store.Store, role: str, config: config_lib.Config) -> Checksum:
     file = split.path / ARRAY
     try:
-        integrity.check(file, found.sums[f"{role}/{ARRAY}"])
+        integrity.check(file, found.checksums[f"{role}/{ARRAY}"])
     except DamagedError as e:
-        print(f"{file}: {e}; it is made anew")
+        print(f"{file}: {e}; it is written again")
         file.unlink(missing_ok=True)
     split.create_array(found.positions, found.feature_dim, config.encoder.store_dtype)
-    return integrity.of_file(file)
+    return Checksum.of_file(file)
 
 
-def _mend_encoder(
+def _repair_encoder(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
 ) -> None:
-    directory, made_by = found.path / store.ENCODER_DIR, found.manifest["encoder"]["weights_sha256"]
-    damage = next(integrity.damages(directory), None)
+    directory, expected = found.path / store.ENCODER_DIR, found.manifest["encoder"]["weights_sha256"]
+    damage = next(integrity.find_damage(directory), None)
     if damage is None:
         return
-    where, what = damage
-    print(f"{where}: {what}; the encoder is written anew")
+    file, what = damage
+    print(f"{file}: {what}; the encoder's parameters are written again")
     params, digest = build.read_encoder(config, builder, encoder_weights)
-    if digest != made_by:
+    if digest != expected:
         raise StoreError(
-            f"{where}: {what}, and the weights at hand ({digest}) are not those that made the features ({made_by});"
-            " name these with --encoder_weights"
+            f"{file}: {what}; found weights {digest}, expected {expected}, which made the features; name their file"
+            " with --encoder_weights"
         )
     save_params(directory, params)

@@ -1,15 +1,14 @@
-"""One split of a store on disk: the captions of its images, and their features in shards.
+"""One split of a store on disk: captions, and features in shards.
 
-SPLIT/captions.jsonl        a line an image, in the order of the features' rows
-      features/             [N, P, F], TensorStore zarr3
-      shards/00000.json     written when shard 0 is wholly on disk: its skipped images, its file's SHA-256
+SPLIT/captions.jsonl        one line for each row of the features: an image and its captions
+      features/             [N, P, F] in TensorStore's zarr3 format, one file for each shard
+      shards/00000.json     the record of shard 0, written when the shard is complete
 """
 
 import dataclasses
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +16,17 @@ import tensorstore as ts
 from etils import epath
 
 from flaxcap.errors import UserError
+from flaxcap.features import zarr
 from flaxcap.files import integrity
-from flaxcap.files.integrity import DamagedError, Sum
+from flaxcap.files.integrity import Checksum, DamagedError, Progress
 
-CAPTIONS, ARRAY = "captions.jsonl", "features/zarr.json"  # a split's files that are written once, below its directory
-_AGAIN = "`flaxcap prepare` makes it anew"
+CAPTIONS, ARRAY = "captions.jsonl", "features/zarr.json"
+WRITTEN_ONCE = (CAPTIONS, ARRAY)  # a split's files whose checksums are in the manifest
+_REMEDY = "`flaxcap prepare` writes it again"
 
 
 class StoreError(UserError):
-    """A store that is missing, unfinished, damaged, or made of something else."""
+    """A store that is missing, unfinished, damaged, or made of other data than expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,49 +40,50 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """An image without features, and why."""
+    """An image without features."""
 
     row: int
     filename: str
     reason: str
 
 
-class Note(NamedTuple):
-    """What is known of a shard that is wholly on disk."""
+class ShardRecord(NamedTuple):
+    """The contents of a complete shard."""
 
     skipped: list[Skipped]
-    file: Sum | None  # None: all its images were skipped
+    file: Checksum | None  # None: all images were skipped, so TensorStore wrote no file
 
 
 class Split:
-    """One split: its images' captions, and their features by row.
+    """The captions and features of one split.
 
-    `sums`: of its files CAPTIONS and ARRAY, as far as they are known; what is read is compared with them.
+    Args:
+      path: the directory.
+      images: the number of rows, N.
+      shard_rows: rows of a shard; the last one may have fewer.
+      checksums: those of the files WRITTEN_ONCE, which are checked when the files are read. Without them nothing is
+        checked, as for a split that is being written.
     """
 
-    def __init__(self, path: epath.Path, images: int, shard_rows: int, sums: Mapping[str, Sum] | None = None):
+    def __init__(self, path: epath.Path, images: int, shard_rows: int, checksums: Mapping[str, Checksum] | None = None):
         self.path, self.images, self.shard_rows = path, images, shard_rows
-        self._sums = sums or {}
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.images // self.shard_rows)
-
-    def shard(self, number: int) -> range:
-        """The rows of a shard."""
-        return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.images))
+        self._checksums = checksums or {}
 
     @functools.cached_property
     def rows(self) -> list[Row]:
-        """All images. StoreError if the file is not as it was written, or holds another number than it should."""
+        """The images and their captions.
+
+        Raises:
+          StoreError: the file is missing or damaged, or has another number of lines than the split has images.
+        """
         file = self.path / CAPTIONS
         try:
             data = file.read_bytes()
-            if CAPTIONS in self._sums:
-                integrity.check_bytes(data, self._sums[CAPTIONS])
+            if CAPTIONS in self._checksums:
+                integrity.check_bytes(data, self._checksums[CAPTIONS])
             lines = data.decode().splitlines()
         except DamagedError as e:
-            raise StoreError(f"{file}: {e}; {_AGAIN}") from e
+            raise StoreError(f"{file}: {e}; {_REMEDY}") from e
         except (OSError, ValueError) as e:
             raise StoreError(f"{file}: cannot be read ({e})") from e
         rows = []
@@ -97,71 +99,92 @@ class Split:
 
     # Shards
 
+    @property
+    def num_shards(self) -> int:
+        return -(-self.images // self.shard_rows)
+
+    def shard(self, number: int) -> range:
+        """Returns the rows of a shard."""
+        return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.images))
+
     def unfinished(self) -> list[int]:
-        """The shards that are not wholly on disk."""
+        """Returns the numbers of the shards that are not complete."""
         folder = self.path / "shards"
-        done = {f.name for f in folder.iterdir()} if folder.exists() else set()
-        return [n for n in range(self.num_shards) if self.note_file(n).name not in done]
+        names = {f.name for f in folder.iterdir()} if folder.exists() else set()
+        return [n for n in range(self.num_shards) if self.record_file(n).name not in names]
 
     def finished(self) -> list[int]:
-        """The others."""
+        """Returns the numbers of the complete shards."""
         return sorted(set(range(self.num_shards)) - set(self.unfinished()))
 
-    def note_file(self, number: int) -> epath.Path:
+    def record_file(self, number: int) -> epath.Path:
         return self.path / "shards" / f"{number:05d}.json"
 
     def shard_file(self, number: int) -> epath.Path:
         return self.path / "features" / "c" / str(number) / "0" / "0"
 
-    def finish(self, number: int, skipped: Iterable[Skipped]) -> None:
-        """Notes that a shard is wholly on disk, and what its file is known again by."""
+    def mark_finished(self, number: int, skipped: Iterable[Skipped]) -> None:
+        """Writes the record of a shard whose features are on disk.
+
+        Raises:
+          WriteError: the record cannot be written.
+        """
         file = self.shard_file(number)
-        known = integrity.of_file(file)._asdict() if file.exists() else None
-        note = {"skipped": [dataclasses.asdict(s) for s in skipped], "file": known}
-        integrity.write_whole(self.note_file(number), integrity.seal(note))
+        checksum = Checksum.of_file(file)._asdict() if file.exists() else None
+        record = {"skipped": [dataclasses.asdict(s) for s in skipped], "file": checksum}
+        integrity.write_atomically(self.record_file(number), integrity.seal(record))
 
-    def undo(self, number: int) -> None:
-        """Makes a shard an unfinished one. StoreError if it cannot."""
+    def mark_unfinished(self, number: int) -> None:
+        """Deletes the record of a shard, so that `flaxcap prepare` computes the shard again.
+
+        Raises:
+          StoreError: the record cannot be deleted.
+        """
         try:
-            self.note_file(number).unlink(missing_ok=True)
+            self.record_file(number).unlink(missing_ok=True)
         except OSError as e:
-            raise StoreError(f"{self.note_file(number)}: cannot be deleted ({e.strerror or e})") from e
+            raise StoreError(f"{self.record_file(number)}: cannot be deleted ({e.strerror or e})") from e
 
-    def note(self, number: int) -> Note:
-        """Of a finished shard. StoreError if it is not as it was written."""
-        file = self.note_file(number)
+    def record(self, number: int) -> ShardRecord:
+        """Returns the record of a complete shard.
+
+        Raises:
+          StoreError: the record is missing or damaged.
+        """
+        file = self.record_file(number)
         try:
             found = integrity.unseal(file.read_bytes())
-            known = found["file"]
-            return Note(
-                [Skipped(**s) for s in found["skipped"]],
-                Sum(int(known["size"]), str(known["sha256"])) if known else None,
-            )
+            checksum = found["file"] and Checksum(int(found["file"]["size"]), str(found["file"]["sha256"]))
+            return ShardRecord([Skipped(**s) for s in found["skipped"]], checksum)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` makes this shard anew") from e
+            raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` computes this shard again") from e
 
-    def check_shard(self, number: int, tell: Callable[[int], object] | None = None) -> int:
-        """The bytes of a finished shard's file; with `tell`, which hears of bytes as they are read, all are read.
+    def check_shard(self, number: int, progress: Progress | None = None) -> None:
+        """Compares the file of a complete shard with its record.
 
-        StoreError if its note is damaged, DamagedError if the file is not as it was written.
+        Args:
+          number: the shard.
+          progress: is called for every block that is read. With None nothing is read, and only the size is compared.
+
+        Raises:
+          StoreError: the record is missing or damaged.
+          DamagedError: the file is missing or damaged.
         """
-        note, file = self.note(number), self.shard_file(number)
-        if note.file is None:
-            if len(note.skipped) < len(self.shard(number)):
+        record, file = self.record(number), self.shard_file(number)
+        if record.file is None:
+            if len(record.skipped) < len(self.shard(number)):
                 raise DamagedError("missing")
-            return 0
-        if tell is not None:
-            integrity.check(file, note.file, tell)
+        elif progress is not None:
+            integrity.check(file, record.file, progress)
         else:
-            integrity.check_size(file, note.file)
-        return note.file.size
+            integrity.check_size(file, record.file)
 
     def skipped(self) -> list[Skipped]:
-        """The images without features, of the shards finished so far."""
-        return [s for number in self.finished() for s in self.note(number).skipped]
+        """Returns the images without features in the complete shards."""
+        return [s for number in self.finished() for s in self.record(number).skipped]
 
     def present(self) -> list[int]:
-        """The rows that have features."""
+        """Returns the rows that have features."""
         missing = {s.row for s in self.skipped()}
         return [row for row in range(self.images) if row not in missing]
 
@@ -169,75 +192,86 @@ class Split:
 
     @functools.cached_property
     def array(self) -> ts.TensorStore:
-        """`[N, P, F]`, opened for reading."""
+        """The features [N, P, F], opened for reading.
+
+        Raises:
+          StoreError: the array's description is missing or damaged.
+        """
         try:
-            if ARRAY in self._sums:
-                integrity.check(self.path / ARRAY, self._sums[ARRAY])
-            spec = {"driver": "zarr3", "kvstore": _kvstore(self.path / "features")}
-            return ts.open(spec, open=True, read=True).result()
+            if ARRAY in self._checksums:
+                integrity.check(self.path / ARRAY, self._checksums[ARRAY])
+            return zarr.open_to_read(self.path / "features")
         except DamagedError as e:
-            raise StoreError(f"{self.path / ARRAY}: {e}; {_AGAIN}") from e
+            raise StoreError(f"{self.path / ARRAY}: {e}; {_REMEDY}") from e
         except (ValueError, KeyError) as e:
-            raise StoreError(f"{self.path / 'features'}: cannot be opened ({_reason(e)})") from e
+            raise StoreError(f"{self.path / 'features'}: cannot be opened ({zarr.reason(e)})") from e
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the features, `[N, P, F]`."""
+        """The shape of the features, [N, P, F]."""
         return tuple(self.array.shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the features."""
+        """The dtype of the features."""
         return self.array.dtype.numpy_dtype
 
     def create_array(self, positions: int, feature_dim: int, dtype: str) -> ts.TensorStore:
-        """The array for writing, made if it is not there. StoreError if one of another shape is."""
-        chunk = [1, positions, feature_dim]
-        little = {"name": "bytes", "configuration": {"endian": "little"}}
-        sharding = {
-            "chunk_shape": chunk,
-            "codecs": [little, {"name": "crc32c"}],
-            "index_codecs": [little, {"name": "crc32c"}],
-        }
-        metadata = {
-            "shape": [self.images, *chunk[1:]],
-            "data_type": dtype,
-            "fill_value": "NaN",  # a row that was never written cannot be taken for features
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [self.shard_rows, *chunk[1:]]},
-            },
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        }
-        spec = {"driver": "zarr3", "kvstore": _kvstore(self.path / "features"), "metadata": metadata}
+        """Opens the features for writing, and creates them if there are none.
+
+        Args:
+          positions: P.
+          feature_dim: F.
+          dtype: a floating-point type, such as "bfloat16".
+
+        Raises:
+          StoreError: the array cannot be created, or there is one of another shape or dtype.
+        """
+        shape = [self.images, positions, feature_dim]
         try:
-            return ts.open(spec, open=True, create=True).result()
+            return zarr.open_to_write(self.path / "features", shape, self.shard_rows, dtype)
         except ValueError as e:
             raise StoreError(
-                f"{self.path / 'features'}: cannot be made, or holds an array of another kind ({_reason(e)})"
+                f"{self.path / 'features'}: cannot be created, or holds an array of another kind ({zarr.reason(e)})"
             ) from e
 
     def write(self, array: ts.TensorStore, number: int, feats_NPF: np.ndarray, skipped: Iterable[Skipped]) -> None:
-        """Puts a whole shard on disk, then notes that it is there. StoreError if the disk does not take it."""
+        """Writes a complete shard and its record.
+
+        Args:
+          array: of `create_array`.
+          number: the shard.
+          feats_NPF: the features of the shard's rows, NaN in the rows of skipped images.
+          skipped: the shard's images without features.
+
+        Raises:
+          StoreError: the features cannot be written. The shard stays unfinished.
+          WriteError: the record cannot be written. The shard stays unfinished.
+        """
         span = self.shard(number)
         try:
-            # What lies there from before is not to be read, and may be damaged.
+            # TensorStore would read an older file first, which may be damaged.
             self.shard_file(number).unlink(missing_ok=True)
             array[span.start : span.stop].write(feats_NPF).result()
         except (ValueError, OSError) as e:
-            raise StoreError(f"{self.path / 'features'}: shard {number} cannot be written ({_reason(e)})") from e
-        self.finish(number, skipped)
+            raise StoreError(f"{self.path / 'features'}: shard {number} cannot be written ({zarr.reason(e)})") from e
+        self.mark_finished(number, skipped)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """`feats_NPF` of these rows, in the store's type. StoreError where a chunk is damaged or was never written."""
+        """Returns `feats_NPF` of these rows in the store's dtype.
+
+        Raises:
+          StoreError: a chunk is damaged, or a row has no features.
+        """
         array = self.array
         try:
             feats_NPF = array[np.asarray(rows, np.int64)].read().result()
         except (ValueError, IndexError) as e:
             raise StoreError(
-                f"{self.path / 'features'}: cannot be read ({_reason(e)}); run `flaxcap verify`, then `flaxcap prepare`"
+                f"{self.path / 'features'}: cannot be read ({zarr.reason(e)}); run `flaxcap verify`, then `flaxcap"
+                " prepare`"
             ) from e
-        # One number tells of each row: rows are written whole.
+        # A row is one chunk, so it is written completely or not at all, and its first position is always in use.
         missing = np.isnan(feats_NPF[:, 0, 0].astype(np.float32))
         if missing.any():
             row = int(np.asarray(rows)[np.argmax(missing)])
@@ -246,22 +280,11 @@ class Split:
 
 
 def captions_text(rows: Iterable[Row]) -> str:
-    """The file CAPTIONS of these images."""
+    """Returns the content of the file CAPTIONS."""
     lines = (json.dumps({"id": r.image_id, "file": r.filename, "captions": r.captions}) for r in rows)
     return "".join(line + "\n" for line in lines)
 
 
 def write_rows(path: epath.Path, rows: Iterable[Row]) -> None:
-    """The captions of a split."""
-    integrity.write_whole(path / CAPTIONS, captions_text(rows))
-
-
-def _kvstore(path: epath.Path) -> str | dict[str, str]:
-    text = str(path)
-    # No file:// URL: in one, some characters that a path may hold mean something else.
-    return text if integrity.is_remote(path) else {"driver": "file", "path": f"{path.resolve()}/"}
-
-
-def _reason(error: Exception) -> str:
-    """TensorStore's message without its many lines of context."""
-    return re.split(r" \[\w+='", str(error))[0]
+    """Writes the file CAPTIONS of a split's directory."""
+    integrity.write_atomically(path / CAPTIONS, captions_text(rows))

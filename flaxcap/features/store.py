@@ -1,12 +1,12 @@
-"""The prepared data on disk: features as sharded arrays, captions, vocabulary and encoder; made once, then only read.
+"""The prepared data: features, captions and vocabulary. They are written once, then only read.
 
-    STORE/manifest.json             what this is made of, what is finished, and the SHA-256 of what is written once
-          manifest.copy.json        the same again
+    STORE/manifest.json             what the store is made of, and the checksums of the files written once
+          manifest.copy.json        the same
           vocabulary.json
-          encoder/                  the network that made the features (Orbax)
-          train|val|test/           see split.py
+          encoder/                  the parameters of the encoder that computed the features
+          train|val|test/           see shards.py
 
-Disks and object stores (`gs://…`) alike: paths are epath's, arrays TensorStore's.
+A store is on a disk or in an object store (`gs://…`).
 """
 
 import hashlib
@@ -19,34 +19,18 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap.encoders import base as encoders
-from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Skipped, Split, StoreError, write_rows
+from flaxcap.features.shards import WRITTEN_ONCE, Split, StoreError
 from flaxcap.files import integrity
-from flaxcap.files.integrity import DamagedError, write_whole
+from flaxcap.files.integrity import DamagedError
 from flaxcap.text.vocabulary import Vocabulary
 
-__all__ = [
-    "ROLES",
-    "Row",
-    "Skipped",
-    "Split",
-    "Store",
-    "StoreError",
-    "bytes_an_image",
-    "path_for",
-    "read_manifest",
-    "write_manifest",
-    "write_rows",
-    "write_whole",
-]
-
 ROLES = ("train", "val", "test")
-ONCE = (CAPTIONS, ARRAY)  # files of a split that are written once
 MANIFEST, COPY, VOCABULARY = "manifest.json", "manifest.copy.json", "vocabulary.json"
 ENCODER_DIR = "encoder"
 
 
 def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
-    """Where this preset's store is: a readable name, and a hash of the fields that the features depend on."""
+    """Returns the directory of a preset's store. Its name ends with a hash of the fields that matter."""
     fields = config_lib.identity(config, "store")
     if config.dataset != "shapes":
         fields = {name: value for name, value in fields.items() if not name.startswith("data.shapes.")}
@@ -61,83 +45,111 @@ def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
 
 
 class Store:
-    """A store that is there, finished or not. StoreError if there is none or its manifest cannot be read."""
+    """A store on disk, finished or not.
+
+    Args:
+      path: the directory.
+      manifest: the manifest's file name, or that of its copy.
+
+    Raises:
+      StoreError: there is no store, or its manifest is damaged.
+    """
 
     def __init__(self, path: epath.PathLike, manifest: str = MANIFEST):
         self.path = epath.Path(path)
-        file = self.path / manifest
-        if not file.exists() and not (self.path / COPY).exists():
-            raise StoreError(f"no prepared features at {self.path}; `flaxcap prepare` makes them")
+        file, copy = self.path / manifest, self.path / COPY
+        if not file.exists() and not copy.exists():
+            raise StoreError(f"no prepared features at {self.path}; `flaxcap prepare` computes them")
         try:
             self.manifest = read_manifest(file)
             self.positions, self.feature_dim = (int(self.manifest[name]) for name in ("positions", "feature_dim"))
-            self.positions_vary = bool(self.manifest["positions_vary"])  # then NaN fills a row's unused positions
+            # True: the number of positions varies between images, and NaN fills a row's unused positions.
+            self.positions_vary = bool(self.manifest["positions_vary"])
             splits = self.manifest["splits"]
             self._images = {role: int(splits[role]["images"]) for role in ROLES if role in splits}
             self._shard_rows = int(self.manifest["shard_rows"])
-            _ = [self.manifest[a][b] for a, b in (("vocabulary", "size"), ("vocabulary", "sha256"))]
-            _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
             if min(self.positions, self.feature_dim, self._shard_rows, *self._images.values()) < 1:
-                raise ValueError("a size that is not positive")
-            self.sums = integrity.from_json(self.manifest["files"])
-            _ = self.sums[VOCABULARY], [self.sums[f"{role}/{name}"] for role in self._images for name in ONCE]
+                raise ValueError("found a size below 1")
+            self.checksums = integrity.checksums_from_json(self.manifest["files"])
+            # A field that is missing is named now, not where it is used.
+            _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
+            _ = self.manifest["vocabulary"]["size"], self.manifest["vocabulary"]["sha256"]
+            _ = self.checksums[VOCABULARY], [self._split_checksums(role) for role in self._images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            copied = (self.path / COPY).exists()
-            mend = "restores it" if copied else "makes it anew"
-            first = "" if copied else f"delete {self.path}, and "
-            raise StoreError(f"{file}: not a manifest of features ({e!r}); {first}`flaxcap prepare` {mend}") from e
+            remedy = "`flaxcap prepare` restores it"
+            if not copy.exists():
+                remedy = f"delete {self.path}, then `flaxcap prepare` computes the features again"
+            raise StoreError(f"{file}: not a manifest of features ({e!r}); {remedy}") from e
         self.roles = tuple(self._images)
 
     @classmethod
     def finished(cls, data_dir: epath.PathLike, config: config_lib.Config) -> "Store":
-        """The store of a preset, wholly prepared and with the preset's vocabulary; StoreError says what is missing."""
+        """Returns the finished store of a preset.
+
+        Raises:
+          StoreError: there is no store, shards are not finished, or the vocabulary has another size than the preset's.
+        """
         store = cls(path_for(data_dir, config))
-        again = "run `flaxcap prepare` with the same --config and --data_dir"
+        remedy = "run `flaxcap prepare` with the same --config and --data_dir"
         for role in store.roles:
             left = len(store.split(role).unfinished())
             if left:
-                raise StoreError(f"{store.path}: {left} shards of split {role!r} are not finished; {again}")
+                raise StoreError(f"{store.path}: {left} shards of split {role!r} are not finished; {remedy}")
         size = store.manifest["vocabulary"]["size"]
         if size != config.data.vocab_size:
             raise StoreError(
-                f"{store.path}: its vocabulary was made with --config.data.vocab_size={size},"
-                f" not {config.data.vocab_size}; {again}"
+                f"{store.path}: found a vocabulary made with --config.data.vocab_size={size}, expected"
+                f" {config.data.vocab_size}; {remedy}"
             )
         return store
 
-    def split(self, role: str) -> "Split":
+    def split(self, role: str) -> Split:
+        """Returns a split by role: "train", "val" or "test".
+
+        Raises:
+          StoreError: the store has no such split.
+        """
         if role not in self.roles:
-            raise StoreError(f"{self.path}: no split {role!r}; there are {', '.join(self.roles)}")
-        sums = {name: self.sums[f"{role}/{name}"] for name in ONCE}
-        return Split(self.path / role, self._images[role], self._shard_rows, sums)
+            raise StoreError(f"{self.path}: found no split {role!r}, expected one of {', '.join(self.roles)}")
+        return Split(self.path / role, self._images[role], self._shard_rows, self._split_checksums(role))
+
+    def _split_checksums(self, role: str) -> dict[str, integrity.Checksum]:
+        return {name: self.checksums[f"{role}/{name}"] for name in WRITTEN_ONCE}
 
     def vocabulary(self) -> Vocabulary:
-        """The words that the manifest tells of; StoreError or VocabularyError if they are not there."""
-        file = self.path / VOCABULARY
+        """Returns the vocabulary that the manifest names.
+
+        Raises:
+          StoreError: the file is missing or damaged, or holds another vocabulary.
+          VocabularyError: the file holds no vocabulary.
+        """
+        file, remedy = self.path / VOCABULARY, "`flaxcap prepare` writes it again"
         try:
             data = file.read_bytes()
             found = Vocabulary.from_json(data.decode(), str(file))
         except (OSError, UnicodeDecodeError) as e:
-            raise StoreError(f"{file}: cannot be read ({e}); `flaxcap prepare` makes it anew") from e
-        if found.hash != self.manifest["vocabulary"]["sha256"]:  # a prepare was stopped between the two files
-            raise StoreError(f"{file}: not the vocabulary that the manifest names; `flaxcap prepare` makes it anew")
+            raise StoreError(f"{file}: cannot be read ({e}); {remedy}") from e
+        # A prepare that was killed after it wrote the vocabulary has left the older manifest.
+        if found.hash != self.manifest["vocabulary"]["sha256"]:
+            raise StoreError(f"{file}: found another vocabulary than the manifest names; {remedy}")
         try:
-            integrity.check_bytes(data, self.sums[VOCABULARY])
+            integrity.check_bytes(data, self.checksums[VOCABULARY])
         except DamagedError as e:
-            raise StoreError(f"{file}: {e}; `flaxcap prepare` makes it anew") from e
+            raise StoreError(f"{file}: {e}; {remedy}") from e
         return found
 
 
 def read_manifest(file: epath.Path) -> dict[str, Any]:
-    """A manifest, or its copy, without its own sum. OSError, ValueError or RecursionError if it cannot be read."""
+    """Returns a manifest or its copy. Raises OSError, ValueError or RecursionError if it is missing or damaged."""
     return integrity.unseal(file.read_bytes(), indent=2)
 
 
 def write_manifest(path: epath.Path, manifest: dict[str, Any]) -> None:
-    """To a store, twice: what the features were made of is told nowhere else."""
-    for name in (COPY, MANIFEST):  # where there is a manifest, there is its copy
-        write_whole(path / name, integrity.seal(manifest, indent=2))
+    """Writes the manifest of a store and its copy. No other file says what the features were made of."""
+    for name in (COPY, MANIFEST):  # in this order: a store with a manifest has a copy
+        integrity.write_atomically(path / name, integrity.seal(manifest, indent=2))
 
 
 def bytes_an_image(positions: int, feature_dim: int, dtype: str) -> int:
+    """Returns the bytes that the features of an image take."""
     return positions * feature_dim * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize

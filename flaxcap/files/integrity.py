@@ -1,4 +1,4 @@
-"""Files that are seen whole or not at all, and that are known again by their SHA-256, on disks and object stores."""
+"""Atomic writes, and SHA-256 checksums of files, on disks and in object stores."""
 
 import contextlib
 import hashlib
@@ -11,33 +11,32 @@ from etils import epath
 
 from flaxcap.errors import UserError
 
-SUMS = "sha256.json"  # of a directory's files, in the directory itself
+CHECKSUMS = "sha256.json"  # in a directory: the checksums of all its other files
 _BLOCK_BYTES = 1 << 20
+
+Progress = Callable[[int], object]  # is called with the number of bytes that were just read
 
 
 class WriteError(UserError):
     """A file that cannot be written."""
 
 
-class Sum(NamedTuple):
-    """What a file is known again by."""
-
-    size: int  # bytes
-    sha256: str
-
-
 class DamagedError(ValueError):
-    """What was read is not what was written; the message tells what was found."""
+    """A file that is missing or differs from what was written. The message says how it differs."""
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all. WriteError if it cannot be written."""
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a file. Readers find its previous content or the complete new one, also after a crash.
+
+    Raises:
+      WriteError: the file cannot be written.
+    """
     part = path.parent / f".{path.name}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w") as f:
             f.write(text)
-            if not is_remote(path):  # else a power cut could leave the name without the text
+            if not is_remote(path):  # without fsync a power cut can leave the new name with an empty file
                 f.flush()
                 os.fsync(f.fileno())
         part.replace(path)
@@ -48,29 +47,52 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether it is a place in an object store."""
+    """Returns True for a path in an object store, such as gs://bucket/run."""
     return "://" in str(path)
 
 
-def of_bytes(data: bytes) -> Sum:
-    return Sum(len(data), hashlib.sha256(data).hexdigest())
+def is_inside(name: str) -> bool:
+    """Returns True for a relative name that stays below the directory it is joined to."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
-def of_file(path: epath.Path, tell: Callable[[int], object] = lambda _: None) -> Sum:
-    """Of what is there now; `tell` hears how many bytes were read."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as f:
-        while block := f.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-            tell(len(block))
-    return Sum(size, digest.hexdigest())
+# Checksums of files
 
 
-def check(path: epath.Path, expected: Sum, tell: Callable[[int], object] = lambda _: None) -> None:
-    """DamagedError unless the file is there and is as it was written."""
+class Checksum(NamedTuple):
+    """The size and the SHA-256 of a file."""
+
+    size: int  # bytes
+    sha256: str
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> "Checksum":
+        return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def of_file(cls, path: epath.Path, progress: Progress = lambda _: None) -> "Checksum":
+        digest, size = hashlib.sha256(), 0
+        with path.open("rb") as f:
+            while block := f.read(_BLOCK_BYTES):
+                digest.update(block)
+                size += len(block)
+                progress(len(block))
+        return cls(size, digest.hexdigest())
+
+
+def check(path: epath.Path, expected: Checksum, progress: Progress = lambda _: None) -> None:
+    """Reads a file and compares it with its checksum.
+
+    Args:
+      path: the file.
+      expected: the checksum of what was written.
+      progress: is called for every block that is read.
+
+    Raises:
+      DamagedError: the file is missing, unreadable, or different.
+    """
     try:
-        found = of_file(path, tell)
+        found = Checksum.of_file(path, progress)
     except FileNotFoundError:
         raise DamagedError("missing") from None
     except OSError as e:
@@ -78,8 +100,12 @@ def check(path: epath.Path, expected: Sum, tell: Callable[[int], object] = lambd
     _compare(found, expected)
 
 
-def check_size(path: epath.Path, expected: Sum) -> None:
-    """DamagedError unless a file of this size is there: one that was cut off is found without being read."""
+def check_size(path: epath.Path, expected: Checksum) -> None:
+    """Compares the size of a file alone, which finds a truncated file without reading it.
+
+    Raises:
+      DamagedError: the file is missing, or has another size.
+    """
     try:
         size = path.stat().length
     except OSError:
@@ -88,73 +114,87 @@ def check_size(path: epath.Path, expected: Sum) -> None:
         raise DamagedError(f"damaged: found {size} bytes, expected {expected.size}")
 
 
-def check_bytes(data: bytes, expected: Sum) -> None:
-    """DamagedError unless these are the bytes that were written."""
-    _compare(of_bytes(data), expected)
+def check_bytes(data: bytes, expected: Checksum) -> None:
+    """Compares the content of a file with its checksum.
+
+    Raises:
+      DamagedError: the content is different.
+    """
+    _compare(Checksum.of_bytes(data), expected)
 
 
-def _compare(found: Sum, expected: Sum) -> None:
+def _compare(found: Checksum, expected: Checksum) -> None:
     if found.size != expected.size:
         raise DamagedError(f"damaged: found {found.size} bytes, expected {expected.size}")
     if found != expected:
         raise DamagedError(f"damaged: found SHA-256 {found.sha256[:12]}…, expected {expected.sha256[:12]}…")
 
 
-# JSON that holds its own sum
+def checksums_to_json(checksums: dict[str, Checksum]) -> dict[str, dict[str, Any]]:
+    return {name: checksums[name]._asdict() for name in sorted(checksums)}
+
+
+def checksums_from_json(tree: Any) -> dict[str, Checksum]:
+    """Returns the checksums that `checksums_to_json` was given.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: the tree holds no checksums.
+    """
+    return {name: Checksum(int(found["size"]), str(found["sha256"])) for name, found in tree.items()}
+
+
+# JSON files that end with their own checksum
 
 
 def seal(tree: dict[str, Any], indent: int | None = None) -> str:
-    """JSON of `tree`, and of a last field `sha256`, the sum of what stands before it."""
+    """Returns `tree` as JSON. The last field, `sha256`, is the SHA-256 of the JSON without it."""
     tree = {name: value for name, value in tree.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(tree, indent=indent).encode()).hexdigest()
     return json.dumps(tree | {"sha256": digest}, indent=indent) + "\n"
 
 
 def unseal(data: bytes, indent: int | None = None) -> dict[str, Any]:
-    """Returns what `seal` was given.
+    """Returns the tree that `seal` wrote with this `indent`.
 
-    DamagedError if a byte of it has changed; ValueError or RecursionError if it is not an object of JSON.
+    Raises:
+      DamagedError: a byte has changed, or the field `sha256` is missing.
+      ValueError: the bytes are not a JSON object.
+      RecursionError: the JSON is too deep.
     """
     tree = json.loads(data)
     if not isinstance(tree, dict):
         raise ValueError(f"found {type(tree).__name__}, expected an object")
     if seal(tree, indent).encode() != data:
-        raise DamagedError("damaged: it does not match the SHA-256 that it should end with")
+        raise DamagedError("damaged: found another SHA-256 of the content than its field sha256 says")
     del tree["sha256"]
     return tree
 
 
-def is_inside(name: str) -> bool:
-    """Whether a name that was read somewhere stays below the directory that it is meant for."""
-    return not name.startswith("/") and ".." not in name.split("/")
+# Directories whose files never change once written, such as Orbax's checkpoints
 
 
-def to_json(sums: dict[str, Sum]) -> dict[str, dict[str, Any]]:
-    return {name: sums[name]._asdict() for name in sorted(sums)}
+def write_checksums(directory: epath.Path, names: Iterable[str] | None = None) -> None:
+    """Writes the checksums of a directory's files, of all files or of the named ones, to its file CHECKSUMS.
+
+    Raises:
+      WriteError: the checksums cannot be written.
+    """
+    names = sorted(name for name in names or names_below(directory) if name != CHECKSUMS)
+    checksums = {name: Checksum.of_file(directory / name) for name in names}
+    write_atomically(directory / CHECKSUMS, seal({"files": checksums_to_json(checksums)}, indent=1))
 
 
-def from_json(tree: Any) -> dict[str, Sum]:
-    """ValueError, KeyError, TypeError or AttributeError if they are none."""
-    return {name: Sum(int(found["size"]), str(found["sha256"])) for name, found in tree.items()}
+def read_checksums(directory: epath.Path) -> dict[str, Checksum]:
+    """Returns the checksums that `write_checksums` wrote, by file name relative to the directory.
 
-
-# The files of a directory that are written once, such as Orbax's
-
-
-def write_sums(directory: epath.Path, names: Iterable[str] | None = None) -> None:
-    """Notes in a finished directory the sums of all files below it, or of these. WriteError if it cannot."""
-    names = sorted(name for name in names or names_below(directory) if name != SUMS)
-    sums = {name: of_file(directory / name) for name in names}
-    write_whole(directory / SUMS, seal({"files": to_json(sums)}, indent=1))
-
-
-def read_sums(directory: epath.Path) -> dict[str, Sum]:
-    """What `write_sums` noted, by the names below `directory`. DamagedError if that is missing or damaged."""
+    Raises:
+      DamagedError: the file CHECKSUMS is missing or damaged.
+    """
     try:
-        sums = from_json(unseal((directory / SUMS).read_bytes(), indent=1)["files"])
-        if not all(map(is_inside, sums)):
-            raise ValueError("it names files outside of its directory")
-        return sums
+        checksums = checksums_from_json(unseal((directory / CHECKSUMS).read_bytes(), indent=1)["files"])
+        if not all(map(is_inside, checksums)):
+            raise ValueError("found names of files outside the directory")
+        return checksums
     except FileNotFoundError:
         raise DamagedError("missing") from None
     except DamagedError:
@@ -163,28 +203,35 @@ def read_sums(directory: epath.Path) -> dict[str, Sum]:
         raise DamagedError(f"damaged: {e!r}") from e
 
 
-def damages(
+def find_damage(
     directory: epath.Path,
-    tell: Callable[[int], object] = lambda _: None,
+    progress: Progress = lambda _: None,
     among: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[epath.Path, str]]:
-    """The files below a directory (`among` their names there) that are not as `write_sums` found them, and what they
-    are now.
+    """Compares the files of a directory with their checksums; the file CHECKSUMS itself is always checked.
+
+    Args:
+      directory: holds the file CHECKSUMS.
+      progress: is called for every block that is read.
+      among: selects files by their names relative to the directory.
+
+    Yields:
+      Each damaged file and a description of its damage.
     """
     try:
-        sums = read_sums(directory)
+        checksums = read_checksums(directory)
     except DamagedError as e:
-        yield directory / SUMS, str(e)
+        yield directory / CHECKSUMS, str(e)
         return
-    for name in filter(among, sums):
+    for name in filter(among, checksums):
         try:
-            check(directory / name, sums[name], tell)
+            check(directory / name, checksums[name], progress)
         except DamagedError as e:
             yield directory / name, str(e)
 
 
 def names_below(directory: epath.Path) -> list[str]:
-    """All files of a directory and those in it, named from there."""
+    """Returns the names of all files in a directory and its subdirectories, relative to the directory."""
     return [
         (folder / name).relative_to(directory).as_posix() for folder, _, names in directory.walk() for name in names
     ]

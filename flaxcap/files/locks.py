@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that ends with the process that holds it, however it ends."""
+"""Locks that keep a second program out of a directory. A lock ends with the process that holds it."""
 
 import contextlib
 import errno
@@ -18,15 +18,18 @@ from flaxcap.runtime import multihost
 
 
 class LockError(UserError):
-    """Another process is at work there, or the lock cannot be written."""
+    """A directory that another process has locked, or a lock that cannot be written."""
 
 
 @contextlib.contextmanager
 def held(directory: epath.PathLike) -> Iterator[None]:
-    """Inside, this run alone works in `directory`, which is made if it is not there. LockError if another does.
+    """Holds `directory/.lock` inside a `with` block. A missing directory is created.
 
-    Of several processes the first holds the lock, `directory/.lock`, for all. In object stores (`gs://…`) and on file
-    systems without flock there is no lock.
+    Process 0 of a multi-process program holds the lock for all its processes. There is no lock in object stores
+    (`gs://…`) and on file systems without flock.
+
+    Raises:
+      LockError: another program holds the lock.
     """
     path = epath.Path(directory)
     with contextlib.ExitStack() as stack:
@@ -36,13 +39,22 @@ def held(directory: epath.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def flock(file: epath.Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Inside, this process alone holds `file`, the lock of `what`. Held by another, LockError, or it waits."""
+    """Holds the lock `file` inside a `with` block.
+
+    Args:
+      file: the lock; its text names the process that holds it.
+      what: what is locked, for messages.
+      wait: waits while another process holds the lock.
+
+    Raises:
+      LockError: another process holds the lock and `wait` is False, or the file cannot be written.
+    """
     if integrity.is_remote(file):
         yield
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Never deleted: a lock on a file that has lost its name keeps nobody out.
+        # The file is never deleted: a process that locks a new file of this name would not meet the old lock.
         opened = open(file, "a+b", buffering=0)  # noqa: SIM115
     except OSError as e:
         raise LockError(f"{file}: cannot be written ({e.strerror or e})") from e
@@ -52,7 +64,7 @@ def flock(file: epath.Path, what: str, wait: bool = False) -> Iterator[None]:
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
                 raise
-            logging.warning("%s: not locked, its file system knows no locks (%s)", what, e.strerror)
+            logging.warning("%s: not locked, its file system has no locks (%s)", what, e.strerror)
             yield
             return
         try:
@@ -65,7 +77,8 @@ def flock(file: epath.Path, what: str, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             opened.truncate(0)
-            fcntl.flock(opened, fcntl.LOCK_UN)  # closing is not enough where a child has the file too
+            # Closing alone keeps the lock while a child process has inherited the file.
+            fcntl.flock(opened, fcntl.LOCK_UN)
 
 
 def _take(opened: io.FileIO, what: str, wait: bool) -> None:
@@ -76,6 +89,6 @@ def _take(opened: io.FileIO, what: str, wait: bool) -> None:
         opened.seek(0)
         holder = opened.read().decode(errors="replace") or "another process"
     if not wait:
-        raise LockError(f"{what}: in use by {holder}; wait until it ends, or take another directory")
+        raise LockError(f"{what}: in use by {holder}; wait until it ends, or choose another directory")
     print(f"{what}: in use by {holder}; waiting until it ends")
     fcntl.flock(opened, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Parameters alone on disk, as Orbax writes them, with a SHA-256 of every file beside them."""
+"""Parameters on disk: Orbax's files, and a SHA-256 of each."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,19 @@ from etils import epath
 from flaxcap.errors import UserError
 from flaxcap.files import disk_space, integrity
 
-_MARGIN_BYTES = 1 << 20  # what is around the arrays, in some forty small files
+_METADATA_BYTES = 1 << 20  # Orbax 0.12 writes about forty small files beside the arrays
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing or damaged, does not hold what is asked for, or cannot be written."""
+    """A checkpoint that is missing, damaged, of another model, or cannot be written."""
 
 
 def save_params(path: epath.PathLike, params: Any) -> None:
-    """Arrays alone (a dict of dicts), in place of what is at `path`. Of several processes one may call it.
+    """Writes a dict of dicts of arrays, and replaces what is at `path`. One process alone calls it.
 
-    CheckpointError or WriteError if they cannot be written.
+    Raises:
+      CheckpointError: Orbax cannot write the arrays.
+      WriteError: the disk is too small, or the checksums cannot be written.
     """
     path = absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,14 +38,19 @@ def save_params(path: epath.PathLike, params: Any) -> None:
             checkpointer.wait_until_finished()
         except (ValueError, OSError) as e:
             raise CheckpointError(f"{path}: cannot be written ({e})") from e
-    integrity.write_sums(path)
+    integrity.write_checksums(path)
 
 
 def load_params(path: epath.PathLike, expected: Any = None) -> Any:
-    """What `save_params` wrote, on this host, as NumPy arrays. CheckpointError if there is none, or it is damaged.
+    """Reads what `save_params` wrote, as NumPy arrays. Every process that calls it reads for itself.
 
-    With `expected` (a tree of arrays, or of their shapes) also, before anything large is read, unless these are floats
-    of the same names and shapes: a stranger's file may say any.
+    Args:
+      path: the directory.
+      expected: a tree of arrays or of shapes, for files from untrusted sources. Names, shapes and dtypes are compared
+        with it before an array is read: a small file can declare an array of any size.
+
+    Raises:
+      CheckpointError: the parameters are missing or damaged, or are not floats of the expected names and shapes.
     """
     if not epath.Path(path).exists():
         raise CheckpointError(f"{path}: no parameters")
@@ -57,19 +64,19 @@ def load_params(path: epath.PathLike, expected: Any = None) -> Any:
             if expected is not None:
                 check_shapes(path, found.tree, expected)
                 for x in jax.tree.leaves(found.tree):
-                    whole = math.prod(x.storage.chunk_shape) <= math.prod(x.shape)
-                    if not whole or not jnp.issubdtype(x.dtype, jnp.floating):
+                    fits = math.prod(x.storage.chunk_shape) <= math.prod(x.shape)
+                    if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
                         raise ValueError(f"found {x.dtype} in chunks of {x.storage.chunk_shape}, expected floats")
             to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
             return checkpointer.restore(absolute(path), restore_args=to_numpy)
         except CheckpointError:
             raise
-        except Exception as e:  # for damaged files Orbax raises many kinds
+        except Exception as e:  # Orbax 0.12 raises exceptions of many types for damaged files
             raise CheckpointError(f"{path}: cannot be read: {e}") from e
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """For Orbax, which otherwise waits for all processes: this one acts alone."""
+    """Returns options for one process that acts alone. By default Orbax waits for all processes."""
     here = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
@@ -77,7 +84,16 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def check_shapes(where: object, found: Any, expected: Any) -> None:
-    """CheckpointError, naming the first that differs, unless two trees have leaves of the same names and shapes."""
+    """Compares the names and shapes of two trees' leaves.
+
+    Args:
+      where: the file or flag that holds the parameters, for the error message.
+      found: a tree of arrays or of shapes.
+      expected: another.
+
+    Raises:
+      CheckpointError: a name or a shape differs. The message names the first one.
+    """
     shapes, right = (
         {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
@@ -92,16 +108,26 @@ def check_shapes(where: object, found: Any, expected: Any) -> None:
 
 
 def check_space(path: epath.Path, arrays: Any) -> None:
-    """WriteError if a disk has no room for them: Orbax would notice in the midst of its work, and say too much."""
-    needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _MARGIN_BYTES
-    disk_space.check(path, needed, "a checkpoint", "free some; the checkpoint before is kept")
+    """Checks that a disk has room for arrays. Orbax notices a full disk only while it writes.
+
+    Raises:
+      WriteError: the disk is too small.
+    """
+    needed = sum(x.nbytes for x in jax.tree.leaves(arrays)) + _METADATA_BYTES
+    disk_space.check(path, needed, "a checkpoint", "the checkpoint before is kept; free some space")
 
 
 def check_files(directory: epath.Path, among: Callable[[str], bool] = lambda name: True) -> None:
-    for file, what in integrity.damages(directory, among=among):
+    """Compares the files of a directory that `among` selects by name with their checksums.
+
+    Raises:
+      CheckpointError: a file is missing or damaged.
+    """
+    for file, what in integrity.find_damage(directory, among=among):
         raise CheckpointError(f"{file}: {what}")
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns an absolute path, which Orbax requires, with `~` expanded."""
     path = epath.Path(path)
     return path if integrity.is_remote(path) else path.expanduser().resolve()

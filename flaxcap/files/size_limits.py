@@ -1,4 +1,4 @@
-"""How much is taken of a file that nobody vouches for, in bytes."""
+"""Size limits, in bytes, for files from untrusted sources."""
 
 import errno
 import os
@@ -6,16 +6,20 @@ import pathlib
 
 from etils import epath
 
-PICTURE = 32 << 20  # also of one from the web
+IMAGE = 32 << 20
 PRESET = 1 << 20
 VOCABULARY = 256 << 20
-CAPTIONS = 4 << 30  # a file of them, as of features and predictions; COCO's annotations have 66 MB
+CAPTIONS = 4 << 30  # a file of captions or predictions; COCO's annotations have 66 MB
 WEIGHTS = 1 << 30  # Keras's InceptionV3 has 88 MB
-EXPORT = 4 << 30  # all its files
+EXPORT = 4 << 30  # the sum of all files
 
 
 def read(file: pathlib.Path | epath.Path, most: int) -> bytes:
-    """A whole file. OSError, naming it, if it cannot be read or has more than `most` bytes."""
+    """Reads a complete file.
+
+    Raises:
+      OSError: the file cannot be read, or has more than `most` bytes. The message names the file.
+    """
     data = start(file, most)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"more than the {most} bytes allowed", str(file))
@@ -23,9 +27,13 @@ def read(file: pathlib.Path | epath.Path, most: int) -> bytes:
 
 
 def start(file: pathlib.Path | epath.Path, most: int) -> bytes:
-    """A whole file, or the first `most` + 1 bytes of a larger one. OSError if it cannot be read."""
+    """Reads a file, but at most its first `most` + 1 bytes.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
     with file.open("rb") as opened:
-        # To ask for gigabytes of a small file would set them aside first.
+        # `read(most)` of CPython allocates `most` bytes first, gigabytes for a small file.
         size = opened.seek(0, os.SEEK_END)
         opened.seek(0)
         return opened.read(min(size, most) + 1)

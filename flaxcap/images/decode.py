@@ -108,7 +108,7 @@ def to_square(
     Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
     large as needed is decoded at a half, a quarter or an eighth of its size, still twice as large as needed:
     four times faster for a camera's picture, and within half a grey level of a full decoding on average.
-    ImageError if the bytes are empty, more than `limits.PICTURE`, cut off, damaged, not an image of `FORMATS`, one
+    ImageError if the bytes are empty, more than `size_limits.IMAGE`, cut off, damaged, not an image of `FORMATS`, one
     of over `max_pixels`, or with a header that `headers.check` refuses; all but damage is seen before pixels are
     unpacked. Memory: up to BYTES_A_PIXEL, and MAX_MEMORY (1.1 GB) for all threads together, beside at most 3 bytes
     for each byte of the files in their hands.
@@ -152,8 +152,8 @@ def _decode(
     """Returns the frame's pixels. `frame_of(width, height)`: of a file of this size."""
     if not data:
         raise ImageError("the file is empty")
-    if len(data) > size_limits.PICTURE:
-        raise ImageError(f"the file has more than the {size_limits.PICTURE} bytes allowed")
+    if len(data) > size_limits.IMAGE:
+        raise ImageError(f"the file has more than the {size_limits.IMAGE} bytes allowed")
     scans = headers.check(data)
     _silence_pillow()
     try:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from flaxcap.errors import UserError, cut, plain
 from flaxcap.files import integrity, size_limits
 
-MAX_BYTES = size_limits.PICTURE
+MAX_BYTES = size_limits.IMAGE
 TIMEOUT_S = 20  # that a server may be silent
 TOTAL_S = 60  # that a whole download may take
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}

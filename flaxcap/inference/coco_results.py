@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from flaxcap.errors import UserError, quoted
-from flaxcap.features.store import Row
+from flaxcap.features.shards import Row
 from flaxcap.files import size_limits
 from flaxcap.metrics import diagnostics, meteor_spice
 from flaxcap.metrics import scorer as scorer_lib

@@ -37,9 +37,11 @@ def write(captioner: Captioner, out: epath.PathLike) -> None:
     for name in saved:
         save_params(path / name, captioner.params if name == "decoder" else captioner.encoder_params)
     # Each is the checksum of all checksums of its directory.
-    files = {name: integrity.of_file(path / name).sha256 for name in (f"{d}/{integrity.SUMS}" for d in saved)}
+    files = {
+        name: integrity.Checksum.of_file(path / name).sha256 for name in (f"{d}/{integrity.CHECKSUMS}" for d in saved)
+    }
     about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
-    integrity.write_whole(path / "vocabulary.json", captioner.vocabulary.to_json())
-    integrity.write_whole(path / "about.json", about)
+    integrity.write_atomically(path / "vocabulary.json", captioner.vocabulary.to_json())
+    integrity.write_atomically(path / "about.json", about)
     # The last file: an export with a config.json is complete.
-    integrity.write_whole(path / "config.json", presets.to_json(captioner.config))
+    integrity.write_atomically(path / "config.json", presets.to_json(captioner.config))

@@ -162,7 +162,7 @@ def load_export(path: epath.PathLike) -> Captioner:
         raise CheckpointError(f"{path / 'vocabulary.json'}: not the vocabulary that the model was trained with")
     for name, digest in about["files"].items():
         file = path / name
-        if not integrity.is_inside(name) or not file.exists() or integrity.of_file(file).sha256 != digest:
+        if not integrity.is_inside(name) or not file.exists() or integrity.Checksum.of_file(file).sha256 != digest:
             raise CheckpointError(f"{file}: missing, or not as it was written; copy the export again")
     bind, init = decoder_lib.create(config, sizes)
     params = load_params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))

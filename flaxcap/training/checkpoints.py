@@ -94,7 +94,7 @@ class Checkpoints:
 
     def _write_sums(self, step: int) -> None:
         self._manager.wait_until_finished()
-        integrity.write_sums(self.path / str(step))
+        integrity.write_checksums(self.path / str(step))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
         """The newest state, sharded as `like` (arrays, or their shapes with shardings), and its progress."""
@@ -164,9 +164,9 @@ def mend(path: epath.PathLike) -> None:
     for left in path.glob("*.orbax-checkpoint-tmp*"):
         left.rmtree()
     for step in steps(path):
-        if not (step / integrity.SUMS).exists():  # killed between Orbax's last rename and the writing of the sums
-            integrity.write_sums(step)
-    found = {step: next(integrity.damages(step), None) for step in steps(path)}
+        if not (step / integrity.CHECKSUMS).exists():  # killed between Orbax's last rename and the writing of the sums
+            integrity.write_checksums(step)
+    found = {step: next(integrity.find_damage(step), None) for step in steps(path)}
     damaged = {step: damage for step, damage in found.items() if damage}
     if damaged and len(damaged) == len(found):
         file, what = next(iter(damaged.values()))

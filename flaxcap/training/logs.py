@@ -101,7 +101,7 @@ class Metrics:
             self._board.close()
 
     def _rewrite(self) -> None:
-        integrity.write_whole(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
+        integrity.write_atomically(self._file, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 def read(workdir: epath.PathLike) -> list[dict]:

@@ -12,7 +12,7 @@ from etils import epath
 
 from flaxcap.config import Train
 from flaxcap.errors import UserError
-from flaxcap.features.store import Split
+from flaxcap.features.shards import Split
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.input_pipeline.device_feed import Feed, Inputs
 from flaxcap.training import logs

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from flaxcap.config import Config
 from flaxcap.decoding.generate import Frozen, Generator
-from flaxcap.features import store
+from flaxcap.features.shards import Split
 from flaxcap.input_pipeline.batching import Batch, Plan
 from flaxcap.input_pipeline.device_feed import Feed, Source
 from flaxcap.metrics import scorer
@@ -38,7 +38,7 @@ class Captions(NamedTuple):
 
 def make_feed(
     config: Config,
-    split: store.Split,
+    split: Split,
     vocabulary: Vocabulary,
     mesh: Mesh,
     run: int = 1,
@@ -136,7 +136,7 @@ class Validation:
     def __init__(
         self,
         config: Config,
-        split: store.Split,
+        split: Split,
         vocabulary: Vocabulary,
         mesh: Mesh,
         run: Generator,

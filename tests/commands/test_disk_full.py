@@ -19,6 +19,7 @@ from flaxcap.commands.main import main
 from flaxcap.commands.verify import verify
 from flaxcap.config import Config
 from flaxcap.features import store
+from flaxcap.features.shards import StoreError
 from flaxcap.files.params import CheckpointError
 from flaxcap.inference import captioner
 from flaxcap.training import checkpoints, logs
@@ -129,7 +130,7 @@ def test_prepare_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, trained: 
         lines.append(one_line(capsys))
         assert FULL in lines[-1]
         ballast.unlink()
-        with pytest.raises(store.StoreError, match="flaxcap prepare"):
+        with pytest.raises(StoreError, match="flaxcap prepare"):
             store.Store.finished(data_dir, config)
     assert len(set(lines)) > 2, "filled at several places"
     ballast = disk / "ballast"

@@ -21,7 +21,8 @@ from flaxcap.data import datasets
 from flaxcap.data.base import Examples
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.features import extract, store
-from flaxcap.features.store import Store, StoreError
+from flaxcap.features.shards import StoreError
+from flaxcap.features.store import Store
 from flaxcap.files.integrity import WriteError
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
@@ -117,7 +118,7 @@ def test_another_vocabulary_size_remakes_the_vocabulary_alone(data_dir, monkeypa
     config = rendered()
     before = snapshot(data_dir)
     config.data.vocab_size = 3
-    with pytest.raises(StoreError, match="vocab_size=5000, not 3; run `flaxcap prepare`"):
+    with pytest.raises(StoreError, match="vocab_size=5000, expected 3; run `flaxcap prepare`"):
         Store.finished(data_dir, config)
     prepare(config, data_dir)
     assert len(Store.finished(data_dir, config).vocabulary()) == 4 + 3
@@ -134,7 +135,7 @@ def test_a_vocabulary_that_was_left_half_made_is_made_anew(data_dir, monkeypatch
     monkeypatch.setattr(store, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(config, data_dir)
-    with pytest.raises(StoreError, match="not the vocabulary that the manifest names"):
+    with pytest.raises(StoreError, match="found another vocabulary than the manifest names"):
         Store.finished(data_dir, rendered()).vocabulary()
     monkeypatch.undo()
     prepare(rendered(), data_dir)
@@ -145,7 +146,7 @@ def test_features_without_a_manifest_are_not_trusted(data_dir):
     path = store.path_for(data_dir, rendered())
     for name in ("manifest.json", "manifest.copy.json"):
         (path / name).unlink()
-    with pytest.raises(StoreError, match=rf"{path}: its manifest\.json.* is gone; delete the rest"):
+    with pytest.raises(StoreError, match=rf"{path}: found shards without a manifest\.json, .*; delete the directory"):
         prepare(rendered(), data_dir)
     (path / "manifest.json").write_text("{")
     with pytest.raises(StoreError, match=rf"not a manifest of features .*; delete {path}"):

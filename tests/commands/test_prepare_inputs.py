@@ -17,7 +17,8 @@ from flaxcap.config import Config, ConfigError, Data, Encoder, Shapes
 from flaxcap.data.base import DataError
 from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.features import extract
-from flaxcap.features.store import Store, StoreError
+from flaxcap.features.shards import StoreError
+from flaxcap.features.store import Store
 from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.text.tokens import Tokens
@@ -99,7 +100,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     folder = write_folder(tmp_path / "mine", splits, mixed | {"broken.jpg": b""})
     config = Config(dataset="folder", encoder=RANDOM)
     data_dir = tmp_path / "data"
-    with pytest.raises(extract.BadImagesError, match=r"of 11 pictures cannot be read, more than --max_bad") as error:
+    with pytest.raises(extract.BadImagesError, match=r"of 11 images cannot be read, more than --max_bad") as error:
         prepare(config, data_dir, manual_dir=folder)
     assert "  corrupt.jpg: not an image" in str(error.value)
     found = prepare(config, data_dir, manual_dir=folder, max_bad_fraction=0.5)
@@ -130,7 +131,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     tokens = Tokens.of([row.captions for row in found.split("val").rows], vocabulary, 50)
     assert tokens.ids.tolist().count(UNK) == 2
     assert vocabulary.decode(tokens.ids) == "a picture <unk> a <unk>"
-    assert "test: 2 captions hold no word of the vocabulary; the first is 'nothing', of broken.jpg" in caplog.text
+    assert "test: 2 captions contain no word of the vocabulary; the first is 'nothing', of broken.jpg" in caplog.text
     assert "val: " not in caplog.text
 
 
@@ -207,13 +208,15 @@ def test_training_captions_without_a_word_are_explained(tmp_path):
 def test_captions_of_no_known_word_are_told(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         imported(tmp_path, {"train": {"t.jpg": ["one two"]}, "val": {"v.jpg": ["two", "zzz ?", "qqq"]}})
-    assert "val: 2 captions hold no word of the vocabulary; the first is 'zzz ?', of v.jpg" in caplog.text
+    assert "val: 2 captions contain no word of the vocabulary; the first is 'zzz ?', of v.jpg" in caplog.text
     assert "train: " not in caplog.text
 
 
 def test_other_captions_are_not_taken_for_these(tmp_path):
     found = imported(tmp_path)
-    with pytest.raises(StoreError, match=rf"{found.path}: made of folder/mine-\w+/1\.0\.0, not of folder/mine-"):
+    with pytest.raises(
+        StoreError, match=rf"{found.path}: found features of folder/mine-\w+/1\.0\.0, expected those of folder/mine-"
+    ):
         imported(tmp_path, {"train": {"t.jpg": ["other"]}, "val": {"v.jpg": ["other"]}})
 
 
@@ -231,13 +234,15 @@ def test_imported_features_and_where_they_are_from(tmp_path, monkeypatch):
     (found.path / "val" / "shards" / "00000.json").unlink()
     (tmp_path / "npy" / "v1.jpg.npy").unlink()
     config = Config(dataset="folder")
-    with pytest.raises(StoreError, match=r"npy/v1\.jpg\.npy: not there"):
+    with pytest.raises(StoreError, match=r"npy/v1\.jpg\.npy: not found"):
         prepare(config, tmp_path / "data", manual_dir=tmp_path / "mine")
     write_maps(tmp_path / "npy", [*(["-"] * 6), "v1.jpg"])
     prepare(config, tmp_path / "data")
     assert found.split("val").unfinished() == []
     monkeypatch.setattr(weights, "load", lambda spec, **_: ({}, f"sha256 of {spec}"))
-    with pytest.raises(StoreError, match=r"features were made by .*npy, not by tiny\.h5 \(sha256 of tiny\.h5\)"):
+    with pytest.raises(
+        StoreError, match=r"found features made by .*npy, expected those of tiny\.h5 \(sha256 of tiny\.h5\)"
+    ):
         prepare(config, tmp_path / "data", encoder_weights="tiny.h5")
 
 
@@ -301,12 +306,14 @@ def test_weights_of_another_file_are_refused(tmp_path, monkeypatch):
     found = prepare(config, data_dir, manual_dir=folder, encoder_weights=one)
     _, digest = weights.load(one, block="mixed0")
     assert found.manifest["encoder"]["weights_sha256"] == digest
-    with pytest.raises(StoreError, match=rf"made by weights {digest}, not by {other} .*delete it, or take another"):
+    with pytest.raises(
+        StoreError, match=rf"made by weights {digest}, expected those of {other} .*delete it, or choose another"
+    ):
         prepare(config, data_dir, manual_dir=folder, encoder_weights=other)
     by_preset = Config(dataset="folder", encoder=replace(RANDOM, weights=other))
-    with pytest.raises(StoreError, match=rf"made by weights {digest}, not by {other}"):
+    with pytest.raises(StoreError, match=rf"made by weights {digest}, expected those of {other}"):
         prepare(by_preset, data_dir, manual_dir=folder)
-    with pytest.raises(StoreError, match="features were computed, not imported from maps"):
+    with pytest.raises(StoreError, match="found computed features, expected those imported from maps"):
         prepare(config, data_dir, manual_dir=folder, npy_dir="maps")
     for again in (one, None):  # the same, or none named: whatever they were
         assert prepare(config, data_dir, manual_dir=folder, encoder_weights=again).path == found.path

@@ -15,7 +15,7 @@ from tiny_store import tiny_config, write_store
 
 from flaxcap.commands import train
 from flaxcap.config import Config, ConfigError, Dropout, Train
-from flaxcap.features.store import StoreError
+from flaxcap.features.shards import StoreError
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import logs, validation
 from flaxcap.training.checkpoints import Checkpoints

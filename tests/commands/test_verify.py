@@ -19,6 +19,7 @@ from flaxcap.commands.prepare import prepare
 from flaxcap.commands.verify import verify
 from flaxcap.errors import UserError
 from flaxcap.features import store
+from flaxcap.features.shards import StoreError
 from flaxcap.features.store import Store
 from flaxcap.files import integrity
 from flaxcap.files.params import CheckpointError, load_params
@@ -91,7 +92,7 @@ def test_a_sound_store_and_a_sound_run(trained: Trained, capsys):
         assert main(["verify", *flags]) == 0
         out, _ = capsys.readouterr()
         assert out.endswith(" bytes: sound\n")
-        read = sum(f.stat().st_size for d in directories for f in files_below(d) if f.name != integrity.SUMS)
+        read = sum(f.stat().st_size for d in directories for f in files_below(d) if f.name != integrity.CHECKSUMS)
         assert abs(int(out.split(" files, ")[1].split()[0]) - read) < 5000, out  # config.json and the vocabulary
         assert out.count("\n") == 1
 
@@ -103,9 +104,9 @@ def test_damage_of_any_file_of_a_store_is_named(path, how, capsys):
         report = verify(store_dir=path)
         (line,) = report.wrong
         if how == "missing" and file in notes:
-            assert line == f"{file.parent.parent}: shards {int(file.stem)} are not finished; `flaxcap prepare` goes on"
-        elif how == "missing" and file.parts[-2:] == ("encoder", integrity.SUMS):
-            assert line == f"{file}: missing; `flaxcap prepare` makes it anew"
+            assert line == f"{file.parent.parent}: shards {int(file.stem)} are not finished; `flaxcap prepare` resumes"
+        elif how == "missing" and file.parts[-2:] == ("encoder", integrity.CHECKSUMS):
+            assert line == f"{file}: missing; `flaxcap prepare` writes it again"
         else:
             assert line.startswith(f"{file}: ")
             assert "flaxcap prepare" in line
@@ -156,7 +157,7 @@ def test_prepare_makes_anew_what_is_damaged_and_nothing_else(path, data_dir, tra
     lines = capsys.readouterr().out.splitlines()
     assert {line.partition(": ")[0] for line in lines[:-1]} == {str(f) for f in (shard, cut, params, *small)}
     assert f"{shard}: damaged: found SHA-256" in lines[3] + lines[4] + lines[5]
-    assert lines[-1].endswith(" bytes: 8 to be mended")
+    assert lines[-1].endswith(" bytes: 8 damaged")
     assert main(["prepare", *place, "--num_workers=2"]) == 0
     out = capsys.readouterr().out
     images = 12 + 8 + 8  # shard 1 of train, and those of val and test
@@ -176,7 +177,7 @@ def test_prepare_sees_a_missing_and_a_cut_off_shard_by_itself(path, data_dir, tr
     flip(path / store.COPY)
     prepare(trained.config, data_dir, num_workers=2)
     out = capsys.readouterr().out
-    assert f"{shards[0]}: missing; shard 0 of train is made anew" in out
+    assert f"{shards[0]}: missing; shard 0 of train is computed again" in out
     assert f"{shards[1]}: damaged: found" in out
     assert "features of 32 images: " in out
     assert snapshot(path) == before
@@ -192,29 +193,32 @@ def test_other_captions_or_another_encoder_are_not_put_in_place_of_damaged_ones(
         found = Store(trained_path := store.path_for(trained.data_dir, trained.config)).split("train").rows
         assert trained_path
         context.setattr(build, "read_rows", lambda *_: found[:-1])
-        with pytest.raises(store.StoreError, match=rf"{captions}: damaged.*and the data set has other captions now"):
+        with pytest.raises(StoreError, match=rf"{captions}: damaged.*found other captions in the data set"):
             prepare(trained.config, data_dir)
     captions.write_bytes(whole)
-    (path / "encoder" / integrity.SUMS).unlink()
+    (path / "encoder" / integrity.CHECKSUMS).unlink()
     load = weights.load
     monkeypatch.setattr(weights, "load", lambda *a, **k: (load(*a, **k)[0], "f" * 64))
-    with pytest.raises(store.StoreError, match=r"json: missing, and the weights at hand \(f+\) are not those that"):
+    with pytest.raises(StoreError, match=r"json: missing; found weights f+, expected .*, which made the features"):
         prepare(trained.config, data_dir)
 
 
 def test_files_without_checksums_are_damaged(path, data_dir, trained: Trained):
     before, manifest = snapshot(path), store.read_manifest(epath.Path(path / "manifest.json"))
-    (path / "encoder" / integrity.SUMS).unlink()
+    (path / "encoder" / integrity.CHECKSUMS).unlink()
     notes = sorted(path.glob("*/shards/*.json"))
     for note in notes:
         note.write_text(json.dumps({"skipped": [], "file": json.loads(note.read_text())["file"]}) + "\n")
     wrong = verify(store_dir=path).wrong
-    assert {line.partition(": ")[0] for line in wrong} == {*map(str, notes), str(path / "encoder" / integrity.SUMS)}
+    assert {line.partition(": ")[0] for line in wrong} == {
+        *map(str, notes),
+        str(path / "encoder" / integrity.CHECKSUMS),
+    }
     prepare(trained.config, data_dir, num_workers=2)
     assert snapshot(path) == before
     del manifest["files"]
     store.write_manifest(epath.Path(path), manifest)
-    with pytest.raises(store.StoreError, match=r"not a manifest of features \(KeyError\('files'\)\)"):
+    with pytest.raises(StoreError, match=r"not a manifest of features \(KeyError\('files'\)\)"):
         verify(store_dir=path)
 
 
@@ -239,15 +243,14 @@ def test_damage_of_any_file_of_a_run_is_named(workdir, how):
 
 
 def test_a_save_that_was_cut_off_before_its_checksums_gets_them(workdir, data_dir):
-    files = [step / integrity.SUMS for step in (workdir / "checkpoints").iterdir()]
+    files = [step / integrity.CHECKSUMS for step in (workdir / "checkpoints").iterdir()]
     before = {file: file.read_bytes() for file in files}
     for file in files:
         file.unlink()
     assert sorted(verify(workdir=workdir).wrong) == sorted(
-        f"{file}: missing, its save is under way or was cut off; `flaxcap train` writes it when it goes on"
-        for file in files
+        f"{file}: missing; a save is in progress or was killed; `flaxcap train` writes it" for file in files
     )
-    with pytest.raises(CheckpointError, match=rf"{integrity.SUMS}: missing"):
+    with pytest.raises(CheckpointError, match=rf"{integrity.CHECKSUMS}: missing"):
         captioner.load(workdir=workdir, data_dir=data_dir)
     checkpoints_lib.mend(workdir / "checkpoints")
     assert {file: file.read_bytes() for file in files} == before

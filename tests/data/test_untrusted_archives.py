@@ -54,7 +54,7 @@ def test_paths_in_an_archive_are_not_followed(coco, tmp_path):
 
 
 def test_a_packed_image_that_is_too_large_is_cut_and_later_refused(coco, tmp_path, monkeypatch):
-    monkeypatch.setattr(size_limits, "PICTURE", 50_000)
+    monkeypatch.setattr(size_limits, "IMAGE", 50_000)
     rewrite(coco / "val2014.zip", **{"val2014/val2014_0.jpg": bytes(1 << 24)})
     found = images_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
     assert len(found["val2014_0.jpg"]) == 50_001

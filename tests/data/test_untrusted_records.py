@@ -17,7 +17,7 @@ from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.features import npy_maps
-from flaxcap.features.store import StoreError
+from flaxcap.features.shards import StoreError
 from flaxcap.files import size_limits
 from flaxcap.models import word_vectors
 from flaxcap.models.word_vectors import EmbeddingsError
@@ -141,7 +141,7 @@ def test_images_of_a_folder_are_read_up_to_their_limit(images, tmp_path, monkeyp
     folder = shutil.copytree(images, tmp_path / "folder")
     (folder / "captions.csv").write_text("image,caption\na.jpg,x\né.gif,y\n")
     (folder / "a.jpg").write_bytes(bytes(10_000))
-    monkeypatch.setattr(size_limits, "PICTURE", 5000)
+    monkeypatch.setattr(size_limits, "IMAGE", 5000)
     builder = datasets.prepare("folder", tmp_path / "data", manual_dir=folder)
     found = {e.filename: e.image for split in builder.info.splits for e in Examples(builder, split)}
     assert {name: len(image) for name, image in found.items()} == {

@@ -1,4 +1,4 @@
-"""Extraction: which feature lands in which row, what is skipped, where it goes on."""
+"""Extraction: features land in their rows, bad images are skipped, unfinished shards are resumed."""
 
 import json
 import threading
@@ -12,8 +12,8 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.features import extract, store
-from flaxcap.features.store import Row, Skipped, Split, StoreError
+from flaxcap.features import extract
+from flaxcap.features.shards import Row, Skipped, Split, StoreError, write_rows
 from flaxcap.images.decode import ImageError
 
 POSITIONS, WIDTH = 5, 2
@@ -21,7 +21,7 @@ POSITIONS, WIDTH = 5, 2
 
 def make_split(path, images: int, shard_rows: int) -> Split:
     path = epath.Path(path)
-    store.write_rows(path, [Row(k, f"{k}.jpg", ("a",)) for k in range(images)])
+    write_rows(path, [Row(k, f"{k}.jpg", ("a",)) for k in range(images)])
     return Split(path, images, shard_rows)
 
 
@@ -30,28 +30,27 @@ def pixels(row: int) -> np.ndarray:
 
 
 def encode(images: np.ndarray) -> np.ndarray:
-    """A stand-in for the network: every feature is the picture's value."""
+    """Stands in for the network: every feature is the value of the image's pixels."""
     return np.broadcast_to(images[:, :1, 0, :1], (len(images), POSITIONS, WIDTH)).astype(np.float32)
 
 
 def run(split: Split, load: Callable = pixels, encode: Callable = encode, **options) -> None:
     settings = {"batch_size": 4, "at_once": 2, "num_workers": 2, "max_bad_fraction": 1.0} | options
-    extract.extract(
-        split, load, encode, positions=POSITIONS, feature_dim=WIDTH, dtype="float32", name="test", **settings
-    )
+    array = split.create_array(POSITIONS, WIDTH, "float32")
+    extract.extract(split, array, load, encode, name="test", **settings)
 
 
 def bad_at(*rows: int) -> Callable[[int], np.ndarray]:
     def load(row: int) -> np.ndarray:
         if row in rows:
-            raise ImageError(f"damaged in place {row}")
+            raise ImageError(f"damaged at row {row}")
         return pixels(row)
 
     return load
 
 
 def check(split: Split, bad: set[int] | frozenset[int] = frozenset()) -> None:
-    """Each row has its own features, but for the bad ones."""
+    """Asserts that each row has its own features, and the bad rows none."""
     again = Split(split.path, split.images, split.shard_rows)
     assert again.unfinished() == []
     good = [row for row in range(split.images) if row not in bad]
@@ -78,10 +77,10 @@ def test_every_feature_lands_in_its_own_row(
     split = make_split(tmp_path_factory.mktemp("split"), images, shard_rows)
     run(split, bad_at(*bad), counted, batch_size=batch_size, at_once=at_once, num_workers=num_workers)
     check(split, bad)
-    assert sizes <= {(batch_size, 2, 2, 3)}  # one shape, one compilation, also for the last batch
+    assert sizes <= {(batch_size, 2, 2, 3)}  # the last batch too has the shape that was compiled
 
 
-def test_pictures_that_are_loaded_out_of_order_are_not_mixed_up(tmp_path):
+def test_images_loaded_out_of_order_land_in_their_rows(tmp_path):
     def load(row: int) -> np.ndarray:
         time.sleep(0.02 if row % 3 == 0 else 0)
         return pixels(row)
@@ -91,7 +90,7 @@ def test_pictures_that_are_loaded_out_of_order_are_not_mixed_up(tmp_path):
     check(split)
 
 
-def test_loading_is_ahead_of_the_network_but_not_without_bound(tmp_path):
+def test_a_bounded_number_of_images_is_loaded_ahead(tmp_path):
     loaded, ahead, one = [], [], threading.Lock()
 
     def load(row: int) -> np.ndarray:
@@ -111,7 +110,7 @@ def test_loading_is_ahead_of_the_network_but_not_without_bound(tmp_path):
     assert 4 < max(ahead) <= 4 + 4 * 4 + 1
 
 
-def test_workers_load_side_by_side(tmp_path):
+def test_workers_load_concurrently(tmp_path):
     together = threading.Barrier(3, timeout=20)
 
     def load(row: int) -> np.ndarray:
@@ -124,7 +123,7 @@ def test_workers_load_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_batches_are_encoded_side_by_side(tmp_path, at_once):
+def test_batches_are_encoded_concurrently(tmp_path, at_once):
     together, under_way, one = threading.Barrier(at_once, timeout=20), [0], threading.Lock()
 
     def meeting(images_IYX3: np.ndarray) -> np.ndarray:
@@ -141,7 +140,7 @@ def test_batches_are_encoded_side_by_side(tmp_path, at_once):
     assert max(under_way) == at_once
 
 
-def test_an_error_of_the_network_ends_it(tmp_path):
+def test_an_error_of_the_network_ends_extraction(tmp_path):
     def broken(images_IYX3: np.ndarray) -> np.ndarray:
         if images_IYX3.max() > 4:
             raise MemoryError("the device is full")
@@ -153,25 +152,25 @@ def test_an_error_of_the_network_ends_it(tmp_path):
     assert split.unfinished()[0] == 1
 
 
-def test_bad_pictures_are_skipped_and_listed_with_their_reasons(tmp_path, caplog):
+def test_bad_images_are_skipped_and_listed_with_reasons(tmp_path, caplog):
     split = make_split(tmp_path, 10, 4)
     with caplog.at_level("WARNING"):
         run(split, bad_at(3, 4, 9), max_bad_fraction=0.3)
     check(split, {3, 4, 9})
-    assert split.skipped()[0] == Skipped(3, "3.jpg", "damaged in place 3")
+    assert split.skipped()[0] == Skipped(3, "3.jpg", "damaged at row 3")
     listed = [json.loads(file.read_text()) for file in sorted((tmp_path / "shards").iterdir())]
-    assert [[s["row"] for s in note["skipped"]] for note in listed] == [[3], [4], [9]]
-    assert "9.jpg: skipped: damaged in place 9" in caplog.text
+    assert [[s["row"] for s in record["skipped"]] for record in listed] == [[3], [4], [9]]
+    assert "9.jpg: skipped: damaged at row 9" in caplog.text
 
 
-def test_too_many_bad_pictures_stop_it_with_their_names(tmp_path):
+def test_too_many_bad_images_end_extraction_and_are_named(tmp_path):
     split = make_split(tmp_path, 10, 4)
     with pytest.raises(extract.BadImagesError) as error:
         run(split, bad_at(1, 5, 6), max_bad_fraction=0.2)
-    assert "3 of 10 pictures cannot be read, more than --max_bad_fraction=0.2 allows" in str(error.value)
-    assert str(error.value).splitlines()[1:] == [f"  {k}.jpg: damaged in place {k}" for k in (1, 5, 6)]
-    assert split.unfinished() == [1, 2]  # what was good before stays
-    with pytest.raises(extract.BadImagesError):  # those of earlier runs count as well
+    assert "3 of 10 images cannot be read, more than --max_bad_fraction=0.2 allows" in str(error.value)
+    assert str(error.value).splitlines()[1:] == [f"  {k}.jpg: damaged at row {k}" for k in (1, 5, 6)]
+    assert split.unfinished() == [1, 2]  # shard 0 was complete before
+    with pytest.raises(extract.BadImagesError):  # images skipped by the first run count too
         run(split, bad_at(5, 6), max_bad_fraction=0.2)
     run(split, bad_at(5, 6), max_bad_fraction=0.3)
     check(split, {1, 5, 6})
@@ -179,13 +178,13 @@ def test_too_many_bad_pictures_stop_it_with_their_names(tmp_path):
         run(make_split(tmp_path / "other", 5, 5), bad_at(0), max_bad_fraction=0)
 
 
-def test_a_split_of_bad_pictures_alone(tmp_path):
+def test_a_split_of_bad_images_only(tmp_path):
     split = make_split(tmp_path, 5, 2)
     run(split, bad_at(*range(5)), lambda _: pytest.fail("there is nothing to encode"))
     check(split, set(range(5)))
 
 
-def test_it_goes_on_at_the_unfinished_shards(tmp_path):
+def test_extraction_resumes_at_the_unfinished_shards(tmp_path):
     loaded = []
 
     def load(row: int) -> np.ndarray:
@@ -215,7 +214,7 @@ def test_it_goes_on_at_the_unfinished_shards(tmp_path):
     assert not loaded
 
 
-def test_other_errors_than_bad_pictures_are_not_swallowed(tmp_path):
+def test_errors_other_than_bad_images_are_raised(tmp_path):
     def load(row: int) -> np.ndarray:
         if row == 5:
             raise OSError("the disk is gone")
@@ -228,8 +227,8 @@ def test_other_errors_than_bad_pictures_are_not_swallowed(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_processes_share_the_shards_whenever_they_come(tmp_path, monkeypatch, count):
-    # One after the other, so that a later one finds less unfinished: still each shard is done, and only once.
+def test_processes_that_start_at_different_times_share_the_shards(tmp_path, monkeypatch, count):
+    # They run one after another here, so a later one finds fewer unfinished shards. Each shard is computed once.
     split, done = make_split(tmp_path, 14, 2), []
     for process in range(count):
         monkeypatch.setattr(jax, "process_count", lambda: count)

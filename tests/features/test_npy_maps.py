@@ -1,4 +1,4 @@
-"""Feature maps made by another program: any number of positions, and what is no map is named."""
+"""Imported feature maps: any number of positions is accepted, and unusable files are named."""
 
 import pathlib
 
@@ -9,9 +9,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxcap.features import extract, npy_maps, store
+from flaxcap.features import extract, npy_maps
 from flaxcap.features.npy_maps import FeatureShape
-from flaxcap.features.store import Row, Split, StoreError
+from flaxcap.features.shards import Row, Split, StoreError, write_rows
 
 POSITIONS, WIDTH = 64, 3
 NAMES = ("0.jpg", "sub/0.jpg", "b.c.png")
@@ -23,7 +23,7 @@ def feature_maps() -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    """Maps of either form: FILENAME.npy, [P, F] or [Y, X, F]."""
+    """A folder with maps of both forms, [P, F] and [Y, X, F]."""
     folder = tmp_path / "npy"
     shapes = ((POSITIONS, WIDTH), (8, 8, WIDTH), (1, POSITIONS, WIDTH))
     for name, feats, shape in zip(NAMES, feature_maps(), shapes, strict=True):
@@ -34,18 +34,16 @@ def folder(tmp_path) -> pathlib.Path:
 
 
 def run(tmp_path: pathlib.Path, folder: pathlib.Path, dtype: str = "float32") -> np.ndarray:
-    """Imports them as `flaxcap prepare` does; what the store then holds."""
+    """Imports the maps as `flaxcap prepare` does, and returns what the store holds."""
     split = Split(epath.Path(tmp_path) / f"train-{dtype}", len(NAMES), 2)
-    store.write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(NAMES)])
+    write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(NAMES)])
     extract.extract(
         split,
+        split.create_array(POSITIONS, WIDTH, dtype),
         npy_maps.loader(epath.Path(folder), split, FeatureShape(POSITIONS, WIDTH)),
         np.asarray,
         batch_size=2,
         at_once=2,
-        positions=POSITIONS,
-        feature_dim=WIDTH,
-        dtype=dtype,
         num_workers=1,
         max_bad_fraction=0,
         name="npy",
@@ -53,15 +51,15 @@ def run(tmp_path: pathlib.Path, folder: pathlib.Path, dtype: str = "float32") ->
     return split.read(range(len(NAMES)))
 
 
-def test_feature_maps_are_imported_in_either_shape(tmp_path, folder):
+def test_maps_of_both_forms_are_imported(tmp_path, folder):
     np.testing.assert_array_equal(run(tmp_path, folder), feature_maps())
     rounded = run(tmp_path, folder, "bfloat16")
     np.testing.assert_array_equal(rounded, feature_maps().astype(ml_dtypes.bfloat16))
 
 
-def test_images_of_one_name_in_two_folders_are_told_apart(tmp_path, folder):
+def test_images_of_one_name_in_two_folders_have_their_own_maps(tmp_path, folder):
     (folder / "sub" / "0.jpg.npy").unlink()
-    with pytest.raises(StoreError, match=r"npy/sub/0\.jpg\.npy: not there"):
+    with pytest.raises(StoreError, match=r"npy/sub/0\.jpg\.npy: not found"):
         run(tmp_path, folder)
 
 
@@ -89,13 +87,13 @@ def test_arrays_of_another_kind_are_refused(tmp_path, folder, array, message):
 
 
 class Trap:
-    """What would run if it were unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __reduce__(self):
         return pathlib.Path.touch, (pathlib.Path("trap-was-sprung"),)
 
 
-def test_a_pickle_is_never_opened(tmp_path, folder, monkeypatch):
+def test_a_pickle_is_never_loaded(tmp_path, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save(folder / "0.jpg.npy", np.array([Trap()], object), allow_pickle=True)
     with pytest.raises(StoreError, match=r"0\.jpg\.npy: found object \[1\], expected floats"):
@@ -112,10 +110,10 @@ def test_a_damaged_file_is_named(tmp_path_factory, damage, data):
     folder = tmp_path_factory.mktemp("npy")
     file = folder / "0.jpg.npy"
     np.save(file, feature_maps()[0])
-    whole = file.read_bytes()
+    sound = file.read_bytes()
     assert np.array_equal(npy_maps.read_npy(epath.Path(folder), "0.jpg"), feature_maps()[0])
-    if isinstance(damage, int):  # cut off, or overwritten in its header
-        file.write_bytes(whole[:damage] if data.draw(st.booleans()) else b"?" * (damage % 100 + 1) + whole)
+    if isinstance(damage, int):  # truncated, or with another header
+        file.write_bytes(sound[:damage] if data.draw(st.booleans()) else b"?" * (damage % 100 + 1) + sound)
     else:
         file.write_bytes(damage)
     with pytest.raises(StoreError, match=r"/0\.jpg\.npy: not a NumPy array"):
@@ -129,7 +127,7 @@ def test_an_archive_of_arrays_is_not_an_array(tmp_path, folder):
         run(tmp_path, folder)
 
 
-def test_a_header_that_lies_about_its_size_is_refused(tmp_path, folder):
+def test_a_file_shorter_than_its_header_says_is_refused(tmp_path, folder):
     with (folder / "0.jpg.npy").open("wb") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": (10**15, WIDTH)})
     message = r"0\.jpg\.npy: not a NumPy array \(found 0 bytes, expected 12000000000000000\)"
@@ -143,7 +141,7 @@ def test_a_header_that_lies_about_its_size_is_refused(tmp_path, folder):
 
 
 def save(folder: pathlib.Path, shapes: dict[str, tuple[int, ...]]) -> epath.Path:
-    """Writes maps of these shapes, by the images' names."""
+    """Writes maps of these shapes by image name."""
     for name, shape in shapes.items():
         np.save(folder / f"{name}.npy", np.ones(shape, np.float32))
     return epath.Path(folder)
@@ -175,7 +173,7 @@ def test_only_headers_are_read_to_find_the_shape(tmp_path, monkeypatch):
         ((6, 4), "found 4 features a position, expected 3 as in a.npy"),
         ((0, 3), r"found float32 \[0, 3\], expected floats"),
         ((6,), r"found float32 \[6\], expected floats"),
-        (None, "not there; expected the features of b"),
+        (None, "not found, expected the features of b"),
     ],
 )
 def test_a_folder_with_a_map_that_does_not_fit_is_refused(tmp_path, shape, message):
@@ -187,7 +185,7 @@ def test_a_folder_with_a_map_that_does_not_fit_is_refused(tmp_path, shape, messa
 def test_unused_positions_are_nan(tmp_path):
     folder = save(tmp_path, {"few": (2, 3), "all": (5, 3), "more": (6, 3)})
     split = Split(folder / "train", 3, 3)
-    store.write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(("few", "all", "more"))])
+    write_rows(split.path, [Row(k, name, ("a",)) for k, name in enumerate(("few", "all", "more"))])
     load = npy_maps.loader(folder, split, FeatureShape(5, 3, positions_vary=True))
     for row, used in ((0, 2), (1, 5)):
         feats_PF = load(row)

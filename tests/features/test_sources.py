@@ -1,4 +1,4 @@
-"""The encoder on all devices: its features are those of one device, in the store's type."""
+"""The encoder on several devices computes the features of one device, in the store's dtype."""
 
 import jax
 import ml_dtypes
@@ -20,7 +20,7 @@ def params() -> network.Params:
 
 @pytest.fixture(scope="module")
 def expected(params) -> np.ndarray:
-    """The features, all on one device."""
+    """The features, computed on one device."""
     assert jax.device_count() == 8
     folded = jax.device_put(network.fold(params), jax.devices()[0])
     apply = jax.jit(lambda images: network.apply(folded, images, block="mixed0"))
@@ -28,24 +28,24 @@ def expected(params) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("count", "many"), [(8, False), (8, True), (3, True)])
-def test_eight_devices_give_what_one_gives(params, expected, count, many):
+def test_eight_devices_compute_the_features_of_one(params, expected, count, many):
     found = extract.make_encode(params, ENCODER, many=many)(IMAGES[:count])
     assert isinstance(found, jax.Array)
     assert found.dtype == np.float32
     assert len(found.sharding.device_set) == 8
-    rows = 1 if count == 8 else 3  # shared out where they can be, else on each
+    rows = 1 if count == 8 else 3  # sharded if the number allows, else replicated
     assert {shard.data.shape for shard in found.addressable_shards} == {(rows, 64, 256)}
     np.testing.assert_allclose(np.asarray(found), expected[:count], atol=1e-4)
     assert np.std(expected) > 0.1
 
 
-def test_features_are_rounded_to_the_store(params, expected):
+def test_features_are_rounded_to_the_stores_dtype(params, expected):
     encoder = Encoder(weights="random", block="mixed0", image_size=160)
     found = np.asarray(extract.make_encode(params, encoder, many=True)(IMAGES))
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-3)
 
 
-def test_the_number_of_images_a_pass_suits_the_devices():
+def test_the_batch_size_is_the_presets_or_suits_the_devices():
     assert extract.batch_size(Encoder(batch_size=5)) == 5
     assert extract.batch_size(Encoder(batch_size=0)) == 2 * 8

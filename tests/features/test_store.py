@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.features import store
-from flaxcap.features.store import Skipped, Split, StoreError
+from flaxcap.features.shards import Skipped, Split, StoreError
 from flaxcap.fields import flatten
+from flaxcap.files import integrity
 from flaxcap.files.integrity import WriteError
 
 POSITIONS, WIDTH = 64, 3
@@ -271,14 +272,14 @@ def test_a_disk_that_takes_no_more_leaves_the_shard_unfinished(tmp_path, small_f
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_files):
     file = epath.Path(tmp_path) / "new" / "notes.json"
-    store.write_whole(file, "first “ü”")
-    store.write_whole(file, "second")
+    integrity.write_atomically(file, "first “ü”")
+    integrity.write_atomically(file, "second")
     assert file.read_text() == "second"
     small_files()
     with pytest.raises(WriteError, match=r"notes\.json: cannot be written \(File too large\)"):
-        store.write_whole(file, "x" * 10_000)
+        integrity.write_atomically(file, "x" * 10_000)
     assert file.read_text() == "second"
-    store.write_whole(file, "third")
+    integrity.write_atomically(file, "third")
     assert [p.name for p in file.parent.iterdir()] == ["notes.json"]
 
 
@@ -288,5 +289,5 @@ def test_a_write_that_is_cut_off_shows_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        store.write_whole(epath.Path(tmp_path) / "notes.json", "text")
+        integrity.write_atomically(epath.Path(tmp_path) / "notes.json", "text")
     assert not (tmp_path / "notes.json").exists()

@@ -1,4 +1,4 @@
-"""A store's manifest, captions and vocabulary: what is missing or damaged is named."""
+"""A store's manifest, captions and vocabulary: missing and damaged files are named."""
 
 import json
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from flaxcap.config import Config
 from flaxcap.features import store
-from flaxcap.features.store import Row, Split, Store, StoreError
+from flaxcap.features.shards import WRITTEN_ONCE, Row, Split, StoreError, write_rows
+from flaxcap.features.store import Store
 from flaxcap.files import integrity
 from flaxcap.text.vocabulary import Vocabulary, VocabularyError
 
@@ -19,18 +20,18 @@ TRAIN = [
     Row(7, "ü\u2028\x85.png", ("“in”", "\ud800", "São\nPaulo")),
     Row(0, "", ()),
 ]
-FILES = ["vocabulary.json", *(f"{role}/{name}" for role in ("train", "val") for name in store.ONCE)]
+FILES = ["vocabulary.json", *(f"{role}/{name}" for role in ("train", "val") for name in WRITTEN_ONCE)]
 
 
 def make(path: epath.Path, config: Config) -> epath.Path:
-    """A finished store but for its features."""
+    """Writes a finished store without features."""
     for role, rows in (("train", TRAIN), ("val", TRAIN[:1])):
-        store.write_rows(path / role, rows)
+        write_rows(path / role, rows)
         split = Split(path / role, len(rows), 2)
         split.create_array(5, 4, "bfloat16")
         for number in range(split.num_shards):
-            split.finish(number, [])
-    store.write_whole(path / "vocabulary.json", VOCABULARY.to_json())
+            split.mark_finished(number, [])
+    integrity.write_atomically(path / "vocabulary.json", VOCABULARY.to_json())
     manifest = {
         "source": "made up",
         "splits": {"train": {"split": "train", "images": 3}, "val": {"split": "val", "images": 1}},
@@ -40,14 +41,14 @@ def make(path: epath.Path, config: Config) -> epath.Path:
         "positions_vary": False,
         "shard_rows": 2,
         "vocabulary": {"size": config.data.vocab_size, "words": len(VOCABULARY), "sha256": VOCABULARY.hash},
-        "files": integrity.to_json({name: integrity.of_file(path / name) for name in FILES}),
+        "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in FILES}),
     }
     write_manifest(path, manifest)
     return path
 
 
 def write_manifest(path: epath.Path, manifest: dict) -> None:
-    """Writes a manifest that matches its own checksum, whatever it says; there is no copy."""
+    """Writes any manifest with a correct checksum. There is no copy."""
     (path / "manifest.json").write_text(integrity.seal(manifest, indent=2))
 
 
@@ -56,7 +57,7 @@ def path(tmp_path) -> epath.Path:
     return make(store.path_for(tmp_path, Config()), Config())
 
 
-def test_a_finished_store_has_everything(path, tmp_path):
+def test_a_finished_store_is_read(path, tmp_path):
     found = Store.finished(tmp_path, Config())
     assert found.path == path
     assert found.roles == ("train", "val")
@@ -64,12 +65,12 @@ def test_a_finished_store_has_everything(path, tmp_path):
     assert found.vocabulary().tokens == VOCABULARY.tokens
     assert found.split("train").rows == TRAIN
     assert found.split("val").rows == TRAIN[:1]
-    with pytest.raises(StoreError, match=r"no split 'test'; there are train, val$"):
+    with pytest.raises(StoreError, match=r"found no split 'test', expected one of train, val$"):
         found.split("test")
 
 
-def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
-    with pytest.raises(StoreError, match=rf"no prepared features at {tmp_path}/x/.*`flaxcap prepare` makes them"):
+def test_an_unfinished_store_is_refused_with_a_remedy(path, tmp_path):
+    with pytest.raises(StoreError, match=rf"no prepared features at {tmp_path}/x/.*`flaxcap prepare` computes them"):
         Store.finished(tmp_path / "x", Config())
     (path / "train" / "shards" / "00001.json").unlink()
     with pytest.raises(StoreError, match=r"1 shards of split 'train' are not finished; run `flaxcap prepare`"):
@@ -78,7 +79,7 @@ def test_what_is_not_prepared_says_what_to_do(path, tmp_path):
     make(path, Config())
     other = Config()
     other.data.vocab_size = 7
-    with pytest.raises(StoreError, match=r"vocabulary was made with --config\.data\.vocab_size=5000, not 7; run"):
+    with pytest.raises(StoreError, match=r"vocabulary made with --config\.data\.vocab_size=5000, expected 7; run"):
         Store.finished(tmp_path, other)
 
 
@@ -124,7 +125,7 @@ def test_a_broken_manifest_is_named(path, tmp_path, damage):
     if "text" in damage:
         file.write_text(damage["text"])
     with pytest.raises(
-        StoreError, match=rf"^{file}: not a manifest of features .*; delete {path}, and `flaxcap prepare`"
+        StoreError, match=rf"^{file}: not a manifest of features .*; delete {path}, then `flaxcap prepare`"
     ):
         Store.finished(tmp_path, Config())
 
@@ -157,7 +158,7 @@ def test_a_damaged_captions_line_is_named(path, line):
         _ = Split(file.parent, 3, 2).rows
 
 
-def test_captions_that_are_gone_are_named(path):
+def test_unreadable_and_missing_captions_are_named(path):
     file = path / "train" / "captions.jsonl"
     file.write_bytes(b"\xff")
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
@@ -176,24 +177,26 @@ def test_captions_that_are_gone_are_named(path):
         integrity.seal({"skipped": [], "file": {"size": 3}}),
     ],
 )
-def test_a_damaged_note_of_a_shard_is_named(path, text):
+def test_a_damaged_record_of_a_shard_is_named(path, text):
     file = path / "train" / "shards" / "00001.json"
     file.write_text(text)
-    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; `flaxcap prepare` makes this shard anew"):
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*; `flaxcap prepare` computes this shard again"):
         Store(path).split("train").skipped()
 
 
-def test_another_vocabulary_than_the_manifest_names_is_not_used(path, tmp_path):
-    # As after a prepare that was stopped between the two files.
+def test_a_vocabulary_that_the_manifest_does_not_name_is_refused(path, tmp_path):
+    # A prepare that is killed between the two files leaves this.
     file = path / "vocabulary.json"
     file.write_text(Vocabulary.of_captions(["a dog"], 10).to_json())
-    with pytest.raises(StoreError, match=rf"^{file}: not the vocabulary that the manifest names; `flaxcap prepare`"):
+    with pytest.raises(
+        StoreError, match=rf"^{file}: found another vocabulary than the manifest names; `flaxcap prepare`"
+    ):
         Store.finished(tmp_path, Config()).vocabulary()
     file.write_text(file.read_text().replace("dog", "cat"))
     with pytest.raises(VocabularyError, match=rf"^{file}: not a vocabulary: the words do not match"):
         Store(path).vocabulary()
     file.write_bytes(b"\xff")
-    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*`flaxcap prepare` makes it anew"):
+    with pytest.raises(StoreError, match=rf"^{file}: cannot be read .*`flaxcap prepare` writes it again"):
         Store(path).vocabulary()
     file.unlink()
     with pytest.raises(StoreError, match=rf"^{file}: cannot be read"):
@@ -201,7 +204,7 @@ def test_another_vocabulary_than_the_manifest_names_is_not_used(path, tmp_path):
 
 
 @given(st.lists(st.builds(Row, st.integers(), st.text(), st.lists(st.text()).map(tuple)), min_size=1, max_size=5))
-def test_captions_come_back_as_they_were(tmp_path_factory, rows):
+def test_captions_are_read_as_they_were_written(tmp_path_factory, rows):
     path = epath.Path(tmp_path_factory.mktemp("rows"))
-    store.write_rows(path, rows)
+    write_rows(path, rows)
     assert Split(path, len(rows), 10).rows == rows

@@ -1,4 +1,4 @@
-"""Two runs in one directory: the second is refused, and a dead one holds nothing."""
+"""Locks: a second program in a directory is refused; a process that has ended holds no lock."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ with locks.held(sys.argv[1]):
 
 @contextlib.contextmanager
 def another(directory: os.PathLike | str) -> Iterator[subprocess.Popen]:
-    """A process that holds the lock of `directory` until its input ends."""
+    """Starts a process that holds the lock of `directory` inside the `with` block."""
     command = [sys.executable, "-c", HOLD, str(directory)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
+def test_a_second_program_is_refused_and_the_holder_named(tmp_path):
     with another(tmp_path / "run") as holder:
         for _ in range(2):
             with pytest.raises(LockError) as error, locks.held(tmp_path / "run"):
@@ -62,7 +62,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["killed", "by itself"])
-def test_a_dead_process_holds_nothing(tmp_path, end):
+def test_a_process_that_has_ended_holds_no_lock(tmp_path, end):
     with another(tmp_path) as holder:
         if end == "killed":
             holder.kill()
@@ -70,7 +70,7 @@ def test_a_dead_process_holds_nothing(tmp_path, end):
         else:
             holder.communicate("")
             assert holder.returncode == 0
-        for _ in range(2):  # and is let go of when a block ends
+        for _ in range(2):  # the end of a block releases it too
             with locks.held(tmp_path):
                 assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
                 with pytest.raises(LockError, match=f"in use by process {os.getpid()} on"), locks.held(tmp_path):
@@ -78,7 +78,7 @@ def test_a_dead_process_holds_nothing(tmp_path, end):
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_it_is_let_go_of_when_a_block_fails(tmp_path):
+def test_an_exception_releases_the_lock(tmp_path):
     with pytest.raises(ZeroDivisionError), locks.held(tmp_path):
         _ = 1 / 0
     with locks.held(tmp_path):
@@ -86,7 +86,7 @@ def test_it_is_let_go_of_when_a_block_fails(tmp_path):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/fd").exists(), reason="finds the open file in /proc")
-def test_a_child_that_lives_on_does_not_hold_it(tmp_path):
+def test_a_child_process_does_not_keep_the_lock(tmp_path):
     with locks.held(tmp_path):
         links = {file.name: file.readlink() for file in pathlib.Path("/proc/self/fd").iterdir() if file.exists()}
         opened = [int(name) for name, path in links.items() if path == tmp_path / ".lock"]
@@ -100,18 +100,18 @@ def test_a_child_that_lives_on_does_not_hold_it(tmp_path):
         child.wait()
 
 
-def test_a_waiting_one_goes_on_when_the_other_ends(tmp_path, capsys):
+def test_a_waiting_process_continues_when_the_holder_ends(tmp_path, capsys):
     file = epath.Path(tmp_path) / ".lock"
     with another(tmp_path) as holder:
         child = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -9 {holder.pid}"])
         with locks.flock(file, "the data set", wait=True):
-            holder.wait(timeout=20)  # it waited: until then the other was there
+            holder.wait(timeout=20)  # returns only after the holder has ended
         child.wait()
     assert f"the data set: in use by process {holder.pid} on" in capsys.readouterr().out
 
 
-def test_without_locks_the_run_goes_on(tmp_path, monkeypatch, caplog):
-    """On file systems that have none, and in object stores."""
+def test_file_systems_without_locks_are_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    """Object stores are used without a lock, too."""
 
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -121,10 +121,10 @@ def test_without_locks_the_run_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", none)
     with locks.held(tmp_path), locks.held(tmp_path):
         pass
-    assert f"{tmp_path}: not locked, its file system knows no locks (No locks available)" in caplog.text
+    assert f"{tmp_path}: not locked, its file system has no locks (No locks available)" in caplog.text
 
 
-def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+def test_a_lock_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     refused = pytest.raises(LockError, match=r"file/run/\.lock: cannot be written \(Not a directory\)")
     with refused, locks.held(tmp_path / "file" / "run"):
@@ -149,14 +149,14 @@ def test_two_prepares_of_one_store(data_dir):
 
 
 def test_all_processes_of_a_run_are_refused(data_dir, tmp_path):
-    """The first says who holds it, the other what the first said; neither waits for the other."""
+    """Process 0 names the holder and process 1 repeats its message. Neither waits for the other."""
     preset = tmp_path / "preset.json"
     preset.write_text(presets.to_json(tiny_config()))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = [f"--config={preset}", f"--data_dir={data_dir}", f"--workdir={tmp_path / 'run'}"]
-    command = [sys.executable, "-m", "flaxcap", "train", *place]
+    flags = [f"--config={preset}", f"--data_dir={data_dir}", f"--workdir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "flaxcap", "train", *flags]
     with another(tmp_path / "run") as holder:
         pair = [
             subprocess.Popen(
@@ -167,8 +167,8 @@ def test_all_processes_of_a_run_are_refused(data_dir, tmp_path):
             )
             for number in range(2)
         ]
-        said = [process.communicate(timeout=100)[0] for process in pair]
+        outputs = [process.communicate(timeout=100)[0] for process in pair]
     refused = f"{tmp_path}/run: in use by process {holder.pid} on"
-    assert f"flaxcap train: {refused}" in said[0]
-    assert f"flaxcap train: process 0 says: {refused}" in said[1]
+    assert f"flaxcap train: {refused}" in outputs[0]
+    assert f"flaxcap train: process 0 says: {refused}" in outputs[1]
     assert [process.returncode for process in pair] == [1, 1]

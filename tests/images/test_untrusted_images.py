@@ -157,7 +157,7 @@ def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
 
 def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
     data = torture_images.sound()["plain.png"]
-    monkeypatch.setattr(size_limits, "PICTURE", len(data))
+    monkeypatch.setattr(size_limits, "IMAGE", len(data))
     assert decode.to_square(data, 4).shape == (4, 4, 3)
     with pytest.raises(ImageError, match=f"more than the {len(data)} bytes allowed"):
         decode.to_square(data + b"x", 4)

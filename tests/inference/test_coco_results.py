@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flaxcap.features.store import Row
+from flaxcap.features.shards import Row
 from flaxcap.inference import coco_results
 from flaxcap.inference.coco_results import PredictionsError
 from flaxcap.metrics import scorer

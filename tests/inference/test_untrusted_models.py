@@ -96,8 +96,8 @@ def refuse(model: pathlib.Path, message: str) -> None:
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_a_model_without_checksums_is_refused(model, part):
     assert captioner.load(model_dir=model).vocabulary
-    (model / part / integrity.SUMS).unlink()
-    refuse(model, rf"{part}/{integrity.SUMS}: missing")
+    (model / part / integrity.CHECKSUMS).unlink()
+    refuse(model, rf"{part}/{integrity.CHECKSUMS}: missing")
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**40, 0, -1, "wide", [], None, 10**9])
@@ -126,7 +126,7 @@ def write_member(folder: pathlib.Path, name: str, **changes) -> None:
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
     tree = json.loads(store.read(f"{name}/.zarray").result().value)
     store.write(f"{name}/.zarray", json.dumps(tree | changes).encode()).result()
-    integrity.write_sums(epath.Path(folder))
+    integrity.write_checksums(epath.Path(folder))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from etils import epath
 
 from flaxcap.bench import synthetic
 from flaxcap.config import ConfigError
-from flaxcap.features.store import Row, Split, write_rows
+from flaxcap.features.shards import Row, Split, write_rows
 from flaxcap.input_pipeline.batching import Plan
 from flaxcap.input_pipeline.device_feed import Feed, Inputs, rows
 from flaxcap.runtime import sharding

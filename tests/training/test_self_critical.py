@@ -10,7 +10,8 @@ import pytest
 from tiny_store import tiny_config, write_store
 
 from flaxcap.config import Config, Dropout
-from flaxcap.features.store import Split, Store
+from flaxcap.features.shards import Split
+from flaxcap.features.store import Store
 from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.metrics import scorer as scorer_lib
 from flaxcap.models import decoder as decoder_lib

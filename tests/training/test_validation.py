@@ -10,7 +10,8 @@ from tiny_store import tiny_config, write_store
 
 from flaxcap.config import Decode
 from flaxcap.decoding import generate
-from flaxcap.features.store import Skipped, Split, Store
+from flaxcap.features.shards import Skipped, Split
+from flaxcap.features.store import Store
 from flaxcap.metrics import scorer
 from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
@@ -29,7 +30,7 @@ def prepared(tmp_path_factory) -> Store:
     written = write_store(path, CONFIG)
     split = written.split("train")
     for number, row in ((0, 3), (1, 17)):
-        split.finish(number, [Skipped(row, f"train{row}.jpg", "not a picture")])
+        split.mark_finished(number, [Skipped(row, f"train{row}.jpg", "not a picture")])
     return Store.finished(path, CONFIG)
 
 
