@@ -58,7 +58,7 @@ def plan(images: int, config: config_lib.Config) -> Plan:
         batch_images=config.train.batch_images,
         captions_per_image=config.train.captions_per_image,
         num_buckets=config.train.num_buckets,
-        run=config.train.steps_per_dispatch,
+        batches_per_dispatch=config.train.steps_per_dispatch,
         seed=config.seed,
     )
 

@@ -1,1 +1,1 @@
-"""Batches: which captions share a step, and their way onto the devices."""
+"""Batches of captions, and the feed that puts them on the devices."""

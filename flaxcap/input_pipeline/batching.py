@@ -1,14 +1,14 @@
-"""(seed, step) -> batch: which images, which of their captions, padded to which length.
+"""The batch of each step: a function of the seed and the step's number.
 
-A batch is images, each with some of its captions. The captions of an image are dealt into entries of at most C;
-entries are sorted by length and dealt into a table of I columns, so that
+A batch has I images and at most C captions of each, padded to one length. The captions of an image are dealt into
+entries of at most C. Entries are sorted by length and dealt into a table of I columns:
 
     row of the table     = a batch; its bucket is the shortest that holds its longest caption
-    column of the table  = a place in the batch, and so a device: an entry never leaves its column
+    column of the table  = an image's index in the batch, and so a device: an entry never leaves its column
 
-An epoch shuffles each column among the rows of the same bucket, then the rows, in runs of one bucket that a device
-can be sent together. So every caption comes once an epoch, padding is small, each device ever needs only the images
-of its own columns, and nothing has to be saved to go on at any step with any number of devices that divides I.
+An epoch shuffles each column among the rows of the same bucket. It then shuffles runs of rows of one bucket, which are
+dispatched together. Every caption occurs once in an epoch, and padding is small. Each device needs only the images of
+its own columns. A run can resume at any step, with any number of devices that divides I, without saved state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,8 +24,8 @@ from flaxcap.text.vocabulary import PAD
 class Batch(NamedTuple):
     """Images with some of their captions."""
 
-    rows_I: np.ndarray  # int32: rows of the store; -1 where a place stays empty
-    tokens_ICT: np.ndarray  # int32: with <start> and <end>, <pad> after; an absent caption is all <pad>
+    rows_I: np.ndarray  # int32: rows of the store; -1: padding
+    tokens_ICT: np.ndarray  # int32: <start>, words, <end>, <pad>; an absent caption is all <pad>
 
 
 class Plan:
@@ -38,19 +38,29 @@ class Plan:
         batch_images: int,
         captions_per_image: int,
         num_buckets: int,
-        run: int = 1,
+        batches_per_dispatch: int = 1,
         seed: int = 0,
         skip: frozenset[int] | set[int] = frozenset(),
     ):
-        """`run`: batches of one bucket that follow each other; `skip`: rows of the store without features.
+        """Deals the captions into batches.
 
-        UserError if no caption is left.
+        Args:
+          tokens: all captions of the split.
+          batch_images: images of a batch.
+          captions_per_image: most captions of an image in a batch.
+          num_buckets: most lengths that batches are padded to.
+          batches_per_dispatch: most batches of one bucket that follow each other.
+          seed: of the shuffling.
+          skip: rows of the store without features.
+
+        Raises:
+          UserError: no caption is left.
         """
-        self.tokens, self.run, self.seed = tokens, run, seed
+        self.tokens, self.batches_per_dispatch, self.seed = tokens, batches_per_dispatch, seed
         lengths = np.diff(tokens.starts)
         self.entries_UC = _entries(tokens.rows, captions_per_image, skip)
         if not len(self.entries_UC):
-            raise UserError("there is no image with features and a caption to make a batch of")
+            raise UserError("no image with features has a caption; expected at least one")
         longest_U = np.where(self.entries_UC >= 0, lengths[self.entries_UC], 0).max(1)
         self.buckets = choose_buckets(longest_U, num_buckets)
 
@@ -64,37 +74,44 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of batches of an epoch."""
         return len(self.table_LI)
 
     @property
     def num_captions(self) -> int:
+        """The number of captions of an epoch."""
         return int((self.entries_UC >= 0).sum())
 
     @property
     def padding(self) -> float:
-        """The share of an epoch's token places that hold <pad>."""
+        """The share of <pad> among an epoch's tokens."""
         _, captions = self.entries_UC.shape
-        places = captions * self.table_LI.shape[1] * self.buckets[self.bucket_L].sum()
+        size = captions * self.table_LI.shape[1] * self.buckets[self.bucket_L].sum()
         present = self.entries_UC[self.entries_UC >= 0]
-        return 1 - float(np.diff(self.tokens.starts)[present].sum() / places)
+        return 1 - float(np.diff(self.tokens.starts)[present].sum() / size)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step counted from the start of the run."""
+        """Returns the batch of a step, counted from the start of the run."""
         epoch, number = divmod(step, self.steps_per_epoch)
         table_LI, order_L = self._epoch(epoch)
         return self._batch(table_LI, int(order_L[number]))
 
     def dispatches(self, first: int, last: int, cuts: Iterable[int] = ()) -> Iterator[list[Batch]]:
-        """The batches of steps first … last-1 in lists of one bucket, at most a run long.
+        """Yields the batches of steps first … last-1 in lists of one bucket.
 
-        Each list ends before an epoch, and before a step that is a multiple of one of `cuts`.
+        A list has at most `batches_per_dispatch` batches. It ends before an epoch.
+
+        Args:
+          first: first step.
+          last: step after the last.
+          cuts: a list also ends before a step that is a multiple of one of these; 0 is ignored.
         """
         waiting: list[Batch] = []
         for step in range(first, last):
             batch = self.batch(step)
             new_epoch = step % self.steps_per_epoch == 0
             if waiting and (
-                len(waiting) == self.run
+                len(waiting) == self.batches_per_dispatch
                 or new_epoch
                 or waiting[0].tokens_ICT.shape != batch.tokens_ICT.shape
                 or any(cut and step % cut == 0 for cut in cuts)
@@ -106,30 +123,33 @@ class Plan:
             yield waiting
 
     def in_order(self, number: int) -> Batch:
-        """The table's batch `number` as it stands, unshuffled: for evaluation."""
+        """Returns row `number` of the table, not shuffled: a batch for evaluation."""
         return self._batch(self.table_LI, number)
 
     def column_rows(self, first: int, last: int) -> np.ndarray:
-        """The store's rows that columns first … last-1 of the batches ever need, sorted, each once."""
+        """Returns the store's rows that columns first … last-1 need in any epoch, ascending and distinct."""
         entries = self.table_LI[:, first:last]
         return np.unique(self.tokens.rows[self.entries_UC[entries[entries >= 0], 0]])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the shuffled table of an epoch and the order of its rows, `order_L`; keeps the last epoch's."""
         if getattr(self, "_shuffled", (None,))[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
             table_LI = self.table_LI.copy()
             for bucket in range(len(self.buckets)):
-                same = np.flatnonzero(self.bucket_L == bucket)  # neighbours: the table is sorted
+                same = np.flatnonzero(self.bucket_L == bucket)  # consecutive rows, as the table is sorted
                 table_LI[same] = rng.permuted(table_LI[same], axis=0)
             runs = []
             for bucket in range(len(self.buckets)):
                 same = rng.permutation(np.flatnonzero(self.bucket_L == bucket))
-                runs += [same[i : i + self.run] for i in range(0, len(same), self.run)]
+                size = self.batches_per_dispatch
+                runs += [same[i : i + size] for i in range(0, len(same), size)]
             order_L = np.concatenate([runs[i] for i in rng.permutation(len(runs))])
             self._shuffled = epoch, table_LI, order_L
         return self._shuffled[1:]
 
     def _batch(self, table_LI: np.ndarray, number: int) -> Batch:
+        """Returns row `number` of a table as a batch."""
         entries_I = table_LI[number]
         captions_IC = np.where(entries_I[:, None] >= 0, self.entries_UC[entries_I], -1)
         starts = self.tokens.starts
@@ -137,35 +157,41 @@ class Plan:
         lengths_IC = np.where(present_IC, starts[captions_IC + 1] - starts[captions_IC], 0)
         time_T = np.arange(int(self.buckets[self.bucket_L[number]]))
         real_ICT = time_T < lengths_IC[..., None]
-        places_ICT = np.where(real_ICT, starts[captions_IC][..., None] + time_T, 0)
-        tokens_ICT = np.where(real_ICT, self.tokens.ids[places_ICT], PAD)
+        index_ICT = np.where(real_ICT, starts[captions_IC][..., None] + time_T, 0)
+        tokens_ICT = np.where(real_ICT, self.tokens.ids[index_ICT], PAD)
         rows_I = np.where(entries_I >= 0, self.tokens.rows[self.entries_UC[entries_I, 0]], -1)
         return Batch(rows_I.astype(np.int32), tokens_ICT.astype(np.int32))
 
 
 def _entries(rows: np.ndarray, size: int, skip: frozenset[int] | set[int]) -> np.ndarray:
-    """Caption numbers [U, size], -1 where an image has no more; `rows` do not decrease."""
+    """Returns the caption numbers of each entry, int64 [U, size]; -1: padding.
+
+    Args:
+      rows: the store's row of each caption; never decreasing.
+      size: most captions of an entry.
+      skip: rows without entries.
+    """
     numbers = np.flatnonzero(~np.isin(rows, list(skip)))
     rows = rows[numbers]
-    first = np.searchsorted(rows, rows)  # where this caption's image begins
-    place = np.arange(len(rows)) - first
-    starts_entry = place % size == 0
+    first = np.searchsorted(rows, rows)  # number of the first caption of the same image
+    rank = np.arange(len(rows)) - first  # of the caption among those of its image
+    starts_entry = rank % size == 0
     entry = np.cumsum(starts_entry) - 1
     entries_UC = np.full((int(starts_entry.sum()), size), -1, np.int64)
-    entries_UC[entry, place % size] = numbers
+    entries_UC[entry, rank % size] = numbers
     return entries_UC
 
 
 def choose_buckets(lengths: np.ndarray, count: int) -> np.ndarray:
-    """The at most `count` lengths, ascending, that pad these lengths least: int64, the last is the longest.
+    """Returns at most `count` of the lengths, ascending, int64, that pad these lengths least.
 
-    Exact, by dynamic programming over the distinct lengths.
+    The choice is exact, by dynamic programming over the distinct lengths.
     """
     values, weights = np.unique(lengths, return_counts=True)
     n = len(values)
     count = min(count, n)
     total = np.concatenate([[0], np.cumsum(weights)])
-    # best[k][j]: the least padded size of the j shortest distinct lengths in k buckets
+    # best[k][j]: least padded size of the j shortest distinct lengths in k buckets
     best = np.full((count + 1, n + 1), np.inf)
     cut = np.zeros((count + 1, n + 1), np.int64)
     best[0, 0] = 0

@@ -1,1 +1,1 @@
-"""The loss, the train step, validation, checkpoints and logs."""
+"""Training: losses, the step, the loop, validation, checkpoints and logs."""

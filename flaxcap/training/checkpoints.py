@@ -1,6 +1,7 @@
-"""Checkpoints of a run (the best and the newest are kept), and parameters alone, as Orbax writes them.
+"""The checkpoints of a run, written by Orbax: the best and the newest are kept.
 
-Beside Orbax's files each directory holds their SHA-256 (see checksums.py): Orbax's own do not cover every byte.
+Each directory also holds the SHA-256 of its files, see integrity.py. Orbax 0.12 checks only a part of the bytes that it
+reads.
 """
 
 import math
@@ -21,16 +22,23 @@ from flaxcap.training.state import TrainState
 
 
 class Checkpoints:
-    """The checkpoints below a directory. Every process of a run makes one and calls the same methods.
-
-    CheckpointError if the checkpoints that are there cannot be read.
-    """
+    """The checkpoints in a directory. Every process of a run must call the same methods in the same order."""
 
     def __init__(self, path: epath.PathLike, keep_latest: int = 1):
+        """Opens the directory, which need not exist.
+
+        Args:
+          path: holds one directory for each checkpoint.
+          keep_latest: number of newest checkpoints that are kept beside the best.
+
+        Raises:
+          CheckpointError: existing checkpoints cannot be read.
+        """
+
         def score(metrics: Any) -> float:
             return metrics["score"]
 
-        # best_fn with max_to_keep would delete the newest checkpoint whenever it is not the best.
+        # With Orbax's `max_to_keep`, `best_fn` deletes the newest checkpoint if its score is not the best.
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_latest),
@@ -39,13 +47,13 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=score, best_mode="max")
         self.path = epath.Path(path)
-        # Named here, since a manager that has saved nothing yet could not read the metadata otherwise.
+        # Without handlers, a manager that has saved nothing cannot read the metadata of items (Orbax 0.12).
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "rest": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        for step in steps(path):  # what the manager reads of every step
+        for step in steps(path):  # the manager reads these files of every step
             params_lib.check_files(step, lambda name: not name.startswith(("params/", "rest/", "progress/")))
         try:
             self._manager = ocp.CheckpointManager(params_lib.absolute(path), options=options, item_handlers=handlers)
@@ -56,24 +64,32 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
+        """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best validation score; of the newest checkpoint before the first validation."""
+        """The step of the best validation score; before the first validation that of the newest checkpoint."""
         return self._manager.best_step()
 
     def save(self, step: int, state: TrainState, progress: dict, score: float | None = None) -> None:
-        """Saves in the background what is needed to go on; `progress` is any JSON. A step saved already is left.
+        """Saves a checkpoint in the background; does nothing if the step has one.
 
-        CheckpointError, here or in what is called next, if it cannot be written: the last one is kept then.
+        Args:
+          step: number of the checkpoint.
+          state: of the run.
+          progress: any JSON, restored with the state.
+          score: of the validation; None: not validated.
+
+        Raises:
+          CheckpointError: a checkpoint cannot be written, this one or the last; earlier ones are kept.
         """
         if step in self._manager.all_steps():
             return
         self.wait()
         params_lib.check_space(self.path, state)
-        params, rest = _apart(state)
-        # Orbax ranks every checkpoint: one between validations comes last.
+        params, rest = _split(state)
+        # Orbax ranks every checkpoint by score. One without a validation ranks last.
         metrics = {"score": -math.inf if score is None else score}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),  # pyright: ignore[reportCallIssue]
@@ -88,7 +104,7 @@ class Checkpoints:
             self._sums = self._pool.submit(self._write_sums, step)
 
     def delete(self, step: int) -> None:
-        """Makes room for another of the same step."""
+        """Deletes a checkpoint, so that its step can be saved again."""
         self.wait()
         self._manager.delete(step)
 
@@ -97,22 +113,29 @@ class Checkpoints:
         integrity.write_checksums(self.path / str(step))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-        """The newest state, sharded as `like` (arrays, or their shapes with shardings), and its progress."""
+        """Returns the newest state and its progress.
+
+        Args:
+          like: gives shapes and shardings; arrays or ShapeDtypeStructs.
+
+        Raises:
+          CheckpointError: there is no checkpoint, or it is damaged, or its shapes differ.
+        """
         step = self._manager.latest_step()
         if step is None:
             raise CheckpointError(f"{self.path}: no checkpoint")
-        params, rest = _apart(jax.tree.map(_abstract, like))
+        params, rest = _split(jax.tree.map(_abstract, like))
         found = self._restore(
             step,
             params=ocp.args.StandardRestore(params),  # pyright: ignore[reportCallIssue]
             rest=ocp.args.StandardRestore(rest),  # pyright: ignore[reportCallIssue]
             progress=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
         )
-        whole = {"params": found.params} if like.average is None else {"average": found.params}
-        return found.rest._replace(**whole), found.progress
+        best = {"params": found.params} if like.average is None else {"average": found.params}
+        return found.rest._replace(**best), found.progress
 
     def restore_params(self, like: Any, step: int) -> Any:
-        """The parameters of a step, sharded as `like`."""
+        """Returns the parameters to caption with, saved at `step`, sharded as `like`."""
         like = jax.tree.map(_abstract, like)
         return self._restore(step, params=ocp.args.StandardRestore(like)).params  # pyright: ignore[reportCallIssue]
 
@@ -120,7 +143,7 @@ class Checkpoints:
         self.wait()
         multihost.first_does(lambda: params_lib.check_files(self.path / str(step)))
         saved = self._manager.item_metadata(step)["params"]
-        # Beforehand: Orbax's own complaint leaves half-started reads behind.
+        # If shapes differ, Orbax 0.12 raises while reads are still running; this check comes before any read.
         params_lib.check_shapes(self.path / str(step), saved.tree if saved else {}, items["params"].item)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -128,7 +151,11 @@ class Checkpoints:
             raise CheckpointError(f"{self.path / str(step)}: cannot be restored: {e}") from e
 
     def wait(self) -> None:
-        """Until what was saved, and its checksums, are on disk. CheckpointError if they cannot be."""
+        """Waits until the last checkpoint and its checksums are on disk.
+
+        Raises:
+          CheckpointError: they cannot be written.
+        """
         try:
             self._manager.wait_until_finished()
             if self._sums is not None:
@@ -137,6 +164,7 @@ class Checkpoints:
             raise self._unwritten(e) from e
 
     def close(self) -> None:
+        """Waits for the last checkpoint and releases Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -144,19 +172,20 @@ class Checkpoints:
             self._manager.close()
 
     def _unwritten(self, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self.path}: a checkpoint cannot be written ({error}); the one before is kept")
+        return CheckpointError(f"{self.path}: a checkpoint cannot be written ({error}); the last one is kept")
 
 
 def steps(path: epath.PathLike) -> list[epath.Path]:
-    """The directories of the checkpoints below `path` that were written to their end, the newest last."""
+    """Returns the directories of complete checkpoints in `path`, the newest last."""
     found = ocp.path.step.standard_name_format().find_all(params_lib.absolute(path))
     return [metadata.path for metadata in sorted(found, key=lambda metadata: metadata.step)]
 
 
-def mend(path: epath.PathLike) -> None:
-    """Deletes what was left of saves that were cut off, and sets damaged checkpoints aside, beside `path`.
+def repair(path: epath.PathLike) -> None:
+    """Deletes incomplete checkpoints and moves damaged ones to `{path}-damaged`. Only one process may call it.
 
-    CheckpointError if there are only damaged ones: they are left where they are. For the process that alone writes.
+    Raises:
+      CheckpointError: all checkpoints are damaged; they are not moved.
     """
     path = params_lib.absolute(path)
     if not path.exists():
@@ -170,7 +199,7 @@ def mend(path: epath.PathLike) -> None:
     damaged = {step: damage for step, damage in found.items() if damage}
     if damaged and len(damaged) == len(found):
         file, what = next(iter(damaged.values()))
-        raise CheckpointError(f"{file}: {what}; no checkpoint is sound; delete {path} to begin anew")
+        raise CheckpointError(f"{file}: {what}; every checkpoint is damaged; delete {path} to start again")
     for step, (file, what) in damaged.items():
         aside = path.with_name(f"{path.name}-damaged") / step.name
         print(f"{file}: {what}; the checkpoint is set aside: {aside}")
@@ -180,8 +209,8 @@ def mend(path: epath.PathLike) -> None:
         step.rename(aside)
 
 
-def _apart(state: TrainState) -> tuple[Any, TrainState]:
-    """The parameters to caption with, and the rest."""
+def _split(state: TrainState) -> tuple[Any, TrainState]:
+    """Returns the parameters to caption with, and the rest of the state."""
     if state.average is None:
         return state.params, state._replace(params=None)  # pyright: ignore[reportArgumentType]
     return state.average, state._replace(average=None)

@@ -1,7 +1,7 @@
-"""Fine-tuning: the encoder's last blocks are trained with the decoder, on pictures in the place of features.
+"""Fine-tuning: the last stages of the encoder are trained with the decoder, on images in place of stored features.
 
-Batch norm stays unfolded there, its statistics fixed; kernels and offsets are trained. The blocks before stay as they
-are, folded. Pictures are flipped and cropped at random, on the device, each by a key of its own.
+Kernels and offsets are trained; the statistics of batch norm stay fixed. The stages before are frozen. Images are
+cropped and mirrored at random on the device, each by a PRNG key of its own.
 """
 
 import os
@@ -24,29 +24,39 @@ from flaxcap.models.decoder import ENCODER, Params
 Encode = Callable[[Params, Params, jax.Array, jax.Array | None], jax.Array]
 
 
-class Stage(NamedTuple):
-    """What a run trains from: features, or pictures with a part of the encoder, see finetune.py."""
+class TrainingSource(NamedTuple):
+    """The source of a run's features: a store, or images and an encoder that is trained."""
 
-    sources: Mapping[str, Source]  # by role; none: a split's features
-    frozen: Any  # of `Inputs`
-    trained: Params  # beside the decoder's
-    encode: Callable | None
-
-
-FEATURES = Stage({}, None, {}, None)
+    sources: Mapping[str, Source]  # images of the splits, by role; {}: features of the store
+    frozen: Any  # the encoder's frozen parameters, see `Inputs`
+    trained: Params  # the encoder's trained parameters, under `ENCODER`; {}: none
+    encode: Encode | None  # None: the sources are features
 
 
-class Pictures:
-    """A split's pictures as the encoder takes them; a `feed.Source`."""
+FROM_STORE = TrainingSource({}, None, {}, None)
+
+
+class ImageSource:
+    """The images of a split at the encoder's size; a `Source` of the feed."""
 
     def __init__(self, load: Callable[[int], bytes], count: int, preprocess: Preprocess):
-        """`load(row)`: the bytes of a picture."""
+        """Reads nothing yet.
+
+        Args:
+          load: `load(row)` returns the encoded image of a row.
+          count: images of the split.
+          preprocess: of the encoder.
+        """
         self._preprocess, size = preprocess, preprocess.size
         self.shape, self.dtype = (count, size, size, 3), np.dtype(np.uint8)
-        self._load, self._pool = load, ThreadPoolExecutor(os.cpu_count(), "pictures")
+        self._load, self._pool = load, ThreadPoolExecutor(os.cpu_count(), "images")
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """uint8 [len(rows), size, size, 3]. ImageError for a picture that cannot be read."""
+        """Returns images, uint8 [len(rows), size, size, 3].
+
+        Raises:
+          ImageError: an image cannot be read.
+        """
         pixels = self._pool.map(lambda row: decode.for_encoder(self._load(int(row)), self._preprocess), rows)
         return np.stack(list(pixels))
 
@@ -54,7 +64,12 @@ class Pictures:
 def make_encode(encoder: ImageEncoder, config: config_lib.Encoder, options: config_lib.Finetune) -> Encode:
     """Returns `encode(params, frozen, images_IYX3, keys_I) -> feats_IPF`. Without keys the images are not augmented.
 
-    `params` holds the trained layers under `ENCODER`, `frozen` those before.
+    `params` holds the trained layers under `ENCODER`, `frozen` holds the layers before them.
+
+    Args:
+      encoder: the image encoder.
+      config: dtype of its arithmetic.
+      options: of the augmentation.
     """
     dtype = jnp.dtype(config.dtype)
 
@@ -67,12 +82,18 @@ def make_encode(encoder: ImageEncoder, config: config_lib.Encoder, options: conf
 
 
 def augment(image_YX3: jax.Array, key: jax.Array, options: config_lib.Finetune) -> jax.Array:
-    """A random square part of the picture, at its whole size again, and in half of all cases mirrored; float32."""
-    crop_key, place_key, flip_key = jax.random.split(key, 3)
+    """Returns a random square crop, float32, resized to the size of the image and mirrored with probability 1/2.
+
+    Args:
+      image_YX3: pixels of a square image.
+      key: PRNG key of the image.
+      options: `crop` is the smallest side of the crop, as a share of the image's; `flip` allows mirroring.
+    """
+    crop_key, corner_key, flip_key = jax.random.split(key, 3)
     size = image_YX3.shape[0]
-    part = jax.random.uniform(crop_key, minval=options.crop, maxval=1.0)
-    corner_2 = jax.random.uniform(place_key, (2,)) * (1 - part) * size
-    scale = 1 / part
+    share = jax.random.uniform(crop_key, minval=options.crop, maxval=1.0)
+    corner_2 = jax.random.uniform(corner_key, (2,)) * (1 - share) * size
+    scale = 1 / share
     image = jax.image.scale_and_translate(
         image_YX3.astype(jnp.float32), (size, size, 3), (0, 1), scale[None].repeat(2), -corner_2 * scale, "linear"
     )

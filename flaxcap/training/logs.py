@@ -1,4 +1,4 @@
-"""What a run says: metrics as JSON lines and for TensorBoard, and a clock that counts training alone."""
+"""Metrics as JSON lines and for TensorBoard, the clock of training, and profiles."""
 
 import json
 import time
@@ -12,38 +12,42 @@ from flaxcap.files import integrity
 
 
 class Clock:
-    """Seconds spent training: not compiling, validating or saving. Saved in checkpoints, it survives restarts."""
+    """Counts the seconds of training, without those of compiling, validating and saving."""
 
     def __init__(self, progress: dict):
+        """Starts paused, at the `seconds` of a checkpoint's progress; {}: at 0."""
         self.seconds: float = progress.get("seconds", 0.0)  # up to the last pause
         self._since: float | None = None
 
     def run(self) -> None:
+        """Starts the clock, or lets it run."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def pause(self) -> None:
+        """Stops the clock until `run`."""
         self.seconds = self.now()
         self._since = None
 
     def now(self) -> float:
-        """Seconds up to now."""
+        """Returns the seconds up to now."""
         return self.seconds + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
 
 class Profile:
-    """A trace of a few dispatches for XProf (TensorBoard's profile plugin), or nothing without a directory."""
+    """Writes a trace of a few dispatches for XProf, which is also TensorBoard's profile plugin."""
 
-    FIRST, LAST = 3, 6  # dispatches: behind the first compilations, and few enough to be looked at
+    FIRST, LAST = 3, 6  # dispatches: after the first compilations; few, as a trace of many is slow to open
 
     def __init__(self, directory: epath.PathLike | None):
+        """Writes no trace yet; None: never."""
         self._directory, self._count, self._running = directory, 0, False
 
     def __enter__(self) -> "Profile":
         return self
 
     def dispatch(self, before: Any) -> None:
-        """Comes before each dispatch; `before`, what those before it compute, is waited for at a trace's two ends."""
+        """Must be called before each dispatch. `before`: results of the last dispatch; a trace waits for them."""
         self._count += 1
         if self._directory is None or self._count not in (self.FIRST, self.LAST):
             return
@@ -65,13 +69,17 @@ class Profile:
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard's event files in a directory; on processes but the first, nothing.
-
-    A run that goes on after step k loses the lines behind k: it will write them again. `scored`: the validation
-    after step k too is behind it.
-    """
+    """Writes `metrics.jsonl` and TensorBoard's event files; only the first process writes."""
 
     def __init__(self, workdir: epath.PathLike, step: int, scored: bool = True):
+        """Opens the files and deletes the lines that the run will write again.
+
+        Args:
+          workdir: holds the files.
+          step: the last step of the run so far.
+          scored: False: the line of the validation after `step` is deleted too.
+        """
+
         def kept(line: dict) -> bool:
             return line["step"] < step or (line["step"] == step and (scored or "epoch" not in line))
 
@@ -80,15 +88,16 @@ class Metrics:
         self._board: Any = None
         if jax.process_index() == 0:
             self._rewrite()
-            if not integrity.is_remote(workdir):  # tensorboardX knows disks only
+            if not integrity.is_remote(workdir):  # tensorboardX 2.6 writes only to disks
                 self._board = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line at once."""
         self._lines.append({"step": step, **values})
         if jax.process_index() != 0:
             return
         if integrity.is_remote(self._file):
-            self._rewrite()  # object stores do not append
+            self._rewrite()  # object stores cannot append
         else:
             with self._file.open("a") as f:
                 f.write(json.dumps(self._lines[-1]) + "\n")
@@ -105,7 +114,7 @@ class Metrics:
 
 
 def read(workdir: epath.PathLike) -> list[dict]:
-    """The lines of `metrics.jsonl`; a line that a kill cut short is left out."""
+    """Returns the lines of `metrics.jsonl`, up to a line that a kill cut short."""
     file = epath.Path(workdir) / "metrics.jsonl"
     found = []
     for text in file.read_text().splitlines() if file.exists() else []:

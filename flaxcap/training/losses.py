@@ -1,7 +1,7 @@
-"""Cross-entropy over the vocabulary, at real tokens only, with its gradients computed on the way forward.
+"""Cross-entropy over the vocabulary at real tokens only, with gradients computed in the forward pass.
 
-The vocabulary's product is half the arithmetic of a training step, and its logits the largest array that is left
-once attention keeps nothing: padding must not enter it, and nothing of it should outlive it.
+The output layer is half of the arithmetic of a training step, and the logits are its largest array. Padding is
+therefore removed before the output layer. The logits are not kept for the backward pass.
 """
 
 import functools
@@ -16,32 +16,33 @@ from flaxcap.text.vocabulary import PAD
 
 
 class Sums(NamedTuple):
-    """Over the tokens that count; each float32 []."""
+    """Sums over real tokens; each float32 []."""
 
     nats: jax.Array  # cross-entropy
     tokens: jax.Array
-    right: jax.Array  # tokens that the model finds most likely
+    right: jax.Array  # tokens whose logit is the largest
 
 
 class Losses(NamedTuple):
-    """Of given tokens. Only `objective` has gradients."""
+    """The losses of some tokens. Only `objective` has gradients."""
 
-    objective: jax.Array  # float32 []: the tokens' cross-entropy, smoothed and weighted, summed
+    objective: jax.Array  # float32 []: sum of the smoothed and weighted cross-entropy
     sums: Sums
-    nats_M: jax.Array  # float32: the plain cross-entropy of each token, 0 at <pad>
+    nats_M: jax.Array  # float32: cross-entropy of each token, 0 at padding
 
 
 def no_tokens() -> Sums:
+    """Returns the sums over no tokens."""
     return Sums(*[jnp.zeros(())] * 3)
 
 
 @jax.custom_vjp
 def _pick(x_MV: jax.Array, index_M: jax.Array) -> jax.Array:
-    """x[n, index[n]]."""
+    """Returns x[m, index[m]]."""
     return jnp.take_along_axis(x_MV, index_M[:, None], 1)[:, 0]
 
 
-# A mask, which is one with the other gradients of x; a gather's own would be scattered into an array of zeros.
+# XLA fuses this mask with the other gradients of x. The gradient of a gather is a scatter into an array of zeros.
 _pick.defvjp(
     lambda x_MV, index_M: (_pick(x_MV, index_M), (jnp.arange(x_MV.shape[1]), index_M)),
     lambda kept, d_M: (jnp.where(kept[0][None] == kept[1][:, None], d_M[:, None], 0), None),
@@ -51,10 +52,17 @@ _pick.defvjp(
 def _losses(
     weights: Weights, states_MS: jax.Array, targets_M: jax.Array, weight_M: jax.Array, smoothing: float
 ) -> Losses:
-    """The plain computation, <pad> left out.
+    """Returns the losses without packing.
 
-    Label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7): the target has the probability 1 - smoothing,
-    and all words share the rest.
+    Label smoothing (Szegedy et al. 2015, arXiv:1512.00567, section 7) gives the target the probability 1 - smoothing;
+    all words share the rest.
+
+    Args:
+      weights: of the output layers.
+      states_MS: the decoder's state before each token.
+      targets_M: int32, the tokens; <pad> does not count.
+      weight_M: float32, weight of each token in the objective.
+      smoothing: probability that all words share.
     """
     logits_MV = output_layer.logits(weights, states_MS)
     target_M = _pick(logits_MV, targets_M)
@@ -69,26 +77,36 @@ def _losses(
     return Losses((smooth_M * weight_M).sum(), sums, nats_M)
 
 
-# Each size is compiled. Captions of one image fill 75 to 85% of their places, those of a length all.
-PERCENT, ROWS = (50, 65, 75, 80, 85, 100), 64
+# Sizes that tokens are packed to, in percent of all tokens; each is a compiled branch. Batches with several captions
+# an image are 75 to 85% full; batches whose captions have one length are full.
+PERCENT = 50, 65, 75, 80, 85, 100
+ROWS = 64  # packed sizes are multiples
 
 
-def sizes(places: int) -> list[int]:
-    """What so many places may be packed to, in whole blocks of rows."""
-    parts = (-(-places * percent // 100) for percent in PERCENT)
-    return sorted({min(-(-part // ROWS) * ROWS, places) for part in parts})
+def sizes(tokens: int) -> list[int]:
+    """Returns the sizes that this number of tokens may be packed to, ascending; the last is `tokens`."""
+    parts = (-(-tokens * percent // 100) for percent in PERCENT)
+    return sorted({min(-(-part // ROWS) * ROWS, tokens) for part in parts})
 
 
 def _packed(
     function: Any, weights: Weights, states_MS: jax.Array, targets_M: jax.Array, weight_M: jax.Array
 ) -> tuple[Losses, Any]:
-    """`function(weights, states, targets, weight)` of the real tokens alone, packed to the least size that holds them.
+    """Calls `function(weights, states, targets, weight)` with the real tokens, packed to the smallest size that fits.
 
-    It gives losses, and by how many more arrays of packed tokens, which are laid out again over all the places.
+    Args:
+      function: returns losses, gradients of the weights, and gradients of the packed states; the last two may be None.
+      weights: of the output layers.
+      states_MS: the decoder's state before each token.
+      targets_M: int32, the tokens; <pad> does not count.
+      weight_M: float32, weight of each token in the objective.
+
+    Returns:
+      The results of `function`, those of packed tokens unpacked again; 0 at padding.
     """
-    places = len(targets_M)
+    tokens = len(targets_M)
     real_M = targets_M != PAD
-    order_M = jnp.nonzero(real_M, size=places, fill_value=places)[0]
+    order_M = jnp.nonzero(real_M, size=tokens, fill_value=tokens)[0]
 
     def branch(size: int) -> Any:
         def run() -> Any:
@@ -98,7 +116,7 @@ def _packed(
                 return x.at[order].get(mode="fill", fill_value=fill)
 
             def unpack(x: jax.Array) -> jax.Array:
-                blank = jnp.zeros((places, *x.shape[1:]), x.dtype)
+                blank = jnp.zeros((tokens, *x.shape[1:]), x.dtype)
                 return blank.at[order].set(x, mode="drop", unique_indices=True)
 
             losses, d_weights, d_states = function(weights, pack(states_MS, 0), pack(targets_M, PAD), pack(weight_M, 0))
@@ -107,9 +125,9 @@ def _packed(
 
         return run
 
-    *smaller, _ = sizes(places)
-    smallest_that_holds = (real_M.sum() > jnp.array(smaller, jnp.int32)).sum()
-    return jax.lax.switch(smallest_that_holds, [branch(size) for size in sizes(places)])
+    *smaller, _ = sizes(tokens)
+    smallest_that_fits = (real_M.sum() > jnp.array(smaller, jnp.int32)).sum()
+    return jax.lax.switch(smallest_that_fits, [branch(size) for size in sizes(tokens)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -120,9 +138,14 @@ def token_losses(
     weight_M: jax.Array,
     smoothing: float = 0.0,
 ) -> Losses:
-    """What `states_MS` makes of the tokens `targets_M` that follow; <pad> does not count.
+    """Returns the losses of tokens, given the decoder's states before them.
 
-    `weight_M`, float32: of each token in the objective. `smoothing`: label smoothing's share.
+    Args:
+      weights: of the output layers.
+      states_MS: the decoder's state before each token.
+      targets_M: int32, the tokens; <pad> does not count.
+      weight_M: float32, weight of each token in the objective.
+      smoothing: label smoothing's probability that all words share.
     """
 
     def run(weights: Weights, states: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple:

@@ -1,4 +1,4 @@
-"""How good a captioner is on a prepared split: its loss on the true captions, and the captions it makes itself."""
+"""Validation on a prepared split: the loss of the true captions, and generated captions with their CIDEr."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,20 +20,20 @@ from flaxcap.models.decoder import Params
 from flaxcap.runtime import devices, sharding
 from flaxcap.text.tokens import Tokens
 from flaxcap.text.vocabulary import Vocabulary
-from flaxcap.training.finetune import Stage
+from flaxcap.training.finetune import TrainingSource
 
 Read = Callable[[Sequence[int]], np.ndarray]  # rows -> features [len(rows), P, F]
 
 
 class Interrupted(Exception):
-    """A validation ends before it has a result."""
+    """A validation was interrupted before it had a result."""
 
 
 class Captions(NamedTuple):
-    """A model's own captions of some images, in their order."""
+    """The generated captions of some images, in the order of the images."""
 
     texts: list[str]
-    log_probs: list[float]  # nats, <end> included
+    log_probs: list[float]  # in nats, <end> included
 
 
 def make_feed(
@@ -41,13 +41,20 @@ def make_feed(
     split: Split,
     vocabulary: Vocabulary,
     mesh: Mesh,
-    run: int = 1,
+    batches_per_dispatch: int = 1,
     source: Source | None = None,
     frozen: Any = None,
 ) -> tuple[Plan, Feed]:
-    """The batches of a prepared split, `run` of them a dispatch, and what puts them onto the mesh.
+    """Returns the batches of a prepared split, and the feed that puts them on the mesh.
 
-    `source` and `frozen`: pictures in the place of the split's features, and what they are encoded with.
+    Args:
+      config: the preset.
+      split: of the store.
+      vocabulary: of the store.
+      mesh: devices of the run.
+      batches_per_dispatch: most batches of a dispatch.
+      source: images that replace the features of the split; None: the features.
+      frozen: the encoder's frozen parameters, see `Inputs`.
     """
     captions = (row.captions for row in split.rows)
     plan = Plan(
@@ -55,7 +62,7 @@ def make_feed(
         batch_images=config.train.batch_images,
         captions_per_image=config.train.captions_per_image,
         num_buckets=config.train.num_buckets,
-        run=run,
+        batches_per_dispatch=batches_per_dispatch,
         seed=config.seed,
         skip={s.row for s in split.skipped()},
     )
@@ -65,9 +72,14 @@ def make_feed(
 def cross_entropy(
     eval_step: Callable, params: Params, plan: Plan, feed: Feed, check: Callable[[], None] = lambda: None
 ) -> tuple[float, float]:
-    """Nats a token, and teacher-forced accuracy, over every caption of a plan, each counted once.
+    """Returns nats per token and teacher-forced accuracy over all captions of a plan; each counts once.
 
-    `check` is called before each batch, and may raise.
+    Args:
+      eval_step: of `step.make_eval_step`.
+      params: of the decoder, and of a trained encoder.
+      plan: batches of the split.
+      feed: of the same plan.
+      check: called before each batch; may raise.
     """
 
     def batch(n: int) -> list[Batch]:
@@ -81,7 +93,7 @@ def cross_entropy(
 
 
 def captions_of(
-    run: Generator,
+    generator: Generator,
     frozen: tuple[Frozen, ...],
     vocabulary: Vocabulary,
     rows: Sequence[int],
@@ -89,7 +101,17 @@ def captions_of(
     batch_size: int,
     seed: int = 0,
 ) -> Captions:
-    """Captions of images, whose features `read` gives. Of several processes each makes its share, and all get all."""
+    """Returns generated captions of images. Each process generates a share; all processes get all captions.
+
+    Args:
+      generator: decodes a batch of features.
+      frozen: parameters of `generator.freeze`.
+      vocabulary: of the model.
+      rows: the images.
+      read: returns the features of rows.
+      batch_size: images that are decoded together, over the devices of a process.
+      seed: of sampling.
+    """
     mesh = sharding.make_mesh(jax.local_devices())
     size = -(-batch_size // mesh.size) * mesh.size
     frozen = jax.device_put(jax.tree.map(_here, frozen), sharding.replicated(mesh))
@@ -102,26 +124,33 @@ def captions_of(
             feats_IPF = read(some + some[-1:] * (size - len(some)))
             placed = jax.device_put(feats_IPF, sharding.over_images(mesh))
             key = jax.random.fold_in(jax.random.key(seed), starts[n])
-            out = run(frozen, placed, key)
-            if running is not None:  # the batch before; this one keeps the device busy meanwhile
+            out = generator(frozen, placed, key)
+            if running is not None:  # fetches the last batch, while the device computes this one
                 found.append(jax.device_get(running))
             running = out.tokens_IT, out.log_prob_I
         if running is not None:
             found.append(jax.device_get(running))
     if jax.process_count() > 1:
-        found = _exchange(found, len(starts), size, run.length)
+        found = _exchange(found, len(starts), size, generator.length)
     tokens = [tokens_T for tokens_IT, _ in found for tokens_T in tokens_IT][: len(rows)]
     log_probs = [float(x) for _, log_prob_I in found for x in log_prob_I][: len(rows)]
     return Captions([vocabulary.decode(t) for t in tokens], log_probs)
 
 
 def _here(x: jax.Array) -> np.ndarray:
-    """An array that every process holds whole."""
+    """Returns a replicated array, from the first device of this process."""
     return np.asarray(x.addressable_data(0))
 
 
 def _exchange(mine: list, batches: int, size: int, length: int) -> list:
-    """All processes' batches in their order: batch n is of process n modulo their number."""
+    """Returns the batches of all processes in order.
+
+    Args:
+      mine: results of this process, whose index is the batch's number modulo the number of processes.
+      batches: number of batches of all processes.
+      size: images of a batch.
+      length: tokens of a caption.
+    """
     processes = jax.process_count()
     most = -(-batches // processes)
     empty = np.zeros((size, length), np.int32), np.zeros(size, np.float32)
@@ -131,7 +160,7 @@ def _exchange(mine: list, batches: int, size: int, length: int) -> list:
 
 
 class Validation:
-    """A split, and what is measured on it again and again during a run."""
+    """The validation of a run on one split."""
 
     def __init__(
         self,
@@ -139,22 +168,38 @@ class Validation:
         split: Split,
         vocabulary: Vocabulary,
         mesh: Mesh,
-        run: Generator,
+        generator: Generator,
         eval_step: Callable,
-        stage: Stage,
+        training_source: TrainingSource,
     ):
-        source, frozen, encode = stage.sources.get("val"), stage.frozen, stage.encode
+        """Prepares the batches and the references.
+
+        Args:
+          config: the preset.
+          split: of the store.
+          vocabulary: of the store.
+          mesh: devices of the run.
+          generator: generates captions.
+          eval_step: of `step.make_eval_step`.
+          training_source: features of the store, or images and a trained encoder.
+        """
+        source, frozen, encode = training_source.sources.get("val"), training_source.frozen, training_source.encode
         self._config, self._rows, self._vocabulary = config, split.present(), vocabulary
-        self._run, self._eval_step = run, eval_step
+        self._generator, self._eval_step = generator, eval_step
         self._source, self._frozen = source or split, frozen
         self._encode = encode and jax.jit(encode, compiler_options=devices.convolving())
         self._plan, self._feed = make_feed(config, split, vocabulary, mesh, source=source, frozen=frozen)
         self._scorer = scorer.Scorer([split.rows[row].captions for row in self._rows])
 
     def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """Loss and accuracy on the true captions, and the CIDEr of the model's own.
+        """Returns "loss" (nats per token) and "accuracy" of the true captions, and the "cider" of generated ones.
 
-        Interrupted soon after `stop()` has become true.
+        Args:
+          params: of the decoder, and of a trained encoder.
+          stop: asked before each batch.
+
+        Raises:
+          Interrupted: `stop()` returned True.
         """
 
         def check() -> None:
@@ -167,11 +212,12 @@ class Validation:
 
         loss, accuracy = cross_entropy(self._eval_step, params, self._plan, self._feed, check)
         batch_size = self._config.decode.batch_size
-        features, frozen = self._read(params), self._run.freeze(params)
-        found = captions_of(self._run, frozen, self._vocabulary, self._rows, read, batch_size)
+        features, frozen = self._reader(params), self._generator.freeze(params)
+        found = captions_of(self._generator, frozen, self._vocabulary, self._rows, read, batch_size)
         return {"loss": loss, "accuracy": accuracy, "cider": float(self._scorer.cider(found.texts).mean())}
 
-    def _read(self, params: Params) -> Read:
+    def _reader(self, params: Params) -> Read:
+        """Returns a function that reads, or computes, the features of rows."""
         encode = self._encode
         if encode is None:
             return self._source.read

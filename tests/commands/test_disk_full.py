@@ -189,10 +189,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}: a checkpoint cannot be written (")
     assert "File too large" in done.stdout
-    assert "; the one before is kept\n" in done.stdout
+    assert "; the last one is kept\n" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2.orbax-checkpoint-tmp"}
     saved = state_on(1, width=2000)
-    checkpoints.mend(tmp_path)
+    checkpoints.repair(tmp_path)
     again = Checkpoints(tmp_path)
     assert (again.best_step, again.latest_step) == (1, 1)
     jax.tree.map(np.testing.assert_array_equal, again.restore(saved)[0], saved)

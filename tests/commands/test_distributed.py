@@ -101,7 +101,7 @@ def test_two_processes_train_save_and_resume_as_one(prepared, start, tmp_path, f
         for process in start_pair(start, args):
             out, _ = process.communicate(timeout=200)
             assert process.returncode == 0, out
-    assert "going on at step" in out
+    assert "resumes at step" in out
     out, _ = alone.communicate(timeout=200)
     assert alone.returncode == 0, out
     assert len(losses(tmp_path / "one")) == 2 + ("cider_epochs=1" in stages)
@@ -125,7 +125,7 @@ def test_a_sigterm_to_one_process_has_both_save_the_same_step(prepared, start, t
     alone = start([*args, f"--config.train.epochs={epochs}"], devices=1)
     out, _ = alone.communicate(timeout=200)
     assert alone.returncode == 0, out
-    assert f"going on at step {step}" in out
+    assert f"resumes at step {step}" in out
     assert max(line.get("epoch", 0) for line in logs.read(tmp_path / "run")) == epochs
 
 
@@ -142,7 +142,7 @@ def test_when_a_process_dies_the_other_ends_with_a_message_and_both_go_on_later(
     for process in start_pair(start, [*args, f"--config.train.epochs={epochs}"]):
         out, _ = process.communicate(timeout=200)
         assert process.returncode == 0, out
-    assert "going on at step" in out
+    assert "resumes at step" in out
 
 
 def test_a_run_goes_on_with_any_number_of_devices_and_processes(prepared, start, tmp_path):

@@ -289,7 +289,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_nothing_had_be
     assert f"{file}: damaged: found SHA-256" in out
     assert f"; the checkpoint is set aside: {aside}\n" in out
     assert aside.is_dir()
-    assert f"going on at step {min(before, key=int)}\n" in out
+    assert f"resumes at step {min(before, key=int)}\n" in out
     assert sorted(step.name for step in (workdir / "checkpoints").iterdir()) == before
     ours, theirs = (
         [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in logs.read(w)]
@@ -303,7 +303,9 @@ def test_damaged_checkpoints_alone_are_left_for_the_user(workdir, data_dir, trai
     for step in (workdir / "checkpoints").iterdir():
         flip(step / "progress" / "metadata")
     before = {f: f.read_bytes() for f in files_below(workdir / "checkpoints")}
-    with pytest.raises(CheckpointError, match=rf"no checkpoint is sound; delete {workdir}/checkpoints to begin anew"):
+    with pytest.raises(
+        CheckpointError, match=rf"every checkpoint is damaged; delete {workdir}/checkpoints to start again"
+    ):
         train.train(trained.config, workdir, data_dir)
     assert {f: f.read_bytes() for f in files_below(workdir / "checkpoints")} == before
     shutil.rmtree(workdir / "checkpoints")
