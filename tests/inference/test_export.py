@@ -1,4 +1,4 @@
-"""An export is all that a captioner needs, and a damaged one is refused by name."""
+"""An export is complete, and a damaged one is refused with the name of its file."""
 
 import ast
 import dataclasses
@@ -31,7 +31,7 @@ def captioner(trained: Trained) -> Captioner:
 
 @pytest.fixture(scope="module")
 def exported(captioner, tmp_path_factory) -> pathlib.Path:
-    """An export, only to be read."""
+    """Returns an export that tests only read."""
     path = tmp_path_factory.mktemp("export") / "made" / "here"
     export.write(captioner, path)
     return path
@@ -39,7 +39,7 @@ def exported(captioner, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture
 def copy(exported, tmp_path) -> pathlib.Path:
-    """An export to be damaged."""
+    """Returns an export that a test may damage."""
     return shutil.copytree(exported, tmp_path / "copy")
 
 
@@ -52,10 +52,11 @@ def equal(a, b) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(same)
 
 
-def test_what_is_written_comes_back_to_the_bit(captioner, exported):
+def test_a_loaded_export_equals_the_captioner_bit_for_bit(captioner, exported):
     found = loading.load_export(exported)
     assert equal(found.params, jax.device_get(captioner.params))
-    assert equal(found.encoder, captioner.encoder)
+    assert equal(found.encoder_params, captioner.encoder_params)
+    assert found.encoder.name == captioner.encoder.name
     assert found.config == captioner.config
     assert found.vocabulary.tokens == captioner.vocabulary.tokens
     assert found.about.items() > captioner.about.items()
@@ -64,7 +65,7 @@ def test_what_is_written_comes_back_to_the_bit(captioner, exported):
     key = jax.random.key(0)
     drawn = [dataclasses.replace(c.config.decode, method="sample") for c in (captioner, found)]
     runs = [(c, generate.Generator(c.bind, options)) for c, options in zip((captioner, found), drawn, strict=True)]
-    captions = [run(run.fold(c.params), feats_IPF, key) for c, run in runs]
+    captions = [run(run.freeze(c.params), feats_IPF, key) for c, run in runs]
     assert equal(*captions)
     assert len(np.unique(captions[0].tokens_IT)) > 5
 
@@ -72,16 +73,16 @@ def test_what_is_written_comes_back_to_the_bit(captioner, exported):
 ELSEWHERE = """
 import sys
 from flaxcap.commands import caption
-from flaxcap.inference import captioner as export
-captioner = export.load(model_dir=sys.argv[1])
+from flaxcap.inference import export, loading
+captioner = loading.load(sys.argv[1])
 for found in caption.caption(captioner, caption.from_sources(sys.argv[2:])):
     assert not found.reason, found.reason
     print([found.caption, found.log_prob.hex()])
 """
 
 
-def test_it_needs_neither_the_run_nor_the_data(trained: Trained, tmp_path):
-    """Three processes on one device: two load the run, export it and caption; one has the moved export alone."""
+def test_an_export_needs_neither_the_run_nor_the_data(trained: Trained, tmp_path):
+    """Two processes with one device: one exports a run and captions; the other one captions from the moved export."""
     here = tmp_path / "here"
     for path in (trained.data_dir, trained.workdir):
         shutil.copytree(path, here / path.name)
@@ -94,8 +95,8 @@ def test_it_needs_neither_the_run_nor_the_data(trained: Trained, tmp_path):
         command = [sys.executable, "-c", code, *map(str, args)]
         return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
 
-    loaded = f"export.load(workdir={str(here / 'run')!r}, data_dir={str(here / 'data')!r})"
-    in_run = ELSEWHERE.replace("export.load(model_dir=sys.argv[1])", f"{loaded}\nexport.write(captioner, sys.argv[1])")
+    loaded = f"loading.load({str(here / 'run')!r}, data_dir={str(here / 'data')!r})"
+    in_run = ELSEWHERE.replace("loading.load(sys.argv[1])", f"{loaded}\nexport.write(captioner, sys.argv[1])")
     expected = python(in_run, here / "export", *pictures)
     elsewhere = tmp_path / "elsewhere" / "model"
     elsewhere.parent.mkdir()
@@ -124,7 +125,7 @@ def test_no_file_is_a_pickle(exported):
 
 
 @pytest.mark.parametrize("there", ["an export", "another file", "a file itself"])
-def test_nothing_is_written_over(there, captioner, tmp_path, copy):
+def test_an_export_overwrites_nothing(there, captioner, tmp_path, copy):
     out = copy if there == "an export" else tmp_path / "out"
     if there == "another file":
         out.mkdir()
@@ -137,7 +138,7 @@ def test_nothing_is_written_over(there, captioner, tmp_path, copy):
     assert {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()} == before
 
 
-def test_an_empty_directory_will_do(captioner, tmp_path):
+def test_an_export_may_go_to_an_empty_directory(captioner, tmp_path):
     export.write(captioner, tmp_path)
     assert loading.load_export(tmp_path).about["step"] == captioner.about["step"]
 
@@ -162,7 +163,7 @@ def test_a_damaged_part_is_named(copy, name, damage):
         assert isinstance(error.value, CheckpointError)
 
 
-def test_a_flipped_bit_in_any_file_of_parameters_is_seen(copy):
+def test_a_flipped_bit_in_any_file_of_parameters_is_found(copy):
     files = [file for part in ("decoder", "encoder") for file in (copy / part).rglob("*") if file.is_file()]
     for file in files:
         whole = file.read_bytes()
@@ -219,9 +220,9 @@ def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
     export.write(dataclasses.replace(captioner, params=params), tmp_path / "a")
     with pytest.raises(CheckpointError, match=r"1 param.*head/kernel has shape \(32, 31\), expected \(32, 32\)"):
         loading.load_export(tmp_path / "a")
-    name = next(iter(captioner.encoder))
-    encoder = {k: v for k, v in captioner.encoder.items() if k != name}
-    export.write(dataclasses.replace(captioner, encoder=encoder), tmp_path / "b")
+    name = next(iter(captioner.encoder_params))
+    encoder_params = {k: v for k, v in captioner.encoder_params.items() if k != name}
+    export.write(dataclasses.replace(captioner, encoder_params=encoder_params), tmp_path / "b")
     with pytest.raises(CheckpointError, match=rf"encoder: 4 parameters .*: {name}/beta has shape none"):
         loading.load_export(tmp_path / "b")
 
@@ -229,9 +230,10 @@ def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preprocessing": "cropped"}, "trained with pictures prepared as 'cropped', this version prepares them as"),
+        ({"preprocessing": "cropped"}, "about\\.json: found preprocessing 'cropped', expected {'decoding': .first frame"),
         ({"feature_dim": "wide"}, "cannot be read"),
         ({"feature_dim": 2048}, r"image/kernel has shape \(256, 16\), expected \(2048, 16\)"),
+        ({"positions": 63}, r"about\.json: found 63 positions of 256 features, expected 64 of 256"),
         ({"files": 3}, "cannot be read"),
         ({"vocabulary_sha256": None}, "not the vocabulary"),
     ],
@@ -242,15 +244,19 @@ def test_another_preprocessing_or_origin_is_refused(copy, changes, message):
         loading.load_export(copy)
 
 
-def test_what_is_no_model_is_named(tmp_path, trained: Trained):
+def test_a_directory_without_a_model_is_named(tmp_path, trained: Trained):
     with pytest.raises(CheckpointError, match="no model is named: give --workdir=RUN or --model=EXPORT"):
         loading.load_ensemble()
-    for place in ({"workdir": tmp_path}, {"model_dir": tmp_path / "nothere"}):
+    for read in (
+        lambda: loading.load(tmp_path),
+        lambda: loading.load_run(tmp_path, trained.data_dir),
+        lambda: loading.load_export(tmp_path / "nothere"),
+    ):
         with pytest.raises(CheckpointError, match=r"no config\.json: neither a run nor an export"):
-            captioner_lib.load(**place)
+            read()
     shutil.copy(trained.workdir / "config.json", tmp_path)
     shutil.copy(trained.workdir / "vocabulary.json", tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` makes them"):
+    with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` writes them"):
         loading.load_run(tmp_path, trained.data_dir)
     with pytest.raises(CheckpointError, match="nothere: no parameters"):
         load_params(tmp_path / "nothere")
