@@ -72,7 +72,8 @@ def test_the_cache_is_in_the_home_directory_by_default(server, tmp_path, monkeyp
 def test_parallel_requests_download_the_file_once(server, tmp_path):
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(download.fetch(server.url, server.md5, tmp_path))) for _ in range(4)
+        threading.Thread(target=lambda: found.append(download.fetch(server.url, server.md5, tmp_path)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()

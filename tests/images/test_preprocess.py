@@ -142,9 +142,9 @@ def test_images_that_cannot_be_used_are_refused(image, message):
 
 
 def test_a_damaged_file_behind_a_pil_image_is_refused():
-    with Image.open(io.BytesIO(file_of(smooth(200, 200))[:-3000])) as opened:
-        with pytest.raises(ImageError, match="damaged: "):
-            decode.for_encoder(opened, CROPPED)
+    damaged = io.BytesIO(file_of(smooth(200, 200))[:-3000])
+    with Image.open(damaged) as opened, pytest.raises(ImageError, match="damaged: "):
+        decode.for_encoder(opened, CROPPED)
 
 
 def test_the_description_holds_every_field():

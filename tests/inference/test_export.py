@@ -230,7 +230,7 @@ def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preprocessing": "cropped"}, "about\\.json: found preprocessing 'cropped', expected {'decoding': .first frame"),
+        ({"preprocessing": "cropped"}, r"about\.json: found preprocessing 'cropped', expected {'decoding': "),
         ({"feature_dim": "wide"}, "cannot be read"),
         ({"feature_dim": 2048}, r"image/kernel has shape \(256, 16\), expected \(2048, 16\)"),
         ({"positions": 63}, r"about\.json: found 63 positions of 256 features, expected 64 of 256"),
