@@ -22,7 +22,7 @@ from torture_cases import records as torture_records
 
 from flaxcap.encoders.inception_v3 import network
 from flaxcap.files import integrity
-from flaxcap.inference import captioner
+from flaxcap.inference import export
 
 FUZZED = 5000  # of each kind of record
 BROKEN = 1000  # weights, feature maps, archives
@@ -95,7 +95,7 @@ READERS = {
         "    for examples in builder._split_generators(None).values():\n"
         "        list(examples)"
     ),
-    "models": "from flaxcap.inference import captioner\nread = lambda path: captioner.load(model_dir=path)",
+    "models": "from flaxcap.inference import loading\nread = loading.load_export",
 }
 READ_ALL = """
 import pathlib, sys
@@ -251,7 +251,7 @@ def models_broken(scratch: pathlib.Path, scale: float) -> dict:
             kind = KINDS[draw.integers(len(KINDS))]
             file.write_bytes(torture_images.MUTATIONS[kind](file.read_bytes() or b"\0", draw))
             if file.name != integrity.SUMS:
-                for part in captioner.PARAMS:
+                for part in export.PARAMS:
                     integrity.write_sums(epath.Path(path / part))
 
     count = max(1, round(MODELS * scale))
