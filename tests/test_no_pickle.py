@@ -1,4 +1,4 @@
-"""Nothing that is read is run: no module of flaxcap can unpickle or evaluate, and no program of it does."""
+"""Nothing that is read is executed: no module of flaxcap unpickles or evaluates, and no program of it does."""
 
 import ast
 import json
@@ -14,16 +14,16 @@ from PIL import Image
 from test_imports import ORDER, SOURCES, absolute
 from trained import Trained
 
-from flaxcap.inference import captioner
+from flaxcap.inference import export, loading
 
-# Modules that make programs, or objects of any class, of bytes.
+# Modules that turn bytes into programs or into objects of any class.
 RUNNING = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "tensorflow", "torch", "yaml"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
-READERS = {"load", "read_array", "fromfile", "genfromtxt"}  # NumPy's that know pickles, and those that hide the format
+READERS = {"load", "read_array", "fromfile", "genfromtxt"}  # NumPy functions that can unpickle, or that hide the format
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_no_module_imports_or_calls_what_could_run_what_it_reads(name):
+def test_no_module_can_execute_data(name):
     roots = {full.partition(".")[0] for full in absolute(name)}
     assert not roots & RUNNING
     for node in ast.walk(SOURCES[name]):
@@ -57,17 +57,17 @@ def bad_call(node: ast.Call) -> bool:
         ("re.compile(c)", False),
     ],
 )
-def test_a_bad_call_is_known(text, bad):
+def test_bad_calls_are_recognised(text, bad):
     (node,) = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
     assert bad_call(node) == bad
 
 
-# The programs themselves, with Python's own report of every class that is unpickled, and every program started.
+# Runs a program. Python's audit events report every class that is unpickled and every process that is started.
 WATCHED = """
 import sys
 def watch(event, args):
     if event in {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"}:
-        if args[0] != "uname":  # by which the standard library's `platform` knows the processor
+        if args[0] != "uname":  # the standard library's `platform` asks it for the processor
             print(event, args, file=sys.stderr)
 sys.addaudithook(watch)
 from flaxcap.commands.main import main
@@ -76,7 +76,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def watched(*args: object) -> str:
-    """What a flaxcap program unpickled or started."""
+    """Returns a report of what a flaxcap program unpickled or started."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", WATCHED, *map(str, args)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -84,7 +84,7 @@ def watched(*args: object) -> str:
     return done.stderr
 
 
-def test_the_watch_sees_a_pickle():
+def test_a_pickle_is_reported():
     code = (
         WATCHED.partition("from flaxcap")[0]
         + "import pickle, collections; pickle.loads(pickle.dumps(collections.Counter))"
@@ -94,7 +94,7 @@ def test_the_watch_sees_a_pickle():
 
 
 def test_no_program_unpickles_or_starts_anything(trained: Trained, tmp_path):
-    """From a captions file, pictures and feature maps to a store; an export, and its captions."""
+    """Prepares captions, images and feature maps, exports a run, and captions with the export."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     rows = []
@@ -114,13 +114,13 @@ def test_no_program_unpickles_or_starts_anything(trained: Trained, tmp_path):
 
 
 def test_python_beside_an_export_is_not_run(trained: Trained, tmp_path, monkeypatch):
-    """A preset in Python is a program; what comes with a model is read as JSON alone."""
+    """A preset in Python is a program. The files of a model are read as JSON only."""
     path = tmp_path / "model"
-    captioner.write(captioner.load(workdir=trained.workdir, data_dir=trained.data_dir), path)
+    export.write(loading.load_run(trained.workdir, trained.data_dir), path)
     mark = tmp_path / "was run"
     for name in ("config.py", "conftest.py", "sitecustomize.py", "decoder/__init__.py"):
         (path / name).write_text(f"open({str(mark)!r}, 'w')\nraise SystemExit")
     shutil.copy(path / "config.py", path / "config.json.py")
     monkeypatch.chdir(path)
-    captioner.load(model_dir=pathlib.Path())
+    loading.load_export(pathlib.Path())
     assert not mark.exists()

@@ -95,7 +95,7 @@ READERS = {
         "    for examples in builder._split_generators(None).values():\n"
         "        list(examples)"
     ),
-    "models": "from flaxcap.inference import captioner\nread = lambda path: captioner.load(model_dir=path)",
+    "models": "from flaxcap.inference import loading\nread = loading.load_export",
 }
 READ_ALL = """
 import pathlib, sys

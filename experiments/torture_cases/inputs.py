@@ -117,11 +117,11 @@ import pathlib, sys, time
 sys.path.insert(0, sys.argv[3])
 from torture_cases.programs import peak_mb
 from flaxcap.images import decode
-decode.to_square(pathlib.Path(sys.argv[1]).read_bytes())  # a sound one: all that is imported late is there
+decode.to_square(pathlib.Path(sys.argv[1]).read_bytes(), 299)  # a sound one: all that is imported late is there
 before, begin = peak_mb(), time.perf_counter()
 data = pathlib.Path(sys.argv[2]).read_bytes()
 try:
-    decode.to_square(data)
+    decode.to_square(data, 299)
     reason = ""
 except decode.ImageError as e:
     reason = str(e)

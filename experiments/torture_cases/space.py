@@ -21,7 +21,7 @@ from torture_cases.bench import Bench, differences, result, times
 from flaxcap.commands.verify import verify
 from flaxcap.features.store import path_for
 from flaxcap.files.params import load_params
-from flaxcap.inference import captioner
+from flaxcap.inference import loading
 from flaxcap.training import checkpoints
 
 LEFTOVERS = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*", "incomplete.*", "*.unfinished")
@@ -174,7 +174,7 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
         if not checkpoints.steps(disk / "run" / "checkpoints"):
             return []
         restored += 1
-        captioner.load(workdir=disk / "run", data_dir=bench.data_dir)
+        loading.load_run(disk / "run", bench.data_dir)
         return [f"{label}: {line}" for line in verify(workdir=disk / "run").wrong if "/checkpoints/" in line]
 
     lost, full = _full("train", scratch, tries, need, lambda d: bench.train(d / "run"), after)
@@ -192,7 +192,7 @@ def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
 
     def after(disk: pathlib.Path, label: str, done: bool) -> list[str]:
         if (disk / "model" / "config.json").exists():
-            captioner.load(model_dir=disk / "model")
+            loading.load_export(disk / "model")
             return []
         return [f"{label}: it is not there"] if done else []
 

@@ -101,10 +101,11 @@ def answers_broken(scratch: pathlib.Path, scale: float) -> dict:
 
 FETCH = """
 import sys
-from flaxcap.encoders import weights
+from flaxcap.encoders import download
+from flaxcap.encoders.base import WeightsError
 try:
-    print(weights.fetch(*sys.argv[1:]))
-except weights.WeightsError as e:
+    print(download.fetch(*sys.argv[1:]))
+except WeightsError as e:
     print(e, file=sys.stderr)
     sys.exit(1)
 """

@@ -16,7 +16,7 @@ from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import UserError, plain
 from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
-from flaxcap.inference.captioner import Captioned, Captioner, stem
+from flaxcap.inference.captioner import Caption, Captioner, stem
 
 NamedImages = list[tuple[str, Callable[[], bytes]]]  # names, and functions that return the bytes of a file
 
@@ -52,16 +52,17 @@ def caption(
         if found.caption is None:
             yield Line(name, reason=found.reason)
             continue
-        plot = _plot(found, pathlib.Path(plot_dir) / f"{number:04d}-{stem(name)}.png") if plot_dir is not None else ""
+        plot = ""
+        if plot_dir is not None:
+            file = pathlib.Path(plot_dir) / f"{number:04d}-{stem(name)}.png"
+            plot = _plot(captioner, found.image, found.caption, file)
         yield Line(name, found.caption.text, found.caption.log_prob, plot)
 
 
-def _plot(found: Captioned, file: pathlib.Path) -> str:
-    assert found.caption is not None
+def _plot(captioner: Captioner, image: Any, caption: Caption, file: pathlib.Path) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
-    image: Any = found.image
-    words, attention = list(found.caption.words), found.caption.attention
-    plots.attention_plot(Image.fromarray(decode.to_thumbnail(image)), words, attention, file)
+    thumbnail, encoder = Image.fromarray(decode.to_thumbnail(image)), captioner.encoder
+    plots.attention_plot(thumbnail, caption.words, caption.attention, file, encoder.grid, encoder.preprocess.crop)
     return str(file)
 
 

@@ -31,6 +31,7 @@ class ImageEncoder(Protocol):
     name: str  # as "inception_v3-mixed10": in the store's name, the manifest and exports
     preprocess: Preprocess
     positions: int  # P
+    grid: tuple[int, int] | None  # rows and columns of the positions, in reading order; None: they have no layout
     features: int  # F
     stages: tuple[str, ...]  # where fine-tuning may begin; (): the encoder cannot be fine-tuned
 

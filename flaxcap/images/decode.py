@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from flaxcap.files import size_limits
 from flaxcap.images import headers
 from flaxcap.images.headers import ImageError
-from flaxcap.images.preprocess import Preprocess
+from flaxcap.images.preprocess import Preprocess, centre
 
 # Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -91,17 +91,30 @@ def for_encoder(image: bytes | Image.Image | np.ndarray, preprocess: Preprocess)
     if isinstance(image, bytes):
         return to_square(image, preprocess.size, crop=preprocess.crop, resample=preprocess.resample)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise ImageError(f"found an array {image.dtype} {list(image.shape)}, expected uint8 [Y, X, 3] or [Y, X]")
-        image = Image.fromarray(image)
+        image = _of_array(image)
     if not all(image.size):
         raise ImageError(f"the image has no pixels ({image.width}x{image.height})")
     frame = _square(preprocess.size, preprocess.crop, *image.size)
-    return _resized(image, frame, frame.box, Image.Resampling[preprocess.resample.upper()])
+    try:
+        return _resized(image, frame, frame.box, Image.Resampling[preprocess.resample.upper()])
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow reads a file's pixels at first use; damaged ones raise nearly any exception
+        raise ImageError(f"damaged: {str(error) or type(error).__name__}") from error
+
+
+def _of_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,), (4,)):
+        raise ImageError(
+            f"found an array {pixels.dtype} {list(pixels.shape)}, expected uint8 [Y, X, 3], [Y, X, 4] or [Y, X]"
+        )
+    if not pixels.size:
+        raise ImageError(f"the image has no pixels ({pixels.shape[1]}x{pixels.shape[0]})")
+    return Image.fromarray(pixels)
 
 
 def to_square(
-    data: bytes, size: int = 299, *, crop: float = 0.0, resample: str = "bilinear", max_pixels: int = MAX_PIXELS
+    data: bytes, size: int, *, crop: float = 0.0, resample: str = "bilinear", max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
     """An image file's bytes -> uint8 `[size, size, 3]`; any thread may call it.
 
@@ -141,9 +154,7 @@ class _Frame(NamedTuple):
 
 def _square(size: int, crop: float, width: int, height: int) -> _Frame:
     """Returns the frame of a square of `size` pixels a side: a centre crop, or all of the image if `crop` is 0."""
-    side = crop * min(width, height)
-    box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    return _Frame(size, size, box if crop else (0.0, 0.0, width, height))
+    return _Frame(size, size, centre(width, height, crop))
 
 
 def _decode(

@@ -43,7 +43,7 @@ class Captioned(NamedTuple):
     reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Captioner:
     """A decoder or an ensemble, with its vocabulary and image encoder. `flaxcap.load` returns one.
 
@@ -141,7 +141,7 @@ class Captioner:
 
     def _caption(self, tokens_T: np.ndarray, log_prob: np.ndarray, alpha_TP: np.ndarray) -> Caption:
         text = self.vocabulary.decode(tokens_T)
-        words = tuple(text.split())
+        words = tuple(text.split(" ")) if text else ()  # not split(): a vocabulary's word may hold other spaces
         return Caption(text, words, float(log_prob), alpha_TP[: len(words)])
 
     def _load(self, source: Source | Callable[[], bytes]) -> tuple[Any, np.ndarray | str]:

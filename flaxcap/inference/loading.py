@@ -101,8 +101,9 @@ def encoder_of(prepared: store.Store, config: config_lib.Config) -> StoreEncoder
     encoder, made_by = encoders.make(config.encoder), prepared.manifest["encoder"]
     if "imported_from" not in made_by:
         return StoreEncoder(encoder, load_params(prepared.path / store.ENCODER_DIR), made_by["weights_sha256"])
-    fits = (prepared.positions, prepared.feature_dim) == (encoder.positions, encoder.features)
-    params = encoder.load(config.encoder.weights)[0] if fits and config.encoder.weights != "random" else None
+    sizes = Sizes(prepared.positions, prepared.feature_dim, 0, prepared.positions_vary)
+    known = _gives(encoder, sizes) and config.encoder.weights != "random"
+    params = encoder.load(config.encoder.weights)[0] if known else None
     return StoreEncoder(encoder, params, made_by["weights_sha256"])
 
 
@@ -169,7 +170,17 @@ def load_export(path: epath.PathLike) -> Captioner:
     encoder_params = None
     if (path / ENCODER).exists() or not about.get("imported_from"):
         encoder_params = load_params(path / ENCODER, encoder.abstract_params())
+        if not _gives(encoder, sizes):
+            raise CheckpointError(
+                f"{path / 'about.json'}: found {sizes.positions} positions of {sizes.features} features,"
+                f" expected {encoder.positions} of {encoder.features}, which {encoder.name} gives"
+            )
     return Captioner(config, vocabulary, bind, params, encoder, encoder_params, about)
+
+
+def _gives(encoder: ImageEncoder, sizes: Sizes) -> bool:
+    """Returns True if features of these sizes can be the encoder's."""
+    return (sizes.positions, sizes.features, sizes.positions_vary) == (encoder.positions, encoder.features, False)
 
 
 def _read_about(file: epath.Path, vocabulary: int) -> tuple[dict[str, Any], Sizes]:

@@ -1,13 +1,17 @@
-"""Pictures of a run: its loss, and where the model looked."""
+"""Plots of a run: its loss, and the attention weights of a caption's words."""
 
 import os
 import textwrap
+from collections.abc import Sequence
 from typing import IO
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from flaxcap.images.preprocess import centre
 
 matplotlib.use("Agg")
 
@@ -15,7 +19,12 @@ _HEAT = matplotlib.colormaps["inferno"]
 
 
 def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """A PNG of the training and validation loss (nats a token) and CIDEr by step, from the lines of `metrics.jsonl`."""
+    """Writes a PNG of the training and validation loss and of CIDEr by step.
+
+    Args:
+      lines: of `metrics.jsonl`.
+      path: of the PNG.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, label, style in (
@@ -38,44 +47,68 @@ def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> No
     figure.savefig(path, dpi=110)
 
 
-def attention_plot(image: Image.Image, words: list[str], alpha_TP: np.ndarray, path: str | os.PathLike[str]) -> None:
-    """A PNG with the picture, and the picture once a word, in grey, with the attention over its grid laid on it.
+def attention_plot(
+    image: Image.Image,
+    words: Sequence[str],
+    alpha_TP: np.ndarray,
+    path: str | os.PathLike[str],
+    grid: tuple[int, int] | None,
+    crop: float = 0.0,
+) -> None:
+    """Writes a PNG: the image, then a cell for each word with its attention weights and the largest of them.
 
-    `alpha_TP`: a row of weights a word, P a square number. The glow is scaled to the word's largest weight, which
-    stands beside the word as a share of all its attention.
+    With a grid, the weights brighten and colour the grey image. The colours are scaled to the word's largest weight.
+    Without a grid, the weights are bars by position.
+
+    Args:
+      image: as the user sees it.
+      words: of the caption.
+      alpha_TP: attention weights, a row for each word. More rows are ignored.
+      path: of the PNG.
+      grid: rows and columns of the positions, in reading order; None: the positions have no layout.
+      crop: share of the shorter side that the grid covers, in the centre; 0: the grid covers the image.
     """
     count = len(words) + 1
-    # As few empty cells as can be.
+    # The number of columns with the fewest empty cells.
     columns = max(count, 3) if count < 7 else min(range(4, 8), key=lambda c: (-count % c, -c))
     rows = -(-count // columns)
     caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
-    # Inches. A very long or very wide picture keeps its aspect inside a cell that does not.
+    # In inches. The sides of a cell differ at most by a factor of 3.3; a longer image is distorted.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
     top, bottom = 0.2 + 0.25 * len(caption), 0.3
-    whole = (columns * (width + gap) + gap, top + rows * (height + label) + bottom)
-    figure = Figure(figsize=whole)
-    figure.text(0.5, 1 - 0.12 / whole[1], "\n".join(caption), ha="center", va="top", fontsize=14, parse_math=False)
-    note = "%: the share of a word's attention that its brightest place has"
-    figure.text(0.5, 0.1 / whole[1], note, ha="center", va="bottom", fontsize=8, color="gray")
-    pictures: list[tuple[Image.Image | np.ndarray, str]] = [(image, "")]
-    for word, alpha_P in zip(words, alpha_TP, strict=False):
-        text = word if len(word) <= 18 else word[:17] + "…"
-        pictures.append((_glow(image, alpha_P), f"{text}  {alpha_P.max():.0%}"))
-    for n, (picture, text) in enumerate(pictures):
-        x = gap + n % columns * (width + gap)
-        y = whole[1] - top - (n // columns + 1) * (height + label)
-        axes = figure.add_axes((x / whole[0], y / whole[1], width / whole[0], height / whole[1]))
+    size = (columns * (width + gap) + gap, top + rows * (height + label) + bottom)
+    figure = Figure(figsize=size)
+    figure.text(0.5, 1 - 0.12 / size[1], "\n".join(caption), ha="center", va="top", fontsize=14, parse_math=False)
+    note = "%: the word's largest attention weight" + ("" if grid else "; bars: its weights by position")
+    figure.text(0.5, 0.1 / size[1], note, ha="center", va="bottom", fontsize=8, color="gray")
+
+    def cell(number: int, title: str) -> Axes:
+        x = gap + number % columns * (width + gap)
+        y = size[1] - top - (number // columns + 1) * (height + label)
+        axes = figure.add_axes((x / size[0], y / size[1], width / size[0], height / size[1]))
         axes.axis("off")
-        axes.imshow(picture)
-        axes.set_title(text, fontsize=11, pad=4, parse_math=False)
+        axes.set_title(title, fontsize=11, pad=4, parse_math=False)
+        return axes
+
+    cell(0, "").imshow(image)
+    for number, (word, alpha_P) in enumerate(zip(words, alpha_TP, strict=False), 1):
+        axes = cell(number, f"{word if len(word) <= 18 else word[:17] + '…'}  {alpha_P.max():.0%}")
+        if grid:
+            axes.imshow(_heat(image, alpha_P.reshape(grid), crop))
+        else:
+            axes.bar(range(len(alpha_P)), alpha_P / max(alpha_P.max(), 1e-9), width=1, color=_HEAT(0.6))
+            axes.set(xlim=(-0.5, len(alpha_P) - 0.5), ylim=(0, 1))
     figure.savefig(path, dpi=110)
 
 
-def _glow(image: Image.Image, alpha_P: np.ndarray) -> np.ndarray:
-    """The picture in grey, coloured and brightened by the attention's share of its largest value."""
-    side = round(len(alpha_P) ** 0.5)
-    heat = Image.fromarray((alpha_P / max(alpha_P.max(), 1e-9)).reshape(side, side).astype(np.float32))
-    heat_YX = np.clip(np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)), 0, 1)
+def _heat(image: Image.Image, alpha: np.ndarray, crop: float) -> np.ndarray:
+    """Returns the grey image, coloured and brightened by the grid's attention weights over their largest."""
+    heat_YX = np.zeros((image.height, image.width), np.float32)
+    left, top, right, bottom = map(round, centre(image.width, image.height, crop))
+    right, bottom = max(right, left + 1), max(bottom, top + 1)
+    cells = Image.fromarray((alpha / max(alpha.max(), 1e-9)).astype(np.float32))
+    heat_YX[top:bottom, left:right] = cells.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    heat_YX = np.clip(heat_YX, 0, 1)
     grey_YX1 = np.asarray(image.convert("L"), np.float32)[..., None] / 255
     strength_YX1 = 0.65 * heat_YX[..., None]
     return (1 - strength_YX1) * 0.65 * grey_YX1 + strength_YX1 * _HEAT(heat_YX)[..., :3]

@@ -121,9 +121,9 @@ def test_the_attention_is_drawn_over_the_picture_itself(captioner, tmp_path, mon
     drawn = []
     plot = caption.plots.attention_plot
 
-    def spy(image, words, alpha_TP, path):
-        drawn.append((image, words))
-        plot(image, words, alpha_TP, path)
+    def spy(image, words, *args):
+        drawn.append((image, list(words)))
+        plot(image, words, *args)
 
     monkeypatch.setattr(caption.plots, "attention_plot", spy)
     found = [f for f in caption.caption(captioner, sources, plot_dir=tmp_path / "plots") if not f.reason]

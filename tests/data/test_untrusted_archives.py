@@ -59,7 +59,7 @@ def test_a_packed_image_that_is_too_large_is_cut_and_later_refused(coco, tmp_pat
     found = images_of(datasets.prepare("coco_captions", tmp_path / "data", manual_dir=coco))
     assert len(found["val2014_0.jpg"]) == 50_001
     with pytest.raises(decode.ImageError, match="more than the 50000 bytes allowed"):
-        decode.to_square(found["val2014_0.jpg"])
+        decode.to_square(found["val2014_0.jpg"], 299)
     monkeypatch.setattr(size_limits, "CAPTIONS", 100)
     with pytest.raises(DataError, match=r"annotations_trainval2014\.zip/.*: found more than the 100 bytes allowed"):
         datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)

@@ -1,3 +1,5 @@
+"""Weights files are read as data. A file that does not fit is refused with the name of the layer."""
+
 import hashlib
 import re
 
@@ -6,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from flaxcap.encoders.base import WeightsError
 from flaxcap.encoders.inception_v3 import network, weights
-from flaxcap.encoders.inception_v3.weights import WeightsError
 
 BLOCK = "mixed0"  # twelve convolutions: a small file
 
@@ -22,7 +24,7 @@ def params():
 
 
 def official(params, first=1, suffix=":0"):
-    """{path in the file: array}, in the layout of Keras's no-top file, layers numbered from `first`."""
+    """Returns {path in the file: array} in the layout of Keras's no-top file. Layers are numbered from `first`."""
     arrays = {}
     for number, conv in enumerate(params.values(), first):
         tail = f"_{number}" if number else ""
@@ -53,7 +55,7 @@ def test_every_numbering_of_keras_is_read(params, tmp_path, first, suffix):
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_file_of_the_whole_net_serves_an_early_block(inception_h5):
+def test_an_early_block_is_read_from_the_complete_file(inception_h5):
     early, whole = weights.read(inception_h5, "mixed3"), weights.read(inception_h5)
     assert len(whole) == 94
     assert {name: conv["kernel"].shape for name, conv in whole.items()} == network.kernel_shapes()
@@ -99,7 +101,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_wrong_files_are_refused_by_layer(params, tmp_path, damage):
+def test_a_file_that_does_not_fit_is_refused_by_layer(params, tmp_path, damage):
     arrays = official(params)
     change, words = DAMAGE[damage]
     change(arrays)
@@ -109,7 +111,7 @@ def test_wrong_files_are_refused_by_layer(params, tmp_path, damage):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_groups_linked_in_a_circle_and_data_kept_elsewhere_are_refused(params, tmp_path):
+def test_circular_groups_and_external_data_are_refused(params, tmp_path):
     path = write(tmp_path / "weights.h5", official(params))
     (tmp_path / "raw").write_bytes(bytes(4 * 64))
     with h5py.File(path, "a") as file:
@@ -120,7 +122,7 @@ def test_groups_linked_in_a_circle_and_data_kept_elsewhere_are_refused(params, t
     with h5py.File(path, "a") as file:
         del file[NORM + "circle"]
         file.create_dataset(NORM + "beta:0", (64,), "f4", external=[(tmp_path / "raw", 0, 256)])
-    with pytest.raises(WeightsError, match="kept in another file"):
+    with pytest.raises(WeightsError, match="found data kept in another file"):
         weights.read(path, BLOCK)
 
 
@@ -152,11 +154,11 @@ def test_mutated_files_are_read_or_refused(params, tmp_path):
     assert 20 < refused < 180
 
 
-def test_random_weights_are_measured_and_named_by_their_values():
+def test_random_weights_are_measured_and_hashed():
     images = np.random.default_rng(0).integers(0, 256, (2, 83, 83, 3), np.uint8)
-    first, hash_first = weights.load("random", block=BLOCK, measure_on=images)
-    same, hash_same = weights.load("random", block=BLOCK, measure_on=images)
-    other, hash_other = weights.load("random", block=BLOCK, seed=1, measure_on=images)
+    first, hash_first = weights.load("random", block=BLOCK, sample=lambda: images)
+    same, hash_same = weights.load("random", block=BLOCK, sample=lambda: images)
+    other, hash_other = weights.load("random", block=BLOCK, seed=1, sample=lambda: images)
     jax.tree.map(np.testing.assert_array_equal, first, same)
     assert hash_first == hash_same != hash_other
     assert (first["conv2d_1"]["var"] != 1).all()

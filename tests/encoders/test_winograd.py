@@ -1,4 +1,4 @@
-"""Convolutions by Winograd against the sum that defines a convolution."""
+"""Winograd convolutions equal the sum that defines a convolution."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ convolve = jax.jit(winograd.convolve, static_argnames=("size", "padding"))
 
 
 def plain(x, kernel, padding):
-    """In float64, an entry of the kernel after the other."""
+    """Returns the convolution in float64, summed over the entries of the kernel."""
     rows, columns = kernel.shape[:2]
     if padding == "SAME":
         x = np.pad(x, ((0, 0), ((rows - 1) // 2, rows // 2), ((columns - 1) // 2, columns // 2), (0, 0)))
@@ -35,7 +35,7 @@ def plain(x, kernel, padding):
     st.sampled_from(["SAME", "VALID"]),
     st.integers(0, 2**32 - 1),
 )
-def test_it_is_the_convolution(rows, columns, more_rows, more_columns, padding, seed):
+def test_it_equals_the_convolution(rows, columns, more_rows, more_columns, padding, seed):
     draw = np.random.default_rng(seed)
     x = draw.standard_normal((2, rows + more_rows, columns + more_columns, 3), np.float32)
     kernel = draw.standard_normal((rows, columns, 3, 4), np.float32)
@@ -47,22 +47,22 @@ def test_it_is_the_convolution(rows, columns, more_rows, more_columns, padding, 
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (5, 5), (1, 7), (7, 1), (1, 3), (3, 1)])
-def test_rounding_stays_near_that_of_a_plain_convolution(rows, columns):
+def test_rounding_errors_are_near_those_of_a_plain_convolution(rows, columns):
     draw = np.random.default_rng(0)
     x = np.maximum(draw.standard_normal((1, 17, 17, 64), np.float32), 0)
     kernel = draw.standard_normal((rows, columns, 64, 64), np.float32) / np.float32(np.sqrt(rows * columns * 64))
     exact = plain(x, kernel, "SAME")
     given = jnp.asarray(x), jnp.asarray(kernel)
-    usual = jax.lax.conv_general_dilated(*given, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    quick = convolve(x, winograd.transform(kernel), size=(rows, columns), padding="SAME")
-    errors = [np.sqrt(np.mean((np.asarray(y) - exact) ** 2)) for y in (usual, quick)]
+    baseline = jax.lax.conv_general_dilated(*given, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    fast = convolve(x, winograd.transform(kernel), size=(rows, columns), padding="SAME")
+    errors = [np.sqrt(np.mean((np.asarray(y) - exact) ** 2)) for y in (baseline, fast)]
     assert errors[1] < 10 * errors[0]
     assert errors[1] < 2e-6
 
 
 @pytest.mark.parametrize(("size", "share"), [((3, 3), 1 / 4), ((5, 5), 0.36), ((1, 7), 4 / 7), ((3, 1), 1 / 2)])
-def test_it_multiplies_so_much_less(size, share):
-    """Of multiplications of an input channel's numbers with a kernel's, in whole tiles."""
+def test_the_share_of_multiplications(size, share):
+    """Counts the multiplications of complete tiles, for one input channel and one filter."""
     kernel = np.ones((*size, 1, 1), np.float32)
     points = winograd.transform(kernel).size
     outputs = np.prod([winograd.OUTPUTS[n] for n in size])

@@ -143,7 +143,7 @@ def test_sixteen_bits_are_scaled_not_clipped(mode):
 )
 def test_pixels_without_a_known_range_are_refused(image, reason):
     with pytest.raises(ImageError, match=reason):
-        to_square(encode(image, "TIFF"))
+        to_square(encode(image, "TIFF"), SIZE)
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -238,7 +238,7 @@ TIFF = encode(picture(), "TIFF", compression="tiff_lzw")
 )
 def test_rubbish_is_refused_with_a_reason(data, reason):
     with pytest.raises(ImageError, match=reason):
-        to_square(data)
+        to_square(data, SIZE)
 
 
 def test_the_pixel_limit_is_exact():
@@ -256,10 +256,14 @@ def test_pillow_keeps_quiet_in_every_thread_and_other_warnings_are_heard():
     huge = bomb(9500, 9500)
     with pytest.warns(Image.DecompressionBombWarning), Image.open(io.BytesIO(huge)):
         pass
+
+    def square(data: bytes) -> np.ndarray:
+        return to_square(data, SIZE)
+
     with ThreadPoolExecutor(8) as pool:
-        assert all(result.shape == (299, 299, 3) for result in pool.map(to_square, [odd, PNG, JPEG] * 25))
+        assert all(result.shape == (SIZE, SIZE, 3) for result in pool.map(square, [odd, PNG, JPEG] * 25))
     with pytest.raises(ImageError, match=r"truncated|damaged"):
-        to_square(huge, max_pixels=100_000_000)
+        to_square(huge, SIZE, max_pixels=100_000_000)
     with pytest.warns(UserWarning, match="heard"):
         warnings.warn("heard", stacklevel=1)
 

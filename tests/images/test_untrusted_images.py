@@ -104,7 +104,7 @@ def test_bombs_are_refused_before_they_are_unpacked(name, monkeypatch):
     """Pillow's `load`, which unpacks, is not reached."""
     monkeypatch.setattr(decode, "_resized", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ImageError, match=r"pixels|allowed|over|of text|values|too large"):
-        decode.to_square(torture_bombs.BOMBS[name][0]())
+        decode.to_square(torture_bombs.BOMBS[name][0](), 299)
 
 
 def tiff(*entries: tuple[int, int, int, int]) -> bytes:
@@ -152,7 +152,7 @@ def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(headers, limit, 2)
             with pytest.raises(ImageError, match="of over 2"):
-                decode.to_square(torture_images.sound()[name])
+                decode.to_square(torture_images.sound()[name], 299)
 
 
 def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
@@ -178,7 +178,7 @@ Image.new("RGBA", (3000, 3000), "gray").save(out, "PNG")  # 36 MB unpacked
 errors, before = [], resident_mb()
 for _ in range(8):
     with pytest.raises(decode.ImageError, match="damaged") as found:
-        decode.to_square(out.getvalue()[:-1000])
+        decode.to_square(out.getvalue()[:-1000], 299)
     errors.append(found.value)
 print(resident_mb() - before)
 """

@@ -1,256 +1,221 @@
-"""An export is all that a captioner needs, and a damaged one is refused by name."""
+"""A captioner captions paths, bytes, PIL images and arrays with equal results, and compiles once."""
 
-import ast
 import dataclasses
-import json
-import os
+import functools
+import http.server
+import io
 import pathlib
-import shutil
-import subprocess
-import sys
+import threading
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_store import tiny_config, write_store
 from trained import Trained
 
-from flaxcap import presets
-from flaxcap.decoding import generate
+import flaxcap
+from flaxcap.commands import evaluate, train
 from flaxcap.errors import UserError
-from flaxcap.files.params import CheckpointError, load_params
+from flaxcap.images import decode, fetch
 from flaxcap.inference import export, loading
-from flaxcap.inference.captioner import Captioner
-from flaxcap.text.vocabulary import Vocabulary
+from flaxcap.inference.captioner import Caption, Captioned, Captioner
+from flaxcap.models import output_layer
+from flaxcap.text.vocabulary import END, SPECIAL, START, Vocabulary
+
+COUNT = 5
 
 
 @pytest.fixture(scope="module")
 def captioner(trained: Trained) -> Captioner:
-    return loading.load_run(trained.workdir, trained.data_dir)
+    return flaxcap.load(trained.workdir, data_dir=trained.data_dir)
 
 
-@pytest.fixture(scope="module")
-def exported(captioner, tmp_path_factory) -> pathlib.Path:
-    """An export, only to be read."""
-    path = tmp_path_factory.mktemp("export") / "made" / "here"
-    export.write(captioner, path)
-    return path
+def pixels(seed: int, rows: int = 60, columns: int = 80) -> np.ndarray:
+    patches = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(patches).resize((columns, rows), Image.Resampling.NEAREST))
+
+
+def png(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
 
 
 @pytest.fixture
-def copy(exported, tmp_path) -> pathlib.Path:
-    """An export to be damaged."""
-    return shutil.copytree(exported, tmp_path / "copy")
+def paths(tmp_path) -> list[pathlib.Path]:
+    found = [tmp_path / f"{seed}.png" for seed in range(COUNT)]
+    for seed, path in enumerate(found):
+        path.write_bytes(png(pixels(seed)))
+    return found
 
 
-def edit(file: pathlib.Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def assert_equal(found: Caption, expected: Caption) -> None:
+    assert found[:3] == expected[:3]
+    np.testing.assert_array_equal(found.attention, expected.attention)
 
 
-def equal(a, b) -> bool:
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(x, y), a, b)
-    return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(same)
-
-
-def test_what_is_written_comes_back_to_the_bit(captioner, exported):
-    found = loading.load_export(exported)
-    assert equal(found.params, jax.device_get(captioner.params))
-    assert equal(found.encoder, captioner.encoder)
-    assert found.config == captioner.config
-    assert found.vocabulary.tokens == captioner.vocabulary.tokens
-    assert found.about.items() > captioner.about.items()
-    assert found.about["step"] == captioner.about["step"]
-    feats_IPF = jax.random.normal(jax.random.key(0), (4, 64, 256))
-    key = jax.random.key(0)
-    drawn = [dataclasses.replace(c.config.decode, method="sample") for c in (captioner, found)]
-    runs = [(c, generate.Generator(c.bind, options)) for c, options in zip((captioner, found), drawn, strict=True)]
-    captions = [run(run.fold(c.params), feats_IPF, key) for c, run in runs]
-    assert equal(*captions)
-    assert len(np.unique(captions[0].tokens_IT)) > 5
-
-
-ELSEWHERE = """
-import sys
-from flaxcap.commands import caption
-from flaxcap.inference import captioner as export
-captioner = export.load(model_dir=sys.argv[1])
-for found in caption.caption(captioner, caption.from_sources(sys.argv[2:])):
-    assert not found.reason, found.reason
-    print([found.caption, found.log_prob.hex()])
-"""
-
-
-def test_it_needs_neither_the_run_nor_the_data(trained: Trained, tmp_path):
-    """Three processes on one device: two load the run, export it and caption; one has the moved export alone."""
-    here = tmp_path / "here"
-    for path in (trained.data_dir, trained.workdir):
-        shutil.copytree(path, here / path.name)
-    pictures = [tmp_path / f"{n}.png" for n in range(3)]
-    for n, path in enumerate(pictures):
-        Image.fromarray(np.random.default_rng(n).integers(0, 256, (99, 77, 3), np.uint8)).save(path)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-    def python(code: str, *args) -> str:
-        command = [sys.executable, "-c", code, *map(str, args)]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
-
-    loaded = f"export.load(workdir={str(here / 'run')!r}, data_dir={str(here / 'data')!r})"
-    in_run = ELSEWHERE.replace("export.load(model_dir=sys.argv[1])", f"{loaded}\nexport.write(captioner, sys.argv[1])")
-    expected = python(in_run, here / "export", *pictures)
-    elsewhere = tmp_path / "elsewhere" / "model"
-    elsewhere.parent.mkdir()
-    (here / "export").rename(elsewhere)
-    shutil.rmtree(here)
-    assert python(ELSEWHERE, elsewhere, *pictures) == expected
-    captions = [ast.literal_eval(line)[0] for line in expected.splitlines()]
-    assert len(captions) == 3
-    assert all(captions)
-
-
-def test_no_file_is_a_pickle(exported):
-    files = [file for file in exported.rglob("*") if file.is_file()]
-    assert {file.name for file in exported.iterdir()} == {
-        "config.json",
-        "vocabulary.json",
-        "about.json",
-        "decoder",
-        "encoder",
+def test_every_kind_of_image_gets_the_same_caption(captioner, paths):
+    expected = captioner.caption(paths)
+    assert len({caption.log_prob for caption in expected}) == COUNT
+    kinds = {
+        "names": [str(path) for path in paths],
+        "bytes": [path.read_bytes() for path in paths],
+        "arrays": [pixels(seed) for seed in range(COUNT)],
+        "PIL images": [Image.fromarray(pixels(seed)) for seed in range(COUNT)],
     }
-    assert len(files) > 10
-    for file in files:
-        assert "pickle" not in file.name
-        assert file.suffix not in (".pkl", ".pickle", ".pt", ".npy")
-        assert not file.read_bytes().startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    for images in kinds.values():
+        for found, caption in zip(captioner.caption(images), expected, strict=True):
+            assert_equal(found, caption)
+    mixed = [list(images)[n % len(kinds)] for n, images in enumerate(zip(*kinds.values(), strict=True))]
+    for found, caption in zip(captioner.caption(iter(mixed)), expected, strict=True):
+        assert_equal(found, caption)
+    for found, caption in zip(captioner.stream([lambda p=p: p.read_bytes() for p in paths]), expected, strict=True):
+        assert_equal(found.caption, caption)
 
 
-@pytest.mark.parametrize("there", ["an export", "another file", "a file itself"])
-def test_nothing_is_written_over(there, captioner, tmp_path, copy):
-    out = copy if there == "an export" else tmp_path / "out"
-    if there == "another file":
-        out.mkdir()
-        (out / "mine.txt").write_text("mine")
-    elif there == "a file itself":
-        out.write_text("mine")
-    before = {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()}
-    with pytest.raises(CheckpointError, match=f"--out={out}: not empty; an export goes to a new directory"):
-        export.write(captioner, out)
-    assert {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file()} == before
+def test_an_address_is_captioned(captioner, paths, monkeypatch):
+    """The test server is on this machine, whose addresses are refused otherwise."""
+    monkeypatch.setattr(fetch, "is_public", lambda _: True)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=paths[0].parent)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            found = captioner.caption(f"http://127.0.0.1:{server.server_address[1]}/{paths[1].name}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert_equal(found, captioner.caption(paths[1]))
 
 
-def test_an_empty_directory_will_do(captioner, tmp_path):
-    export.write(captioner, tmp_path)
-    assert loading.load_export(tmp_path).about["step"] == captioner.about["step"]
+def test_one_image_gives_one_caption_and_several_a_list(captioner, paths):
+    for image in (paths[0], str(paths[0]), paths[0].read_bytes(), pixels(0), Image.fromarray(pixels(0))):
+        one, (listed,) = captioner.caption(image), captioner.caption([image])
+        assert isinstance(one, Caption)
+        assert_equal(one, listed)
+    assert captioner.caption([]) == []
+    many = captioner.caption(paths * 4)  # more than a batch
+    assert len(many) == 4 * COUNT > captioner.batch_size
+    for n, found in enumerate(many):
+        assert_equal(found, many[n % COUNT])
 
 
-@pytest.mark.parametrize("name", ["config.json", "vocabulary.json", "about.json", "decoder", "encoder"])
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
-def test_a_damaged_part_is_named(copy, name, damage):
-    target = copy / name
-    if target.is_dir() and damage == "missing":
-        shutil.rmtree(target)
-    else:
-        file = target if target.is_file() else max(target.rglob("d/*"), key=lambda f: f.stat().st_size)
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2 if damage == "cut" else 0])
-        if damage == "missing":
-            file.unlink()
-    with pytest.raises(UserError) as error:
-        loading.load_export(copy)
-    assert str(error.value).startswith(str(copy))
-    assert name in str(error.value)
-    if damage == "missing":
-        assert isinstance(error.value, CheckpointError)
+@pytest.mark.parametrize("method", ["greedy", "sample", "beam"])
+def test_text_words_and_attention_agree(captioner, paths, method):
+    config = dataclasses.replace(captioner.config, decode=dataclasses.replace(captioner.config.decode, method=method))
+    for found in dataclasses.replace(captioner, config=config).caption(paths):
+        assert found.text == " ".join(found.words)
+        assert found.words
+        assert set(found.words) <= set(captioner.vocabulary.tokens) - set(SPECIAL)
+        assert found.log_prob < 0
+        assert found.attention.dtype == np.float32
+        assert found.attention.shape == (len(found.words), captioner.encoder.positions)
+        assert (found.attention >= 0).all()
+        np.testing.assert_allclose(found.attention.sum(1), 1, atol=1e-5)
 
 
-def test_a_flipped_bit_in_any_file_of_parameters_is_seen(copy):
-    files = [file for part in ("decoder", "encoder") for file in (copy / part).rglob("*") if file.is_file()]
-    for file in files:
-        whole = file.read_bytes()
-        middle = len(whole) // 2
-        file.write_bytes(whole[:middle] + bytes([*(b ^ 1 for b in whole[middle : middle + 1])]) + whole[middle + 1 :])
-        if whole:
-            with pytest.raises(CheckpointError, match=f"{file.name}: (damaged|missing, or not as it was written)"):
-                loading.load_export(copy)
-        file.write_bytes(whole)
-    loading.load_export(copy)
+def test_log_prob_is_the_teacher_forced_one(captioner, paths):
+    """Scores the caption's tokens with the decoder itself."""
+    found = captioner.caption(paths[0])
+    tokens = [START, *(captioner.vocabulary.ids[word] for word in found.words), END]
+    pixels_YX3 = decode.for_encoder(paths[0].read_bytes(), captioner.encoder.preprocess)
+    feats_IPF = jax.device_put(captioner._encode(pixels_YX3[None]), jax.devices()[0])
+    decoder = captioner.bind(captioner.params)
+    states, alpha_TICP = decoder(feats_IPF, np.array([[tokens[:-1]]], np.int32))
+    log_probs = jax.nn.log_softmax(output_layer.logits(decoder.output_weights(), states))[:, 0, 0]
+    expected = sum(log_probs[t, token] for t, token in enumerate(tokens[1:]))
+    assert found.log_prob == pytest.approx(float(expected), abs=1e-3)
+    np.testing.assert_allclose(found.attention, alpha_TICP[:-1, 0, 0], atol=1e-4)
 
 
-def test_another_vocabulary_is_refused(copy):
-    file = copy / "vocabulary.json"
-    words = list(Vocabulary.from_json(file.read_text(), "").tokens)
-    words[-1], words[-2] = words[-2], words[-1]
-    file.write_text(Vocabulary(words).to_json())
-    with pytest.raises(CheckpointError, match=r"vocabulary\.json: not the vocabulary that the model was trained with"):
-        loading.load_export(copy)
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"vocabulary\.json"):
-        loading.load_export(copy)
+def test_a_word_with_an_unusual_space_is_one_word(captioner, paths):
+    """A vocabulary may come from a stranger; `str.split` would split at such a space."""
+    strange = Vocabulary([*SPECIAL, *(f"{word}\u3000x" for word in captioner.vocabulary.tokens[len(SPECIAL) :])])
+    found = dataclasses.replace(captioner, vocabulary=strange).caption(paths[0])
+    assert found.words == tuple(f"{word}\u3000x" for word in captioner.caption(paths[0]).words)
+    assert len(found.attention) == len(found.words)
 
 
-def test_a_config_of_another_model_is_refused(copy):
-    file = copy / "config.json"
-    config = presets.load(str(file))
-    for group, field, value, message in (
-        (
-            "model",
-            "hidden_dim",
-            33,
-            r"decoder: 6 parameters .*: cell/context/kernel has shape \(16, 96\), expected .*99",
-        ),
-        ("model", "cell", "lstm", r"decoder: \d+ parameters do not fit the preset: cell/context/kernel has shape"),
-        (
-            "model",
-            "attention_gate",
-            True,
-            r"decoder: 2 parameters do not fit the preset: cell/gate/bias has shape none",
-        ),
-        ("encoder", "block", "mixed1", r"encoder: .* has shape none \(it is missing\), expected \("),
-        ("encoder", "block", "mixed99", r"encoder\.block=mixed99: expected one of"),
+def test_an_unreadable_image_is_named(captioner, paths, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(paths[0].read_bytes()[:-60])
+    for images, message in (
+        (tmp_path / "none.png", rf"{tmp_path}/none\.png: cannot be read: No such file"),
+        ([paths[0], str(broken)], rf"^{broken}: damaged"),
+        ([paths[0], b"text"], r"^image 1: not an image"),
+        (np.zeros((4, 4, 3)), r"^image 0: found an array float64 \[4, 4, 3\], expected uint8"),
+        ([paths[0], Image.new("F", (5, 5))], r"^image 1: floating-point pixels"),
+        ("http://127.0.0.1:1/a.png", r"^http://127\.0\.0\.1:1/a\.png: 127\.0\.0\.1 is no public address"),
     ):
-        tree = json.loads(presets.to_json(config))
-        tree[group][field] = value
-        file.write_text(json.dumps(tree))
-        with pytest.raises(UserError, match=message):
-            loading.load_export(copy)
+        with pytest.raises(UserError, match=message) as error:
+            captioner.caption(images)
+        assert str(error.value).count("none.png") <= 1
+    found = list(captioner.stream([broken, paths[0], b""]))
+    assert [item.caption is None for item in found] == [True, False, True]
+    assert [bool(item.reason) for item in found] == [True, False, True]
+    assert found[2] == Captioned(None, None, "the file is empty")
+    assert_equal(found[1].caption, captioner.caption(paths)[0])
 
 
-def test_parameters_of_another_shape_are_refused(captioner, tmp_path):
-    params = jax.device_get(captioner.params) | {"head": {"bias": np.zeros(32), "kernel": np.zeros((32, 31))}}
-    export.write(dataclasses.replace(captioner, params=params), tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"1 param.*head/kernel has shape \(32, 31\), expected \(32, 32\)"):
-        loading.load_export(tmp_path / "a")
-    name = next(iter(captioner.encoder))
-    encoder = {k: v for k, v in captioner.encoder.items() if k != name}
-    export.write(dataclasses.replace(captioner, encoder=encoder), tmp_path / "b")
-    with pytest.raises(CheckpointError, match=rf"encoder: 4 parameters .*: {name}/beta has shape none"):
-        loading.load_export(tmp_path / "b")
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """Yields a list that receives the name of an event for each tracing and compilation."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"preprocessing": "cropped"}, "trained with pictures prepared as 'cropped', this version prepares them as"),
-        ({"feature_dim": "wide"}, "cannot be read"),
-        ({"feature_dim": 2048}, r"image/kernel has shape \(256, 16\), expected \(2048, 16\)"),
-        ({"files": 3}, "cannot be read"),
-        ({"vocabulary_sha256": None}, "not the vocabulary"),
-    ],
-)
-def test_another_preprocessing_or_origin_is_refused(copy, changes, message):
-    edit(copy / "about.json", **changes)
-    with pytest.raises(CheckpointError, match=message):
-        loading.load_export(copy)
+@pytest.mark.parametrize("count", [1, COUNT])
+def test_a_second_call_compiles_nothing(captioner, paths, count, compilations):
+    fresh = dataclasses.replace(captioner)
+    fresh.caption(paths[:count])
+    compiled = [event for event in compilations if event.endswith("backend_compile_duration")]
+    assert len(compiled) >= 3  # the encoder, the parameters' preparation, and decoding
+    compilations.clear()
+    fresh.caption([pixels(seed) for seed in range(10, 10 + count)])
+    assert compilations == []
+    if count > 1:
+        fresh.caption(paths[:2], seed=3)  # other sizes of a group and other seeds need no other program
+        assert compilations == []
 
 
-def test_what_is_no_model_is_named(tmp_path, trained: Trained):
-    with pytest.raises(CheckpointError, match="no model is named: give --workdir=RUN or --model=EXPORT"):
-        loading.load_ensemble()
-    for place in ({"workdir": tmp_path}, {"model_dir": tmp_path / "nothere"}):
-        with pytest.raises(CheckpointError, match=r"no config\.json: neither a run nor an export"):
-            captioner_lib.load(**place)
-    shutil.copy(trained.workdir / "config.json", tmp_path)
-    shutil.copy(trained.workdir / "vocabulary.json", tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint yet; `flaxcap train` makes them"):
-        loading.load_run(tmp_path, trained.data_dir)
-    with pytest.raises(CheckpointError, match="nothere: no parameters"):
-        load_params(tmp_path / "nothere")
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Returns a preset, the data directory and the run of a model of imported features."""
+    path = tmp_path_factory.mktemp("imported")
+    config = tiny_config(epochs=1)
+    write_store(path / "data", config)
+    train.train(config, path / "run", path / "data")
+    return config, path / "data", path / "run"
+
+
+def test_a_model_of_imported_features_captions_no_images(imported, tmp_path, paths):
+    _, data_dir, workdir = imported
+    loaded = loading.load(workdir, data_dir=data_dir)
+    export.write(loaded, tmp_path / "export")
+    assert not (tmp_path / "export" / "encoder").exists()
+    for captioner in (loaded, loading.load(tmp_path / "export")):
+        assert captioner.encoder_params is None
+        with pytest.raises(UserError, match=r"the features of this model were imported \(nowhere\); it captions"):
+            captioner.caption(paths[0])
+
+
+def test_a_model_of_imported_features_is_evaluated_on_its_store(imported, tmp_path):
+    _, data_dir, workdir = imported
+    loaded = loading.load(workdir, data_dir=data_dir)
+    export.write(loaded, tmp_path / "export")
+    scores = [
+        evaluate.evaluate(captioner, data_dir, "val", tmp_path / "scores").scores
+        for captioner in (loaded, loading.load(tmp_path / "export"))
+    ]
+    assert scores[0] == scores[1]
+    assert {"loss", "CIDEr", "log_prob"} <= set(scores[0])

@@ -1,4 +1,4 @@
-"""Pictures of a run: PNGs that show what they should, whatever they are given."""
+"""Plots of a run show the loss and the attention weights, for any image and any caption."""
 
 import io
 
@@ -18,9 +18,16 @@ def loss(*lines: dict) -> np.ndarray:
     return pixels(out)
 
 
-def attention(tmp_path, image: Image.Image, words: list[str], alpha_TP: np.ndarray) -> np.ndarray:
+def attention(
+    tmp_path,
+    image: Image.Image,
+    words: list[str],
+    alpha_TP: np.ndarray,
+    grid: tuple[int, int] | None = (8, 8),
+    crop: float = 0.0,
+) -> np.ndarray:
     path = tmp_path / "plot.png"
-    plots.attention_plot(image, words, alpha_TP, path)
+    plots.attention_plot(image, words, alpha_TP, path, grid, crop)
     return pixels(path)
 
 
@@ -32,7 +39,7 @@ def pixels(file) -> np.ndarray:
 
 
 def cells(picture: np.ndarray) -> list[np.ndarray]:
-    """The pictures in a drawing, in reading order: the rectangles that are nowhere white. [Y, X, 3] each."""
+    """Returns the images in a plot in reading order, [Y, X, 3] each: the rectangles without white."""
     dark = np.any(picture < 250, -1)
     found = []
     for top, bottom in runs(dark.mean(1) > 0.1, 20):
@@ -123,9 +130,39 @@ def test_no_words_and_no_attention(tmp_path):
     assert len(cells(attention(tmp_path, PICTURE, ["a"], np.zeros((3, 64))))) == 2
 
 
-def test_any_square_grid(tmp_path):
-    alpha_P = np.zeros(9)
-    alpha_P[8] = 1
-    _, overlay = cells(attention(tmp_path, PICTURE, ["a"], alpha_P[None]))
+def brightest(overlay: np.ndarray) -> tuple[float, float]:
+    """Returns the position of the brightest pixel, as shares of the height and width."""
     y, x = np.unravel_index(np.argmax(overlay.sum(-1)), overlay.shape[:2])
-    assert (y * 3 // overlay.shape[0], x * 3 // overlay.shape[1]) == (2, 2)
+    return float((y + 0.5) / overlay.shape[0]), float((x + 0.5) / overlay.shape[1])
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (3, 4), (4, 3), (1, 6), (5, 1)])
+def test_any_grid(grid, tmp_path):
+    for position in (0, grid[1] - 1, np.prod(grid) - 1):
+        alpha_P = np.eye(np.prod(grid))[position]
+        _, overlay = cells(attention(tmp_path, PICTURE, ["a"], alpha_P[None], grid))
+        y, x = brightest(overlay)
+        assert (int(y * grid[0]), int(x * grid[1])) == divmod(position, grid[1])
+
+
+@pytest.mark.parametrize("position", [0, 5, 15])
+def test_the_grid_of_a_centre_crop_covers_the_crop_alone(position, tmp_path):
+    """The image has 90x60 pixels, the crop is the square of 30 pixels in its centre."""
+    _, overlay = cells(attention(tmp_path, PICTURE, ["a"], np.eye(16)[position][None], (4, 4), 0.5))
+    y, x = brightest(overlay)
+    row, column = divmod(position, 4)
+    assert 1 / 4 + row / 8 <= y <= 1 / 4 + (row + 1) / 8
+    assert 1 / 3 + column / 12 <= x <= 1 / 3 + (column + 1) / 12
+    outside = [overlay[: len(overlay) // 5], overlay[:, : overlay.shape[1] // 4]]
+    assert all(np.ptp(part, axis=-1).max() < 30 for part in outside)
+
+
+def test_positions_without_a_layout_are_bars(tmp_path):
+    alpha_TP = np.stack([np.full(36, 1 / 36), np.eye(36)[20]])
+    picture = attention(tmp_path, PICTURE, ["a", "ring"], alpha_TP, None)
+    uniform, bar = (picture[100:-40, left : left + 240] for left in (255, 510))
+    shares = [(np.ptp(cell, axis=-1) > 60).mean() for cell in (uniform, bar)]
+    assert shares[0] > 20 * shares[1] > 0
+    columns = np.flatnonzero((np.ptp(bar, axis=-1) > 60).any(0))
+    assert np.ptp(columns) < 12
+    assert 20 / 36 < (columns.mean() - 9) / 242 < 21 / 36

@@ -1,4 +1,4 @@
-"""Weights and trained models from strangers: read as data, in bounded memory, or named."""
+"""Weights and models from untrusted sources are read as data, in bounded memory, or refused by name."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from torture_cases import files as torture_files
 from trained import Trained
 
 from flaxcap.config import ConfigError
+from flaxcap.encoders.base import WeightsError
 from flaxcap.encoders.inception_v3 import weights
-from flaxcap.encoders.inception_v3.weights import WeightsError
 from flaxcap.files import integrity, size_limits
 from flaxcap.files.params import CheckpointError
-from flaxcap.inference import captioner
+from flaxcap.inference import export, loading
 from flaxcap.text.vocabulary import VocabularyError
 
 # Where one array cannot be read, Orbax closes its event loop while TensorStore reads the others, which complain.
@@ -71,7 +71,7 @@ def test_weights_that_unpack_to_more_than_their_shape_are_refused(tmp_path, monk
 @pytest.fixture(scope="module")
 def exported(trained: Trained, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("export") / "model"
-    captioner.write(captioner.load(workdir=trained.workdir, data_dir=trained.data_dir), path)
+    export.write(loading.load_run(trained.workdir, trained.data_dir), path)
     return path
 
 
@@ -89,13 +89,13 @@ def edit(file: pathlib.Path, **changes) -> None:
 
 def refuse(model: pathlib.Path, message: str) -> None:
     with pytest.raises((CheckpointError, ConfigError, VocabularyError), match=message) as error:
-        captioner.load(model_dir=model)
+        loading.load_export(model)
     assert str(error.value).startswith(str(model))
 
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_a_model_without_checksums_is_refused(model, part):
-    assert captioner.load(model_dir=model).vocabulary
+    assert loading.load_export(model).vocabulary
     (model / part / integrity.CHECKSUMS).unlink()
     refuse(model, rf"{part}/{integrity.CHECKSUMS}: missing")
 
@@ -160,7 +160,7 @@ def test_links_and_devices_in_a_model_are_refused(model, kind, tmp_path):
 def test_links_within_a_model_are_followed(model):
     (model / "about.json").rename(model / "really.json")
     (model / "about.json").symlink_to("really.json")
-    captioner.load(model_dir=model)
+    loading.load_export(model)
 
 
 def test_a_model_of_too_many_bytes_is_not_read(model, monkeypatch):
