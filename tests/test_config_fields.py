@@ -11,7 +11,6 @@ from flaxcap import config as config_lib
 from flaxcap.data import shapes
 
 GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_dataclass(cls)}
-DECODER = "flaxcap.models.recurrent.RecurrentDecoder"  # whose `config` is a Model
 
 
 class Reads(ast.NodeVisitor):
@@ -21,6 +20,7 @@ class Reads(ast.NodeVisitor):
         self.found: set[tuple[str, str]] = set()
         self.scopes: list[dict[str, str]] = [{}]
         self.kinds = {name: name for name in GROUPS}
+        self.attributes: dict[str, dict[str, str]] = {}  # class of the module -> attribute -> class of config.py
 
     def of(self, node: ast.AST) -> str | None:
         """Returns the name of an expression's class, if it is a class of config.py."""
@@ -29,8 +29,9 @@ class Reads(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             if isinstance(node.value, ast.Name) and node.value.id == "self":
                 return self.of(ast.Name(f"self.{node.attr}"))
-            if (owner := self.of(node.value)) == DECODER:
-                return "Model" if node.attr == "config" else None
+            owner = self.of(node.value)
+            if owner in self.attributes:
+                return self.attributes[owner].get(node.attr)
             if owner is not None:
                 hint = typing.get_type_hints(GROUPS[owner]).get(node.attr)
                 return next((name for name, cls in GROUPS.items() if cls is hint), None)
@@ -40,8 +41,12 @@ class Reads(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom):
         if node.module == "flaxcap.config":
             self.kinds |= {alias.asname: alias.name for alias in node.names if alias.asname and alias.name in GROUPS}
-        if DECODER in {f"{node.module}.{alias.name}" for alias in node.names}:
-            self.kinds["RecurrentDecoder"] = DECODER
+
+    def visit_ClassDef(self, node: ast.ClassDef):
+        hints = {ast.unparse(n.target): ast.unparse(n.annotation) for n in node.body if isinstance(n, ast.AnnAssign)}
+        self.kinds[node.name] = node.name
+        self.attributes[node.name] = {name: self.kinds[hint] for name, hint in hints.items() if hint in self.kinds}
+        self.generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute):
         owner = self.of(node.value)
@@ -91,12 +96,14 @@ class A:
     groups = {("Config", "data"), ("Data", "shapes")}
     fields = {("Config", "seed"), ("Shapes", "seed"), ("Train", "dtype"), ("Model", "cell")}
     assert reads(text) == groups | fields
-    other = "def g(one: RecurrentDecoder):\n  c, d = one.config, one.dtype\n  return c.tied, one.config.output, d.seed"
-    assert reads(f"from flaxcap.models.recurrent import RecurrentDecoder\n{other}") == {
-        ("Model", "tied"),
-        ("Model", "output"),
-    }
-    assert reads(other) == {("Config", "tied"), ("Config", "output")}
+
+
+def test_reads_are_found_through_annotated_attributes_and_renamed_imports():
+    parts = "class Parts:\n  config: Train\n  other: int\n"
+    read = "def g(parts: Parts):\n  c, o = parts.config, parts.other\n  return c.epochs, parts.config.dtype, o.seed"
+    assert reads(f"{parts}{read}") == {("Train", "epochs"), ("Train", "dtype")}
+    imports = "from flaxcap.config import Encoder as EncoderConfig\n"
+    assert reads(f"{imports}def g(config: EncoderConfig):\n  return config.seed") == {("Encoder", "seed")}
 
 
 def test_no_field_is_unused():

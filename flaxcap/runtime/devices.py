@@ -17,11 +17,13 @@ MOST_DEVICES = 16  # on a CPU; each device holds a copy of the parameters
 
 
 def check_flax() -> None:
-    """UserError where the installed flax cannot be imported beside the installed jax.
+    """Checks that the installed flax works with the installed jax.
 
-    pip installs such pairs, as it can exclude a release but not a pair: flax up to 0.12.8 asks for any jax from 0.10,
-    and fails with jax 0.11.1 and newer (AttributeError: jax.experimental.hijax has no MutableHiType); so does flax
-    0.12.9 with jax 0.11.2 and newer (no HiPrimitive).
+    pip can exclude a release but not a pair of releases. flax up to 0.12.8 fails with jax 0.11.1 and newer:
+    "jax.experimental.hijax has no MutableHiType". flax 0.12.9 fails with jax 0.11.2 and newer: "no HiPrimitive".
+
+    Raises:
+      UserError: flax cannot be imported.
     """
     try:
         importlib.import_module("flax.nnx")
@@ -89,16 +91,17 @@ def convolving() -> dict[str, str] | None:
     On a CPU, Eigen then computes the convolutions. jaxlib 0.10.2 and newer would use YNN, which takes up to twice as
     long.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    return known("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT") if on_cpu else None
+    if jax.default_backend() != "cpu":
+        return None
+    return compiler_option("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
 
 
 @functools.cache
-def known(option: str, value: str) -> dict[str, str] | None:
-    """The compiler option, for `jax.jit`; None, logged once, where the installed jaxlib does not know it.
+def compiler_option(option: str, value: str) -> dict[str, str] | None:
+    """Returns {option: value} for `jax.jit`, or None if the installed jaxlib has no such compiler option.
 
-    XLA's options come and go between releases, and a compilation with an unknown one fails: jaxlib 0.11.1 took away
-    xla_cpu_use_fusion_emitters. The small program that tells compiles in 0.05 s.
+    A compilation with an unknown option fails, and releases remove options: jaxlib 0.11.1 has no
+    xla_cpu_use_fusion_emitters. The check compiles a small program, once, in 0.05 s. A missing option is logged.
     """
     options = {option: value}
     try:

@@ -55,11 +55,11 @@ def test_a_command_uses_as_many_cores_as_its_batch_allows():
 def test_a_compiler_option_that_jaxlib_lacks_is_left_out_with_one_line(caplog):
     with caplog.at_level("WARNING"):
         for _ in range(2):
-            assert devices_lib.known("xla_no_such_option", "1") is None
+            assert devices_lib.compiler_option("xla_no_such_option", "1") is None
     assert [record.message for record in caplog.records] == [
         "compiled without xla_no_such_option=1: INVALID_ARGUMENT: No such compile option: 'xla_no_such_option'"
     ]
-    assert devices_lib.known("xla_backend_optimization_level", "1") == {"xla_backend_optimization_level": "1"}
+    assert devices_lib.compiler_option("xla_backend_optimization_level", "1") == {"xla_backend_optimization_level": "1"}
 
 
 def test_a_flag_that_jaxlib_lacks_is_found_without_an_abort():
