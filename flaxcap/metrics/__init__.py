@@ -1,1 +1,1 @@
-"""Caption metrics, equal to pycocoevalcap's."""
+"""Caption metrics, equal to those of pycocoevalcap, and diagnostics of captions."""

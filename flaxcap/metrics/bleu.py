@@ -1,7 +1,7 @@
-"""BLEU-1 … BLEU-4 as pycocoevalcap's Bleu(4) gives them.
+"""BLEU-1 to BLEU-4, equal to pycocoevalcap's Bleu(4).
 
-Papineni et al. 2002 (aclanthology.org/P02-1040), the brevity penalty taken from the reference whose length is closest,
-of two the shorter. Two small constants, pycocoevalcap's, keep the logarithm of nothing away.
+Papineni et al. 2002 (aclanthology.org/P02-1040). The brevity penalty compares with the reference of the closest length,
+and with the shorter one of two equally close. pycocoevalcap's two constants avoid the logarithm of zero.
 """
 
 import numpy as np
@@ -12,26 +12,27 @@ _TINY, _SMALL = 1e-15, 1e-9
 
 
 def bleu(matches: Matches, references: References) -> tuple[np.ndarray, np.ndarray]:
-    """BLEU-1 … 4 of the corpus, float64 [4], and of each candidate, float64 [candidates, 4]."""
-    length_C = matches.length_C
-    most_E = np.zeros(len(matches.count_E), np.int64)
-    np.maximum.at(most_E, matches.entry_F, matches.count_F)
-    correct_CN = np.bincount(
-        matches.candidate_E * ORDERS + matches.order_E,
-        np.minimum(most_E, matches.count_E),
-        len(length_C) * ORDERS,
+    """Returns BLEU-1 to BLEU-4 of the corpus, float64 [4], and of each candidate, float64 [candidates, 4]."""
+    # A candidate's n-gram counts at most as often as in the reference that has it most often.
+    limit = np.zeros(len(matches.entry_count), np.int64)
+    np.maximum.at(limit, matches.hit_entry, matches.hit_count)
+    correct = np.bincount(
+        matches.entry_candidate * ORDERS + matches.entry_order,
+        np.minimum(limit, matches.entry_count),
+        len(matches.lengths) * ORDERS,
     ).reshape(-1, ORDERS)
-    guessed_CN = np.maximum(length_C[:, None] - np.arange(ORDERS), 0)
+    total = np.maximum(matches.lengths[:, None] - np.arange(ORDERS), 0)
 
-    length_P = references.length_R[matches.reference_P]
-    distance_P = np.abs(length_P - length_C[matches.candidate_P])
-    order_P = np.lexsort((length_P, distance_P, matches.candidate_P))
-    closest_C = length_P[order_P[np.cumsum(matches.pairs_C) - matches.pairs_C]]
-    corpus = _bleu(correct_CN.sum(0), guessed_CN.sum(0), length_C.sum(keepdims=True), closest_C.sum(keepdims=True))
-    return corpus, _bleu(correct_CN, guessed_CN, length_C[:, None], closest_C[:, None])
+    pair_length = references.lengths[matches.pair_reference]
+    pair_distance = np.abs(pair_length - matches.lengths[matches.pair_candidate])
+    by_distance = np.lexsort((pair_length, pair_distance, matches.pair_candidate))
+    first_pair = np.cumsum(matches.num_references) - matches.num_references
+    closest = pair_length[by_distance[first_pair]]
+    corpus = _bleu(correct.sum(0), total.sum(0), matches.lengths.sum(keepdims=True), closest.sum(keepdims=True))
+    return corpus, _bleu(correct, total, matches.lengths[:, None], closest[:, None])
 
 
-def _bleu(correct: np.ndarray, guessed: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
-    precision = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1) ** (1 / np.arange(1, ORDERS + 1))
+def _bleu(correct: np.ndarray, total: np.ndarray, length: np.ndarray, reference_length: np.ndarray) -> np.ndarray:
+    precision = np.cumprod((correct + _TINY) / (total + _SMALL), axis=-1) ** (1 / np.arange(1, ORDERS + 1))
     ratio = (length + _TINY) / (reference_length + _SMALL)
     return precision * np.exp(np.minimum(1 - 1 / ratio, 0))

@@ -1,4 +1,4 @@
-"""What is wrong with captions that a score does not tell: endings, repeats, a small vocabulary."""
+"""Faults of captions that scores do not show: cut-off endings, repetitions, a small vocabulary."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -6,42 +6,47 @@ from collections.abc import Collection, Sequence
 from flaxcap.errors import UserError
 from flaxcap.text.words import words
 
-# They want a word to follow. One caption in a hundred of Flickr8k's ends in one, most of those in "on".
+# A word must follow them. 1% of Flickr8k's captions end in one, most of these in "on".
 FUNCTION_WORDS = frozenset({
     "a", "an", "the", "this", "these", "his", "its", "their", "and", "or", "but", "while", "as", "that", "which", "who",
     "of", "with", "in", "on", "at", "to", "from", "by", "for", "into", "onto", "near", "next", "over", "under", "very",
     "between", "through", "across", "beside", "along", "against", "during", "is", "are", "was", "were", "be", "being",
 })  # fmt: skip
-REPEATED = (1, 2, 3, 4)
+REPEATED = (1, 2, 3, 4)  # words
 
 
 def health(
     candidates: Sequence[str], references: Sequence[Sequence[str]], vocabulary: Collection[str]
 ) -> dict[str, float]:
-    """A report on the captions of a split, as shares from 0 to 1 where nothing else is said.
-
-    `vocabulary`: the words that the model can write. Words are those of `flaxcap.text.words.words`.
+    """Returns a report on the captions of a split. Values are shares from 0 to 1 unless the table says otherwise.
 
         empty                captions without a word
         function_word_end    captions that end in one of FUNCTION_WORDS
-        unique               different captions, of all captions
-        words_used           different words in the captions (a number)
-        vocabulary_used      words of the vocabulary that some caption has
+        unique               distinct captions, of all captions
+        words_used           distinct words in the captions (a number)
+        vocabulary_used      words of the vocabulary that the captions contain
         repeats_1            captions with a word twice in a row
-        repeats_2 … 4        captions with the same 2 … 4 words in a row at two places, which may overlap
+        repeats_2 … 4        captions with a sequence of 2 … 4 words at two positions, which may overlap
         length               words of a caption (mean)
         reference_length     words of a reference (mean)
 
-    UserError if there is no candidate, no reference or no vocabulary.
+    Args:
+      candidates: one caption for each image. Captions are split by `text.words.words`.
+      references: for each image, its captions.
+      vocabulary: the words that the model can write.
+
+    Raises:
+      UserError: there is no candidate, no reference or no vocabulary.
     """
     captions = [tuple(words(caption)) for caption in candidates]
     reference_lengths = [len(words(caption)) for some in references for caption in some]
     if not captions or not reference_lengths or not vocabulary:
-        raise UserError("a caption-health report needs captions, references and a vocabulary")
+        found = f"{len(captions)} captions, {len(reference_lengths)} references, {len(vocabulary)} vocabulary words"
+        raise UserError(f"caption health: found {found}, expected at least one of each")
     used = {word for caption in captions for word in caption}
 
-    def share(holds: Sequence[bool]) -> float:
-        return sum(holds) / len(holds)
+    def share(values: Sequence[bool]) -> float:
+        return sum(values) / len(values)
 
     return {
         "empty": share([not caption for caption in captions]),
@@ -56,6 +61,7 @@ def health(
 
 
 def _repeats(caption: tuple[str, ...], n: int) -> bool:
+    """Tells whether `n` words occur twice; a single word counts only twice in a row."""
     if n == 1:
         return any(a == b for a, b in itertools.pairwise(caption))
     ngrams = list(zip(*(caption[k:] for k in range(n)), strict=False))

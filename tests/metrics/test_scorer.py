@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L and CIDEr against pycocoevalcap, against their formulas written out, and by their properties."""
+"""BLEU, ROUGE-L and CIDEr: equal to pycocoevalcap's and to their formulas, and with the expected properties."""
 
 import collections
 import math
@@ -37,7 +37,7 @@ CANDIDATES = [
     "a village with snow on its roofs and and snow on its roofs and snow",
     "Three musicians play",
 ]
-NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "CIDEr_plain"]
+NAMES = ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "CIDEr_original"]
 
 
 def by_pycocoevalcap(candidates, references) -> tuple[dict[str, float], dict[str, np.ndarray]]:
@@ -92,8 +92,8 @@ def test_equal_to_pycocoevalcap_on_flickr8k(flickr_dir):
     assert_equal_to_pycocoevalcap(candidates, references)
 
 
-def plain_cider(candidate: str, number: int, references: list[list[str]]) -> float:
-    """Equations 1 to 3 of arXiv:1411.5726, word for word."""
+def original_cider(candidate: str, number: int, references: list[list[str]]) -> float:
+    """Returns CIDEr by equations 1 to 3 of arXiv:1411.5726."""
 
     def counts(caption: str, n: int) -> collections.Counter:
         words = tokenize(caption)
@@ -119,29 +119,29 @@ def plain_cider(candidate: str, number: int, references: list[list[str]]) -> flo
     return total
 
 
-def test_plain_cider_is_the_paper_s_formula():
+def test_the_original_cider_is_the_papers_formula():
     _, each = scorer_lib.Scorer(REFERENCES).score_each(CANDIDATES)
-    expected = [plain_cider(caption, i, REFERENCES) for i, caption in enumerate(CANDIDATES)]
-    np.testing.assert_allclose(each["CIDEr_plain"], expected, rtol=1e-9, atol=1e-12)
+    expected = [original_cider(caption, i, REFERENCES) for i, caption in enumerate(CANDIDATES)]
+    np.testing.assert_allclose(each["CIDEr_original"], expected, rtol=1e-9, atol=1e-12)
     assert max(expected) > 0.3
 
 
 def test_known_scores():
-    # "the the the" finds one "the", and its brevity is that of 3 words for 4.
+    # "the the the": one match, and 3 words for 4 in the reference.
     found = scorer_lib.score(["the the the"], [["the dog ran off", "a b c d e f g"]])
     assert found["Bleu_1"] == pytest.approx(1 / 3 * math.exp(1 - 4 / 3))
     assert found["Bleu_2"] == pytest.approx(0, abs=1e-6)
-    # "a c d" is common: precision 3/4, recall 3/5.
+    # The common subsequence is "a c d": precision 3/4, recall 3/5.
     assert rouge_l(list("axcd"), [list("abcde")]) == pytest.approx(2.44 * 0.45 / (0.6 + 1.44 * 0.75))
-    # The same caption, of words that no other image has: the cosines are 1.
+    # Equal captions, of words that no other image has: the cosines are 1.
     found, each = scorer_lib.Scorer([["a b c d"], ["e f g h"]]).score_each(["a b c d", "e f g h"])
     assert found["CIDEr"] == pytest.approx(10)
-    assert found["CIDEr_plain"] == pytest.approx(1)
-    # One word of four is clipped and one word too long: (3 + 3) words of one weight each, in a vector of length 2√3.
+    assert found["CIDEr_original"] == pytest.approx(1)
+    # "c" occurs twice, in the reference once: its count is clipped, and the caption is one word too long.
     _, each = scorer_lib.Scorer([["a b c"], ["x y z"]]).score_each(["a b c c", "x"])
     grams = [4 / (math.sqrt(3 * 6)), 2 / math.sqrt(2 * 3), 1 / math.sqrt(1 * 2), 0]
     clipped = [3 / (math.sqrt(3 * 6)), *grams[1:]]
-    assert each["CIDEr_plain"][0] == pytest.approx(sum(grams) / 4)
+    assert each["CIDEr_original"][0] == pytest.approx(sum(grams) / 4)
     assert each["CIDEr"][0] == pytest.approx(10 * sum(clipped) / 4 * math.exp(-1 / 72))
 
 
@@ -152,14 +152,14 @@ corpora_ = st.lists(st.tuples(captions_, st.lists(captions_, min_size=1, max_siz
 
 @given(corpora_)
 @settings(max_examples=50)
-def test_any_captions_are_scored_as_by_pycocoevalcap(corpus):
+def test_scores_of_random_captions_equal_those_of_pycocoevalcap(corpus):
     candidates, references = map(list, zip(*corpus, strict=True))
     assume(any(caption for some in references for caption in some))  # pycocoevalcap fails without a word
     assert_equal_to_pycocoevalcap(candidates, references)
 
 
 @given(corpora_, st.randoms(use_true_random=False))
-def test_the_order_of_images_and_of_references_does_not_matter(corpus, rng):
+def test_the_order_of_images_and_references_does_not_matter(corpus, rng):
     candidates, references = zip(*corpus, strict=True)
     found, each = scorer_lib.Scorer(references).score_each(candidates)
     order = rng.sample(range(len(corpus)), len(corpus))
@@ -171,7 +171,7 @@ def test_the_order_of_images_and_of_references_does_not_matter(corpus, rng):
 
 
 @given(corpora_)
-def test_scores_of_images_make_the_scores_of_the_corpus(corpus):
+def test_the_corpus_score_is_the_mean_of_the_images_scores(corpus):
     candidates, references = zip(*corpus, strict=True)
     found, each = scorer_lib.Scorer(references).score_each(candidates)
     for name in NAMES:
@@ -183,7 +183,7 @@ def test_scores_of_images_make_the_scores_of_the_corpus(corpus):
 
 
 def common(a: list[str], b: list[str]) -> int:
-    """The longest common subsequence, by its recursive definition."""
+    """Returns the length of the longest common subsequence, by its recursive definition."""
     if not a or not b:
         return 0
     if a[0] == b[0]:
@@ -193,7 +193,7 @@ def common(a: list[str], b: list[str]) -> int:
 
 @given(words_, words_)
 @settings(max_examples=50)
-def test_rouge_s_subsequence(a, b):
+def test_rouge_uses_the_longest_common_subsequence(a, b):
     if not a or not b:
         return
     precision, recall = common(a, b) / len(a), common(a, b) / len(b)
@@ -201,7 +201,7 @@ def test_rouge_s_subsequence(a, b):
     assert rouge_l(a, [b]) == pytest.approx(expected)
 
 
-def test_a_reference_against_itself():
+def test_a_reference_has_the_best_score():
     exact = [some[0] for some in REFERENCES]
     found, each = scorer_lib.Scorer(REFERENCES).score_each(exact)
     for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"):
@@ -210,11 +210,11 @@ def test_a_reference_against_itself():
     assert scorer_lib.score(exact[1:] + exact[:1], REFERENCES)["CIDEr"] < found["CIDEr"] / 10
 
 
-def test_cider_alone_of_any_images():
+def test_cider_of_several_captions_an_image():
     scorer = scorer_lib.Scorer(REFERENCES)
     _, each = scorer.score_each(CANDIDATES)
     np.testing.assert_array_equal(scorer.cider(CANDIDATES), each["CIDEr"])
-    # Samples of some images, several each: what is the reward of one does not depend on the others.
+    # Several captions of some images: the reward of a caption does not depend on the others.
     images = [4, 4, 0, 4, 6, 6]
     captions = [CANDIDATES[4], "a heron in a pond", CANDIDATES[0], "", CANDIDATES[6], "an unknown word"]
     rewards = scorer.cider(captions, images)
@@ -228,20 +228,20 @@ def test_cider_alone_of_any_images():
 @pytest.mark.parametrize(
     ("candidates", "references", "reason"),
     [
-        ([], [], "no references"),
-        (["a"], [["a"], []], "image 1, counted from 0, has no reference"),
-        (["a"], [["a"], ["b"]], "each of 2 images, found 1 captions"),
-        (["a", "b", "c"], [["a"], ["b"]], "each of 2 images, found 3 captions"),
+        ([], [], "found none, expected at least one for each image"),
+        (["a"], [["a"], []], "image 1, counted from 0: found no reference"),
+        (["a"], [["a"], ["b"]], "found 1, expected one for each of 2 images"),
+        (["a", "b", "c"], [["a"], ["b"]], "found 3, expected one for each of 2 images"),
     ],
 )
-def test_what_cannot_be_scored_is_named(candidates, references, reason):
+def test_mismatched_captions_and_references_are_refused(candidates, references, reason):
     with pytest.raises(UserError, match=reason):
         scorer_lib.score(candidates, references)
 
 
 @pytest.mark.parametrize("image", [-1, 2])
-def test_an_image_without_references_is_named(image):
-    with pytest.raises(UserError, match=f"references of 2 images, found places from {min(image, 0)}"):
+def test_an_image_index_out_of_range_is_refused(image):
+    with pytest.raises(UserError, match=f"found indices {min(image, 0)} to {max(image, 0)}, expected 0 to 1"):
         scorer_lib.Scorer([["a"], ["b"]]).cider(["a", "b"], [0, image])
 
 
