@@ -17,7 +17,7 @@ from flaxcap.errors import UserError
 from flaxcap.features.shards import Split, StoreError
 from flaxcap.features.store import COPY, Store
 from flaxcap.files.params import load_params
-from flaxcap.inference import captioner
+from flaxcap.inference import loading
 from flaxcap.training.checkpoints import Checkpoints
 
 IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.*/**/*")
@@ -166,7 +166,7 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
         wrong = verify(workdir=workdir).wrong
         found = [] if len(wrong) == 1 and wrong[0].startswith(f"{file}: ") else [f"verify says {wrong}"]
         if best in file.parents or not {"params", "rest", "progress"} & set(file.parts):
-            found += unseen(lambda: captioner.load(workdir=workdir, data_dir=bench.data_dir), file)
+            found += unseen(lambda: loading.load_run(workdir, bench.data_dir), file)
         return found
 
     tried, lost = flipped(folder, rng, times(scale, 2), look)

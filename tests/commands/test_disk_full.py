@@ -21,7 +21,7 @@ from flaxcap.config import Config
 from flaxcap.features import store
 from flaxcap.features.shards import StoreError
 from flaxcap.files.params import CheckpointError
-from flaxcap.inference import captioner
+from flaxcap.inference import loading
 from flaxcap.training import checkpoints, logs
 from flaxcap.training.checkpoints import Checkpoints
 
@@ -116,7 +116,7 @@ def test_a_read_only_disk_is_named_and_can_be_read(disk, trained: Trained, capsy
     assert main(["train", *place]) == 1
     assert f"{workdir}/.lock: cannot be written (Read-only file system)" in one_line(capsys)
     assert main(["verify", *place]) == 0
-    assert captioner.load(workdir=workdir, data_dir=trained.data_dir).about["step"] > 0
+    assert loading.load_run(workdir, trained.data_dir).about["step"] > 0
 
 
 def test_prepare_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, trained: Trained, capsys):
@@ -154,9 +154,9 @@ def test_an_export_that_found_no_space_is_written_by_the_same_command_later(disk
         assert str(disk / "model") in line
         ballast.unlink()
         with pytest.raises(CheckpointError, match=r"neither a run nor an export"):
-            captioner.load(model_dir=disk / "model")
+            loading.load_export(disk / "model")
     assert main(["export", *place]) == 0
-    captioner.load(model_dir=disk / "model")
+    loading.load_export(disk / "model")
 
 
 # Without root

@@ -19,6 +19,7 @@ from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, Data, Encoder, Shapes
 from flaxcap.data import datasets
 from flaxcap.data.base import Examples
+from flaxcap.encoders import base as encoders
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.features import extract, store
 from flaxcap.features.shards import StoreError
@@ -77,7 +78,8 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     assert found.roles == ("train", "val", "test")
     assert (found.positions, found.feature_dim, found.positions_vary) == (64, 256, False)
     builder = datasets.prepare_for(config, undisturbed)
-    encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
+    encoder = encoders.make(config.encoder)
+    encode = extract.make_encode(encoder, load_params(found.path / "encoder"), config.encoder, many=False)
     for role, count in (("train", 48), ("val", 4), ("test", 3)):
         split, examples = found.split(role), list(Examples(builder, role))
         assert split.images == len(examples) == count
@@ -91,7 +93,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     assert manifest["source"] == builder.info.full_name
     assert manifest["splits"]["train"] == {"split": "train", "images": 48, "shards": 12, "skipped": []}
     assert manifest["encoder"]["preset"]["block"] == "mixed0"
-    assert manifest["encoder"]["preprocessing"] == decode.PREPROCESSING
+    assert manifest["encoder"]["preprocessing"] == decode.describe(encoder.preprocess)
     assert len(manifest["encoder"]["weights_sha256"]) == 64
     vocabulary = found.vocabulary()
     assert manifest["vocabulary"] == {"size": 5000, "words": len(vocabulary), "sha256": vocabulary.hash}
@@ -99,7 +101,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
 
 
 def test_a_second_time_nothing_is_done_and_nothing_changes(data_dir, monkeypatch, capsys):
-    forbid(monkeypatch, (weights, "load"), (extract, "extract"), (extract, "make_encode"), (decode, "decode"))
+    forbid(monkeypatch, (weights, "load"), (extract, "extract"), (extract, "make_encode"), (decode, "to_square"))
     before, mtimes = snapshot(data_dir), times(data_dir)
     store_again = prepare(rendered(), data_dir, num_workers=2)
     assert snapshot(data_dir) == before

@@ -15,6 +15,8 @@ from PIL import Image
 from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, ConfigError, Data, Encoder, Shapes
 from flaxcap.data.base import DataError
+from flaxcap.encoders import base as encoders
+from flaxcap.encoders.base import WeightsError
 from flaxcap.encoders.inception_v3 import network, weights
 from flaxcap.features import extract
 from flaxcap.features.shards import StoreError
@@ -116,7 +118,8 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     assert [s.filename for s in found.split("test").skipped()] == ["broken.jpg"]
     assert "train: 6 images with features, 5 skipped" in capsys.readouterr().out
 
-    encode = extract.make_encode(load_params(found.path / "encoder"), config.encoder, many=False)
+    encoder = encoders.make(config.encoder)
+    encode = extract.make_encode(encoder, load_params(found.path / "encoder"), config.encoder, many=False)
     pixels = np.stack([decode.to_square(GOOD[name], 160) for name in GOOD])
     expected = np.asarray(encode(np.concatenate([pixels, pixels[:2]])))[: len(GOOD)].astype(float)
     rows = [list(mixed).index(name) for name in GOOD]
@@ -329,5 +332,5 @@ def test_an_encoder_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--config\.encoder\.image_size=70: .* at least 83x83 pixels"):
         prepare(config, tmp_path)
     config = Config(dataset="shapes", data=shapes, encoder=replace(RANDOM, weights=str(tmp_path / "no.h5")))
-    with pytest.raises(weights.WeightsError, match=r"no weights file at .*no\.h5"):
+    with pytest.raises(WeightsError, match=r"no weights file at .*no\.h5"):
         prepare(config, tmp_path)

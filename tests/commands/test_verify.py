@@ -23,7 +23,7 @@ from flaxcap.features.shards import StoreError
 from flaxcap.features.store import Store
 from flaxcap.files import integrity
 from flaxcap.files.params import CheckpointError, load_params
-from flaxcap.inference import captioner
+from flaxcap.inference import loading
 from flaxcap.training import checkpoints as checkpoints_lib
 from flaxcap.training import logs
 from flaxcap.training.checkpoints import Checkpoints
@@ -251,10 +251,10 @@ def test_a_save_that_was_cut_off_before_its_checksums_gets_them(workdir, data_di
         f"{file}: missing; a save is in progress or was killed; `flaxcap train` writes it" for file in files
     )
     with pytest.raises(CheckpointError, match=rf"{integrity.CHECKSUMS}: missing"):
-        captioner.load(workdir=workdir, data_dir=data_dir)
+        loading.load_run(workdir, data_dir)
     checkpoints_lib.mend(workdir / "checkpoints")
     assert {file: file.read_bytes() for file in files} == before
-    captioner.load(workdir=workdir, data_dir=data_dir)
+    loading.load_run(workdir, data_dir)
 
 
 def test_damage_of_any_file_of_a_checkpoint_is_seen_by_who_restores_it(tmp_path):
@@ -317,7 +317,7 @@ def test_a_run_whose_best_checkpoint_is_damaged_does_not_caption(workdir, data_d
     file = max(best.rglob("params/**/d/*"), key=lambda f: f.stat().st_size)
     flip(file)
     with pytest.raises(CheckpointError, match=rf"^{file}: damaged"):
-        captioner.load(workdir=workdir, data_dir=data_dir)
+        loading.load_run(workdir, data_dir)
 
 
 def test_what_is_not_there_is_said(tmp_path, capsys, trained: Trained):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from flaxcap.config import Encoder
-from flaxcap.encoders.inception_v3 import network
+from flaxcap.encoders import base as encoders
+from flaxcap.encoders.base import Params
 from flaxcap.features import extract
 
 ENCODER = Encoder(weights="random", block="mixed0", image_size=160, store_dtype="float32")
@@ -14,22 +15,23 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 160, 160, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def params() -> network.Params:
-    return network.measure(network.init(jax.random.key(0), "mixed0"), IMAGES, "mixed0")
+def params() -> Params:
+    return encoders.make(ENCODER).load("random", lambda: IMAGES)[0]
 
 
 @pytest.fixture(scope="module")
 def expected(params) -> np.ndarray:
     """The features, computed on one device."""
     assert jax.device_count() == 8
-    folded = jax.device_put(network.fold(params), jax.devices()[0])
-    apply = jax.jit(lambda images: network.apply(folded, images, block="mixed0"))
-    return np.asarray(apply(jax.device_put(IMAGES, jax.devices()[0])))
+    encoder, device = encoders.make(ENCODER), jax.devices()[0]
+    ready = encoder.inference_params(params, platform="cpu", dtype=np.dtype("float32"), many=False)
+    apply = jax.jit(lambda params, images: encoder.apply(params, images, np.float32))
+    return np.asarray(apply(*jax.device_put((ready, IMAGES), device)))
 
 
 @pytest.mark.parametrize(("count", "many"), [(8, False), (8, True), (3, True)])
 def test_eight_devices_compute_the_features_of_one(params, expected, count, many):
-    found = extract.make_encode(params, ENCODER, many=many)(IMAGES[:count])
+    found = extract.make_encode(encoders.make(ENCODER), params, ENCODER, many=many)(IMAGES[:count])
     assert isinstance(found, jax.Array)
     assert found.dtype == np.float32
     assert len(found.sharding.device_set) == 8
@@ -40,8 +42,8 @@ def test_eight_devices_compute_the_features_of_one(params, expected, count, many
 
 
 def test_features_are_rounded_to_the_stores_dtype(params, expected):
-    encoder = Encoder(weights="random", block="mixed0", image_size=160)
-    found = np.asarray(extract.make_encode(params, encoder, many=True)(IMAGES))
+    config = Encoder(weights="random", block="mixed0", image_size=160)
+    found = np.asarray(extract.make_encode(encoders.make(config), params, config, many=True)(IMAGES))
     assert found.dtype == ml_dtypes.bfloat16
     np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-3)
 
