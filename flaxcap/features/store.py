@@ -34,10 +34,10 @@ def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
     fields = config_lib.identity(config, "store")
     if config.dataset != "shapes":
         fields = {name: value for name, value in fields.items() if not name.startswith("data.shapes.")}
-    # A file given by hand stands for the published one; which it was, the manifest says.
+    # Weights of a file and the published ones share a store; the manifest holds the SHA-256 of the weights in use.
     if config.encoder.weights != "random":
         fields |= {"encoder.weights": "pretrained", "encoder.seed": 0}
-    encoder = encoders.make(config.encoder)  # its defaults are the same store as their values
+    encoder = encoders.make(config.encoder)  # resolves defaults, so that a default and its value share a store
     fields |= {"encoder.block": encoder.name, "encoder.image_size": encoder.preprocess.size}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
     name = f"{config.dataset}-{encoder.name}-{fields['encoder.weights']}-{digest}"

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxcap.config import Config, Data, Encoder, Shapes
+from flaxcap.encoders import base as encoders
+from flaxcap.encoders.inception_v3.encoder import InceptionV3
 from flaxcap.features import store
 from flaxcap.features.shards import Skipped, Split, StoreError
 from flaxcap.fields import flatten
@@ -48,7 +50,10 @@ def split(tmp_path) -> Split:
 # Where it is
 
 
-def other(value):
+def other(name, value):
+    """Returns another valid value of a field."""
+    if name in OTHERS:
+        return OTHERS[name]
     return {bool: lambda: not value, int: lambda: value + 1, float: lambda: value + 1}.get(
         type(value), lambda: f"{value}2"
     )()
@@ -66,8 +71,9 @@ def with_field(config: Config, name: str, value: object) -> Config:
 
 DEPENDS = {
     *("dataset", "data.train_split", "data.val_split", "data.test_split", "data.max_images", "data.max_captions"),
-    *("encoder.block", "encoder.image_size", "encoder.dtype", "encoder.store_dtype"),
+    *("encoder.name", "encoder.block", "encoder.image_size", "encoder.dtype", "encoder.store_dtype"),
 }
+OTHERS = {"encoder.name": "other", "encoder.block": "mixed0", "encoder.image_size": 400}
 RENDERED = {f"data.shapes.{name}" for name in ("num_train", "num_val", "num_test", "seed")}
 
 
@@ -80,10 +86,11 @@ RENDERED = {f"data.shapes.{name}" for name in ("num_train", "num_val", "num_test
     ],
     ids=["pretrained", "shapes", "random"],
 )
-def test_the_path_depends_on_the_fields_that_the_features_depend_on(config, depends):
+def test_the_path_depends_on_the_fields_that_the_features_depend_on(config, depends, monkeypatch):
+    monkeypatch.setitem(encoders._ENCODERS, "other", InceptionV3)
     here = store.path_for("data", config)
     changes = {name for name, field in flatten(config).items()
-               if store.path_for("data", with_field(config, name, other(field.value))) != here}  # fmt: skip
+               if store.path_for("data", with_field(config, name, other(name, field.value))) != here}  # fmt: skip
     assert changes == depends
 
 
@@ -93,10 +100,10 @@ def test_the_path_is_stable_and_readable(tmp_path, monkeypatch):
     path = store.path_for("~/d", config)
     assert path == store.path_for(tmp_path / "d", copy.deepcopy(config))
     assert path.parent == epath.Path(tmp_path) / "d" / "features"
-    assert path.name.startswith("shapes-mixed10-random-")
+    assert path.name.startswith("shapes-inception_v3-mixed10-random-")
     trained = [store.path_for("d", with_field(Config(), "encoder.weights", w)) for w in ("imagenet", "/some/file.h5")]
     assert trained[0] == trained[1]
-    assert "coco_captions-mixed10-pretrained-" in str(trained[0])
+    assert "coco_captions-inception_v3-mixed10-pretrained-" in str(trained[0])
     assert str(store.path_for("gs://bucket/d", config)).startswith("gs://bucket/d/features/shapes-")
 
 
