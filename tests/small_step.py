@@ -1,4 +1,4 @@
-"""Steps of a small model on made-up batches, on any number of devices."""
+"""Steps of a small model on synthetic batches, on any number of devices."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ CONFIG = Config(
     train=Train(learning_rate=1e-2, warmup_steps=2),
 )
 BIND, INIT = decoder_lib.create(CONFIG, decoder_lib.Sizes(64, F, V))
-# All that a step may draw or add.
+# Every kind of noise and every additional term.
 NOISY = Config(
     model=dataclasses.replace(CONFIG.model, attention="hard"),
     train=dataclasses.replace(
@@ -42,7 +42,7 @@ def changed(config: Config = CONFIG, **train: Any) -> Config:
 
 
 def batch(seed: int = 0) -> tuple[Any, Any]:
-    """`feats_IPF`, and captions of 2 to 5 words, some absent."""
+    """Returns `feats_IPF` and `tokens_ICT`: captions of 2 to 5 words, some absent."""
     rng = np.random.default_rng(seed)
     tokens_ICT = np.full((I, C, T), PAD, np.int32)
     for i, c in np.ndindex(I, C):
@@ -52,11 +52,11 @@ def batch(seed: int = 0) -> tuple[Any, Any]:
     return rng.standard_normal((I, 64, F)).astype(np.float32), tokens_ICT
 
 
-AnyInputs: Any = Inputs  # also of NumPy arrays and of shardings
+AnyInputs: Any = Inputs  # with NumPy arrays or shardings
 
 
 def inputs_on(mesh, feats_IPF, tokens_ICT) -> Inputs:
-    """The batch with each device's features in its own part of the bank, in another order."""
+    """Returns a dispatch of one batch. Each device's part of the bank has its images in reverse order."""
     width = I // mesh.size
     order = np.concatenate([d * width + np.arange(width)[::-1] for d in range(mesh.size)])
     index_I: Any = np.tile(np.arange(width)[::-1], mesh.size).astype(np.int32)
@@ -70,7 +70,7 @@ def shardings(mesh) -> Any:
 
 
 def made(mesh, config: Config = CONFIG) -> tuple[Any, TrainState]:
-    """The step, and a new state."""
+    """Returns the train step and a new state."""
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, V))
     schedule = learning_rate(config.train, 10)
     optimizer = make_optimizer(config.train)
@@ -79,7 +79,7 @@ def made(mesh, config: Config = CONFIG) -> tuple[Any, TrainState]:
 
 
 def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
-    """State and metrics after some steps on so many devices."""
+    """Returns the state, and the metrics of each step, of a run on some devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     train_step, state = made(mesh, config)
     metrics = []
@@ -90,7 +90,7 @@ def step_on(devices: int, steps: int = 3, config: Config = CONFIG):
 
 
 def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T) -> Any:
-    """The step of a batch of so many images and so many tokens."""
+    """Returns the compiled step of batches with this number of images and tokens."""
     train_step, state = made(mesh, config)
     feats_IPF, tokens_ICT = np.zeros((images, 64, F), np.float32), np.full((images, C, time), START, np.int32)
     weight_JIC = np.ones((1, images, C), np.float32)
@@ -99,7 +99,7 @@ def compiled_step(mesh, config: Config = CONFIG, images: int = I, time: int = T)
 
 
 def assert_same(ours: Any, expected: Any) -> None:
-    """State and metrics, of another number of devices or microbatches."""
+    """Compares state and metrics of two runs, up to rounding."""
     for found, other in zip(ours[1], expected[1], strict=True):
         assert found.keys() == other.keys()
         for name in found:
@@ -111,7 +111,7 @@ def assert_same(ours: Any, expected: Any) -> None:
 
 
 def state_on(devices: int, width: int = 3, ema: float = 0.0) -> TrainState:
-    """A state with every leaf of its own; with an average that is no longer the parameters."""
+    """Returns a state whose leaves all differ; its average, if any, differs from the parameters."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
 
     def init(key):
@@ -119,6 +119,6 @@ def state_on(devices: int, width: int = 3, ema: float = 0.0) -> TrainState:
 
     state = init_state(init, make_optimizer(Train()), 3, mesh, ema)
     average = None if state.average is None else jax.tree.map(lambda x: 2 * x + 1, state.average)
-    place = state.rate.sharding
-    rate, baseline = (jax.device_put(np.float32(x), place) for x in (0.25, -31.5))
+    everywhere = state.rate.sharding
+    rate, baseline = (jax.device_put(np.float32(x), everywhere) for x in (0.25, -31.5))
     return state._replace(average=average, rate=rate, baseline=baseline)

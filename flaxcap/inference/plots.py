@@ -107,7 +107,8 @@ def _heat(image: Image.Image, alpha: np.ndarray, crop: float) -> np.ndarray:
     left, top, right, bottom = map(round, centre(image.width, image.height, crop))
     right, bottom = max(right, left + 1), max(bottom, top + 1)
     cells = Image.fromarray((alpha / max(alpha.max(), 1e-9)).astype(np.float32))
-    heat_YX[top:bottom, left:right] = cells.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    cells = cells.resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    heat_YX[top:bottom, left:right] = np.asarray(cells)
     heat_YX = np.clip(heat_YX, 0, 1)
     grey_YX1 = np.asarray(image.convert("L"), np.float32)[..., None] / 255
     strength_YX1 = 0.65 * heat_YX[..., None]

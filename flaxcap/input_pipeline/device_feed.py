@@ -138,9 +138,9 @@ class Feed:
         """Returns `rows_JI` of this process's columns."""
         return np.stack([batch.rows_I[self._local_columns()] for batch in batches])
 
-    def local(self, array_JI: jax.Array) -> np.ndarray:
+    def local(self, array: jax.Array) -> np.ndarray:
         """Returns this process's columns of an array that is sharded over its second axis."""
-        shards = sorted(array_JI.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[1].start or 0)
         return np.concatenate([np.asarray(shard.data) for shard in shards], 1)
 
     def replace(self, inputs: Inputs, tokens_JICT: np.ndarray, weight_JIC: np.ndarray) -> Inputs:

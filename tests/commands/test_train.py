@@ -6,7 +6,6 @@ import pathlib
 import re
 import signal
 import threading
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,9 +18,7 @@ from flaxcap.features.shards import StoreError
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import logs, validation
 from flaxcap.training.checkpoints import Checkpoints
-from flaxcap.training.early_stopping import EarlyStopping
 from flaxcap.training.metric_window import MetricWindow
-from flaxcap.training.state import TrainState
 from flaxcap.training.trainer import Preempted
 
 
@@ -241,46 +238,6 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
     assert (checkpoints.best_step, checkpoints.latest_step) == (steps * 2 // 3, steps)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [steps * 2 // 3, steps]
     checkpoints.close()
-
-
-def state_with(rate: float) -> TrainState:
-    state: Any = TrainState
-    place = sharding.replicated(sharding.make_mesh())
-    return state(*[None] * 5, rate=jax.device_put(np.float32(rate), place), baseline=None)
-
-
-def test_the_rate_falls_whenever_enough_epochs_brought_nothing_better():
-    """After every two of them; what is only as good is no better, and a better one starts the count anew."""
-    early_stopping = EarlyStopping(Train(schedule="plateau", plateau_epochs=2, plateau_factor=0.5), {})
-    state, rates = state_with(1.0), []
-    for score in (0.1, 0.3, 0.3, 0.2, 0.1, 0.25, 0.4, 0.3, 0.5, 0.1, 0.1):
-        before = state.rate
-        state = early_stopping.record(score, state)
-        assert state.rate.sharding == before.sharding
-        rates.append(float(state.rate))
-    assert rates == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.125]
-    assert early_stopping.progress == {"best": 0.5, "since": 2}
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_other_schedules_do_not_look_at_the_score(schedule):
-    early_stopping = EarlyStopping(Train(schedule=schedule, plateau_epochs=1), {})
-    state = state_with(1.0)
-    for score in (0.3, 0.2, 0.1):
-        assert early_stopping.record(score, state) is state
-    assert not early_stopping.stop
-
-
-def test_a_run_stops_after_enough_epochs_without_a_better_score():
-    config = Train(stop_after=2)
-    early_stopping, stops = EarlyStopping(config, {}), []
-    for score in (0.1, 0.1, 0.2, 0.1, 0.15):
-        early_stopping.record(score, state_with(1.0))
-        stops.append(early_stopping.stop)
-    assert stops == [False, False, False, False, True]
-    resumed = EarlyStopping(config, early_stopping.progress)
-    assert (resumed.best, resumed.since, resumed.stop) == (0.2, 2, True)
-    assert not EarlyStopping(Train(stop_after=0), early_stopping.progress).stop
 
 
 def test_a_run_without_progress_slows_down_and_ends(data_dir, tmp_path, monkeypatch):

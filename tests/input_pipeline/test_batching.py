@@ -1,4 +1,4 @@
-"""Batches are a pure function of (seed, step), hold every caption once an epoch, and pad little."""
+"""A batch is a function of seed and step; an epoch has every caption once, with little padding."""
 
 import itertools
 from typing import Any
@@ -15,7 +15,7 @@ from flaxcap.text.vocabulary import END, PAD, START
 
 
 def tokens_of(lengths: list[list[int]]) -> Tokens:
-    """Captions with the given lengths, image by image; each caption's words are its own number plus 10."""
+    """Returns captions of these lengths, for each image a list; each word of a caption is its number plus 10."""
     ids, starts, rows = [], [0], []
     for row, captions in enumerate(lengths):
         for length in captions:
@@ -29,7 +29,7 @@ LENGTHS = st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=7), min_siz
 
 
 def captions_in(batch) -> list[tuple[int, tuple[int, ...]]]:
-    """(row, ids without <pad>) of every caption that is there."""
+    """Returns (row, ids without <pad>) of every caption in a batch."""
     found = []
     for row, tokens_CT in zip(batch.rows_I, batch.tokens_ICT, strict=True):
         found += [(int(row), tuple(t[t != PAD].tolist())) for t in tokens_CT if t.any()]
@@ -38,7 +38,7 @@ def captions_in(batch) -> list[tuple[int, tuple[int, ...]]]:
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.sampled_from([1, 2, 4, 8]), st.integers(1, 6), st.integers(1, 5), st.integers(0, 3))
-def test_every_caption_comes_once_an_epoch_with_its_own_image(lengths, images, captions, buckets, epoch):
+def test_every_caption_occurs_once_in_an_epoch_with_its_own_image(lengths, images, captions, buckets, epoch):
     tokens = tokens_of(lengths)
     plan = Plan(tokens, batch_images=images, captions_per_image=captions, num_buckets=buckets, seed=7)
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
@@ -71,7 +71,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     options: dict[str, Any] = {"batch_images": 4, "captions_per_image": 2, "num_buckets": 2}
     one, two = Plan(tokens, seed=3, **options), Plan(tokens, seed=3, **options)
     forward = [one.batch(step) for step in range(20)]
-    for step in reversed(range(20)):  # asked for in another order: nothing is remembered
+    for step in reversed(range(20)):  # another order, which must not matter
         for a, b in zip(two.batch(step), forward[step], strict=True):
             np.testing.assert_array_equal(a, b)
     other = Plan(tokens, seed=4, **options)
@@ -97,11 +97,11 @@ def test_a_batch_is_padded_to_the_shortest_bucket_that_holds_it():
 def test_padding_is_the_share_of_pad_in_an_epoch():
     plan = Plan(tokens_of([[3, 8], [4], [6, 6, 5]] * 5), batch_images=4, captions_per_image=2, num_buckets=2)
     batches = [plan.batch(s).tokens_ICT for s in range(plan.steps_per_epoch)]
-    pads, places = sum((b == PAD).sum() for b in batches), sum(b.size for b in batches)
-    assert plan.padding == pytest.approx(pads / places)
+    pads, tokens = sum((b == PAD).sum() for b in batches), sum(b.size for b in batches)
+    assert plan.padding == pytest.approx(pads / tokens)
 
 
-def test_skipped_images_do_not_come():
+def test_skipped_images_do_not_occur():
     plan = Plan(tokens_of([[5]] * 10), batch_images=2, captions_per_image=1, num_buckets=1, skip={3, 7})
     rows = {int(r) for s in range(plan.steps_per_epoch) for r in plan.batch(s).rows_I}
     assert rows == set(range(10)) - {3, 7}
@@ -114,7 +114,7 @@ def test_no_caption_at_all_is_an_error():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=40), st.integers(1, 4))
-def test_buckets_pad_least_of_all_choices(lengths, count):
+def test_no_other_buckets_pad_less(lengths, count):
     chosen = choose_buckets(np.array(lengths), count)
 
     def padded(buckets) -> int:

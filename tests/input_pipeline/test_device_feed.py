@@ -1,4 +1,4 @@
-"""Features held on the devices and features streamed from the store give the same batches."""
+"""Features in device memory and features streamed from the store give the same batches."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ N, F = 21, 3
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory) -> Split:
-    """A store of N images whose features are their row's number."""
+    """A store of N images; the features of an image are the number of its row."""
     path = epath.Path(tmp_path_factory.mktemp("store"))
     found = Split(path, N, shard_rows=8)
     write_rows(path, (Row(r, f"{r}.jpg", ("a b",) * (1 + r % 7)) for r in range(N)))
@@ -31,28 +31,29 @@ def split(tmp_path_factory) -> Split:
     return found
 
 
-def plan(images: int = 8, run: int = 1) -> Plan:
+def plan(images: int = 8, batches_per_dispatch: int = 1) -> Plan:
     rows = [r for r in range(N) for _ in range(1 + r % 7)]
     lengths = [3 + (7 * m) % 5 for m in range(len(rows))]
     ids = [t for n in lengths for t in [START, *[5] * (n - 2), END]]
     tokens = Tokens(np.array(ids, np.int32), np.cumsum([0, *lengths]), np.array(rows, np.int32))
-    return Plan(tokens, batch_images=images, captions_per_image=2, num_buckets=2, run=run, seed=1)
+    options = {"batch_images": images, "batches_per_dispatch": batches_per_dispatch}
+    return Plan(tokens, captions_per_image=2, num_buckets=2, seed=1, **options)
 
 
 def features(inputs: Inputs, batch: int) -> np.ndarray:
-    """`feats_IPF` of one of the batches, each device looking at its own part of the bank."""
+    """Returns `feats_IPF` of a batch; each device reads its own part of the bank."""
     index_I = np.asarray(inputs.index_JI)[batch]
     parts = [shard.data for shard in inputs.bank_NPF.addressable_shards]
     found = zip(parts, np.split(index_I, len(parts)), strict=True)
     return np.concatenate([np.asarray(rows(part, jnp.asarray(index)), np.float32) for part, index in found])
 
 
-@pytest.mark.parametrize("run", [1, 3])
+@pytest.mark.parametrize("batches_per_dispatch", [1, 3])
 @pytest.mark.parametrize("mode", ["device", "stream"])
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_each_image_meets_its_own_features_and_captions(split, devices, mode, run):
+def test_each_image_gets_its_own_features_and_captions(split, devices, mode, batches_per_dispatch):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    batches = plan(run=run)
+    batches = plan(batches_per_dispatch=batches_per_dispatch)
     feed = Feed(split, batches, mesh, mode)
     assert feed.resident == (mode == "device")
     last = 2 * batches.steps_per_epoch
@@ -70,20 +71,20 @@ def test_each_image_meets_its_own_features_and_captions(split, devices, mode, ru
             present = batch.rows_I >= 0
             feats_IPF = features(inputs, j)
             np.testing.assert_array_equal(feats_IPF[present, 63, 0], batch.rows_I[present])
-            assert np.isfinite(feats_IPF).all()  # also where no image is: a NaN would spread through the gradients
+            assert np.isfinite(feats_IPF).all()  # padding too: a NaN would spread through the gradients
             step += 1
         spec = feed.spec(inputs.tokens_JICT.shape[-1])
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), inputs)
         assert spec == like
     assert step == last
-    assert len(shapes) == len(batches.buckets)  # one compilation a bucket, however many batches are sent together
+    assert len(shapes) == len(batches.buckets)  # one compilation a bucket, whatever the number of batches in a dispatch
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_other_captions_take_the_place_of_the_true_ones(split, devices):
-    """Of the same images: what comes back from the devices is what was sent there, in the batch's order."""
+def test_captions_are_replaced_and_read_back(split, devices):
+    """`Feed.local` returns from the devices what was put there, in the order of the batch."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    batches = plan(run=3)
+    batches = plan(batches_per_dispatch=3)
     feed = Feed(split, batches, mesh, "stream")
     assert feed.lengths == batches.buckets.tolist()
     sent, inputs = next(iter(feed.ahead(batches.dispatches(0, 9))))
@@ -100,7 +101,7 @@ def test_other_captions_take_the_place_of_the_true_ones(split, devices):
     assert other.bank_NPF is inputs.bank_NPF
     assert other.index_JI is inputs.index_JI
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
-    assert feed.spec(4) == like  # a step compiled for that length takes them
+    assert feed.spec(4) == like  # a step compiled for this length accepts them
 
 
 def test_each_device_holds_only_what_its_columns_need(split):
@@ -116,14 +117,14 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(split):
         Feed(split, plan(4), sharding.make_mesh(jax.devices()[:8]))
 
 
-def test_what_the_reading_thread_meets_reaches_the_loop(split):
+def test_an_error_of_the_reading_thread_reaches_the_loop(split):
     feed = Feed(split, plan(), sharding.make_mesh(jax.devices()[:1]), "stream")
     bad = plan().batch(0)._replace(rows_I=np.full(8, N + 5, np.int32))
     with pytest.raises(ValueError, match="cannot be read"):
         list(feed.ahead([[plan().batch(0)], [bad]]))
 
 
-def test_a_step_makes_no_copy_of_the_features_in_another_type():
+def test_a_step_does_not_convert_the_bank_to_another_dtype():
     images, mesh = 1024, sharding.make_mesh(jax.devices()[:1])
     source = synthetic.SyntheticFeatures(images, 64, small_step.F, np.dtype(ml_dtypes.bfloat16))
     feed = Feed(source, synthetic.plan(images, small_step.changed(batch_images=8)), mesh, "device")

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and spikes: the run's parameters stay sound, and it is told."""
+"""Losses and gradients that are not finite, and spikes: parameters stay finite, and the log names the step."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from flaxcap.training.trainer import NotFiniteError
 
 @pytest.mark.parametrize("config", [CONFIG, NOISY], ids=["plain", "noisy"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf], ids=["nan", "inf"])
-def test_a_step_that_is_not_finite_changes_only_the_steps_number(config, bad):
+def test_a_step_that_is_not_finite_changes_only_the_step_number(config, bad):
     mesh = sharding.make_mesh(jax.devices()[:2])
     train_step, state = made(mesh, config)
     state, _ = train_step(state, inputs_on(mesh, *batch(0)))
@@ -45,7 +45,7 @@ def test_a_step_that_is_not_finite_changes_only_the_steps_number(config, bad):
 
 
 def of_steps(**columns: Any) -> dict[str, jax.Array]:
-    """A dispatch's metrics: so many steps of two captions of five tokens each."""
+    """Returns the metrics of a dispatch. Without `columns` each step has two captions of five tokens."""
     count = len(next(iter(columns.values())))
     names = {"nats": 20.0, "tokens": 10.0, "right": 4.0, "captions": 2.0, "grad_norm": 1.5, "loss": 2.0}
     values = {name: [value] * count for name, value in names.items()} | {"skipped": [0.0] * count}
@@ -64,7 +64,7 @@ def steps_with(*bad: bool) -> dict[str, jax.Array]:
     return of_steps(**{name: [BAD[name] if b else good[name] for b in bad] for name in BAD})
 
 
-def test_skipped_steps_are_counted_and_left_out_of_the_line(tmp_path, capsys):
+def test_skipped_steps_are_counted_and_excluded_from_the_means(tmp_path, capsys):
     window = window_on(tmp_path)
     window.add(3, steps_with(False, True, False))
     window.close(3)
@@ -84,7 +84,7 @@ def test_only_enough_bad_steps_in_a_row_end_the_run(tmp_path):
     window.add(4, steps_with(True, True, False, True))
     window.close(4)
     window.write()
-    # In a row with the last one of the line before, and over an interruption.
+    # The row continues from the last line, in a resumed run.
     later = window_on(tmp_path, 4, window.progress())
     later.add(2, steps_with(True, True))
     later.close(6)
@@ -93,7 +93,7 @@ def test_only_enough_bad_steps_in_a_row_end_the_run(tmp_path):
     assert (found.value.first, found.value.count) == (3, 3)
 
 
-def test_a_line_of_self_critical_training_tells_the_reward_of_its_captions(tmp_path):
+def test_a_line_of_self_critical_training_has_the_reward(tmp_path):
     window = window_on(tmp_path)
     window.add(2, of_steps(nats=[20.0, 20.0]) | {"cider_d": np.array([0.5, 1.5], np.float32)})
     window.close(2)
@@ -104,15 +104,15 @@ def test_a_line_of_self_critical_training_tells_the_reward_of_its_captions(tmp_p
     assert [line.get("train/cider_d") for line in logs.read(tmp_path)] == [1.0, None]
 
 
-def test_a_line_does_not_depend_on_where_dispatches_and_runs_end(tmp_path):
+def test_a_line_does_not_depend_on_the_ends_of_dispatches_and_runs(tmp_path):
     rng = np.random.default_rng(0)
     columns = {"nats": rng.uniform(1, 50, 12), "tokens": rng.integers(1, 30, 12), "grad_norm": rng.uniform(size=12)}
 
     def part(first: int, last: int) -> dict[str, jax.Array]:
         return of_steps(**{name: values[first:last] for name, values in columns.items()})
 
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for path, ends in ((whole, [12]), (cut, [3, 4, 9, 12])):
+    single, cut = tmp_path / "single", tmp_path / "cut"
+    for path, ends in ((single, [12]), (cut, [3, 4, 9, 12])):
         path.mkdir()
         window, first = window_on(path), 0
         for last in ends:
@@ -122,11 +122,11 @@ def test_a_line_does_not_depend_on_where_dispatches_and_runs_end(tmp_path):
         window.close(12)
         window.write()
     times = {"captions_per_s", "tokens_per_s"}
-    a, b = ({k: v for k, v in logs.read(path)[0].items() if k not in times} for path in (whole, cut))
+    a, b = ({k: v for k, v in logs.read(path)[0].items() if k not in times} for path in (single, cut))
     assert a == b
 
 
-def test_a_spike_is_told_with_its_step(tmp_path, capsys):
+def test_a_spike_is_logged_with_its_step(tmp_path, capsys):
     window = window_on(tmp_path)
     for loss in ([9.0, 2.0], [2.1, 2.9], [3.1, 2.0]):
         window.add(2, of_steps(loss=loss))
@@ -137,44 +137,44 @@ def test_a_spike_is_told_with_its_step(tmp_path, capsys):
 
 
 @pytest.fixture
-def poisoned(tmp_path) -> pathlib.Path:
-    """A store some of whose features are so large that a loss overflows; where they begin is no matter."""
+def data_dir(tmp_path) -> pathlib.Path:
     config = tiny_config()
     write_store(tmp_path / "data", config)
     return tmp_path / "data"
 
 
 def poison(data_dir: pathlib.Path, rows: slice) -> None:
+    """Sets features of these rows to infinity."""
     from flaxcap.features import store
 
     split = store.Store(path_for(data_dir, tiny_config())).split("train")
     array = split.create_array(64, 6, "bfloat16")
     feats = np.array(array[rows].read().result())
-    feats[:, 1] = np.inf  # the first number of a row tells whether it was written
+    feats[:, 1] = np.inf  # the first number of a row stays: NaN means never written
     array[rows].write(feats).result()
 
 
-def test_bad_features_are_skipped_and_the_run_ends_sound(poisoned, tmp_path, capsys):
-    poison(poisoned, slice(5, 6))
-    train.train(tiny_config(), tmp_path / "run", poisoned)
+def test_batches_with_bad_features_are_skipped_and_the_run_ends(data_dir, tmp_path, capsys):
+    poison(data_dir, slice(5, 6))
+    train.train(tiny_config(), tmp_path / "run", data_dir)
     lines = logs.read(tmp_path / "run")
     skipped = sum(line.get("train/skipped", 0) for line in lines)
     assert skipped == capsys.readouterr().out.count("is not finite") > 0
     assert all(np.isfinite(value) for line in lines for value in line.values())
 
 
-def test_too_many_bad_steps_keep_the_batch_and_the_last_good_checkpoint(poisoned, tmp_path):
+def test_too_many_bad_steps_end_the_run_and_save_the_batch(data_dir, tmp_path):
     config = tiny_config(epochs=1)
-    train.train(config, tmp_path / "run", poisoned)
+    train.train(config, tmp_path / "run", data_dir)
     sound = Checkpoints(tmp_path / "run" / "checkpoints")
     step = sound.latest_step
     assert step is not None
     sound.close()
-    poison(poisoned, slice(0, 40))
+    poison(data_dir, slice(0, 40))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=4))
-    for _ in range(2):  # the same command ends the same way, and loses nothing
+    for _ in range(2):  # the same command ends in the same way
         with pytest.raises(NotFiniteError, match=f"max_bad_steps=2.*steps {step} to {step + 1}.*bad_step_{step}"):
-            train.train(longer, tmp_path / "run", poisoned, max_bad_steps=2)
+            train.train(longer, tmp_path / "run", data_dir, max_bad_steps=2)
         kept = np.load(tmp_path / "run" / f"bad_step_{step}.npz", allow_pickle=False)
         assert not np.isfinite(kept["feats_IPF"]).all()
         assert kept["tokens_ICT"].shape[0] == len(kept["rows_I"]) == len(kept["files_I"]) == len(kept["feats_IPF"])

@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, on any number of devices; a missing or foreign one says so."""
+"""Checkpoints are restored bit for bit on any number of devices; a missing or wrong one is an error."""
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ def test_saved_on_one_device_restored_on_any_number(tmp_path, devices, ema):
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_parameters_alone(tmp_path, ema):
-    """Those to caption with: the average, if there is one."""
+def test_restored_parameters_are_the_average_if_there_is_one(tmp_path, ema):
     saved = state_on(1, ema=ema)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, saved, {}, 2.0)
@@ -38,7 +37,7 @@ def test_parameters_alone(tmp_path, ema):
     checkpoints.close()
 
 
-def test_the_best_and_the_newest_are_kept_also_between_validations(tmp_path):
+def test_the_best_and_the_newest_are_kept_between_validations_too(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, 1.0), (2, 3.0), (3, 2.0), (4, None), (5, 2.5), (6, None)):
         checkpoints.save(step, state_on(1), {}, score)
@@ -49,7 +48,7 @@ def test_the_best_and_the_newest_are_kept_also_between_validations(tmp_path):
 
 
 def test_a_score_of_zero_is_better_than_none(tmp_path):
-    """CIDEr of a model that has learned nothing yet: the checkpoints between validations still come after it."""
+    """A CIDEr of 0 ranks before checkpoints between validations."""
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, None), (2, 0.0), (3, None)):
         checkpoints.save(step, state_on(1), {}, score)
@@ -66,7 +65,7 @@ def test_before_the_first_validation_the_newest_is_the_best(tmp_path):
     checkpoints.close()
 
 
-def test_a_checkpoint_of_another_shape_names_itself(tmp_path):
+def test_a_checkpoint_of_another_shape_is_named_in_the_error(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, state_on(1), {}, 2.0)
     checkpoints.wait()

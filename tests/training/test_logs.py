@@ -1,4 +1,4 @@
-"""What a run says stays true when it is interrupted."""
+"""Log lines and the clock of interrupted and resumed runs."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from flaxcap.training import logs
 
 
 def scalars(workdir: pathlib.Path) -> list[tuple[int, str, float]]:
-    """(step, name, value) of every event file, the oldest first, without what a later one says is void."""
+    """Returns (step, name, value) of every event file, the oldest first, without events that a later file purges."""
     found: list[tuple[int, str, float]] = []
     for file in sorted(workdir.glob("events.out.tfevents.*")):
         rest = file.read_bytes()
@@ -33,10 +33,10 @@ def write(workdir: pathlib.Path, steps: range, start: int = 0) -> None:
     metrics.close()
 
 
-def test_lines_come_back_as_they_were_written(tmp_path):
+def test_lines_are_read_as_they_were_written(tmp_path):
     metrics = logs.Metrics(tmp_path, 0)
     metrics.write(20, {"train/loss": 0.5})
-    assert logs.read(tmp_path) == [{"step": 20, "train/loss": 0.5}]  # at once: a kill loses nothing
+    assert logs.read(tmp_path) == [{"step": 20, "train/loss": 0.5}]  # written at once: a kill loses no line
     metrics.write(40, {"epoch": 1, "val/loss": 0.25})
     metrics.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -48,7 +48,7 @@ def test_a_run_without_metrics_has_none(tmp_path):
     assert logs.read(tmp_path) == []
 
 
-def test_what_is_not_finite_is_written_too(tmp_path):
+def test_numbers_that_are_not_finite_are_written_too(tmp_path):
     metrics = logs.Metrics(tmp_path, 0)
     metrics.write(1, {"train/loss": math.nan, "val/loss": math.inf})
     metrics.close()
@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_written_too(tmp_path):
 
 
 @pytest.mark.parametrize("step", [0, 3, 5, 9])
-def test_a_run_that_goes_on_drops_what_it_will_write_again(step, tmp_path, monkeypatch):
+def test_a_resumed_run_deletes_the_lines_that_it_will_write_again(step, tmp_path, monkeypatch):
     seconds = iter(range(10**9, 10**10))  # event files are named by the second
     monkeypatch.setattr(time, "time", lambda: next(seconds))
     write(tmp_path, range(1, 6))
@@ -70,15 +70,15 @@ def test_a_run_that_goes_on_drops_what_it_will_write_again(step, tmp_path, monke
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30])
-def test_a_line_that_a_kill_cut_short_is_dropped(cut, tmp_path):
+def test_a_line_that_a_kill_cut_short_is_deleted(cut, tmp_path):
     write(tmp_path, range(1, 4))
     file = tmp_path / "metrics.jsonl"
-    whole = file.read_text()
-    file.write_text(whole[: len(whole) - 1 - cut])
+    text = file.read_text()
+    file.write_text(text[: len(text) - 1 - cut])
     assert [line["step"] for line in logs.read(tmp_path)] == [1, 2]
     write(tmp_path, range(3, 5), start=3)
     assert [line["step"] for line in logs.read(tmp_path)] == [1, 2, 3, 4]
-    assert file.read_text().startswith(whole[: whole.index("\n", whole.index("\n") + 1)])
+    assert file.read_text().startswith(text[: text.index("\n", text.index("\n") + 1)])
 
 
 def test_tensorboard_gets_every_scalar(tmp_path):
@@ -95,7 +95,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def now(monkeypatch):
-    """The time, as a list of one number that the test moves on."""
+    """The time in seconds, a list of one number that the test increases."""
     seconds = [1000.0]
     monkeypatch.setattr(time, "perf_counter", lambda: seconds[0])
     return seconds
@@ -108,7 +108,7 @@ def test_the_clock_counts_while_it_runs(now):
     clock.run()
     now[0] += 3
     assert clock.now() == 3
-    clock.run()  # goes on
+    clock.run()  # runs already
     now[0] += 4
     assert clock.now() == 7
     clock.pause()
