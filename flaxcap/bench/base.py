@@ -1,4 +1,4 @@
-"""What a benchmark is: something to repeat, and how its figures are summed up."""
+"""The parts that all benchmarks share: their arguments, what they return, and statistics of figures."""
 
 import dataclasses
 import statistics
@@ -7,43 +7,43 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Figures = dict[str, Any]  # numbers by name, in groups
+Figures = dict[str, Any]  # numbers by name, nested in groups
 
 
-class Given(NamedTuple):
-    """What the command line asks of every benchmark."""
+class BenchArgs(NamedTuple):
+    """The command line's arguments to every benchmark."""
 
-    images: int  # made up
-    steps: int  # timed, in each repetition
+    images: int  # in the synthetic data set
+    steps: int  # timed in each repetition
     warmup: int  # steps before the first repetition
-    workers: int  # threads that decode pictures
-    positions: int  # of the preset's encoder
-    feature_dim: int
+    workers: int  # threads that decode images
+    positions: int  # P, of the preset's encoder
+    feature_dim: int  # F
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """A benchmark that is ready: compiled and warm."""
+class Benchmark:
+    """A benchmark that is compiled, warm and ready to be repeated."""
 
-    rate: str  # the figure by which it is compared
-    facts: Figures  # what is known before the first repetition
+    rate: str  # the name of the figure that baselines are compared with
+    facts: Figures  # known before the first repetition
     repeat: Callable[[], Figures]
-    peak_dtype: str = ""  # of the matrix products that the machine's peak is measured by; empty: none is
+    peak_dtype: str = ""  # dtype whose peak rate of matrix products is measured; empty: none
 
 
 def spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Their median, and what a tenth of them is under (p10) and over (p90)."""
+    """Returns the median and the 10th and 90th percentiles."""
     low, median, high = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(low), "p90": float(high)}
 
 
 def rates(seconds: float, **counts: float) -> dict[str, float]:
-    """How many of each thing a second: {"captions_s": ...} of `captions=...`."""
+    """Returns each count divided by the seconds: `captions=8` gives `{"captions_s": ...}`."""
     return {f"{name}_s": count / seconds for name, count in counts.items()}
 
 
 def medians(repetitions: Sequence[Figures]) -> Figures:
-    """Each number's median over the repetitions."""
+    """Returns the median of each figure over the repetitions."""
     found: Figures = {}
     for name, value in repetitions[0].items():
         column = [figures[name] for figures in repetitions]
@@ -52,7 +52,7 @@ def medians(repetitions: Sequence[Figures]) -> Figures:
 
 
 def flat(figures: Figures, prefix: str = "") -> dict[str, Any]:
-    """{"step_ms.median": ...} of {"step_ms": {"median": ...}}."""
+    """Joins the names of nested figures: `{"step_ms": {"median": 1}}` gives `{"step_ms.median": 1}`."""
     found = {}
     for name, value in figures.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

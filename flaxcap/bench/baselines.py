@@ -1,4 +1,7 @@
-"""Other programs that do the same work, run between our repetitions so that both meet the machine in the same state."""
+"""Baselines: other programs that do the same work.
+
+A baseline runs between our repetitions, so that both programs meet the machine in the same state.
+"""
 
 import json
 import os
@@ -12,16 +15,23 @@ from typing import Any
 from flaxcap.errors import UserError
 
 RATES = ("captions_s", "images_s")
-LINES = 10  # of a failed program's stderr
+STDERR_LINES = 10  # of a failed program, in the error message
 
 
-class Peer:
-    """A command whose stdout's last JSON object with `captions_s` or `images_s` is its result."""
+class Baseline:
+    """A command, and the results of its runs.
+
+    The result of a run is the last JSON object on stdout that has `captions_s` or `images_s`.
+    """
 
     def __init__(self, command: str):
-        """`command`: as typed into a shell, `PYTHON SCRIPT.py ARGUMENTS`, or without PYTHON for this one.
+        """Finds the program and the script of a command line. The command runs in the script's directory.
 
-        It will run in the script's own directory. UserError if there is no such program or script.
+        Args:
+          command: `PYTHON SCRIPT.py ARGUMENTS`, as typed into a shell. Without PYTHON, this Python runs the script.
+
+        Raises:
+          UserError: the program or the script does not exist.
         """
         self.command = command
         try:
@@ -35,7 +45,7 @@ class Peer:
         if shutil.which(words[0]) is None:
             raise UserError(f"--against={command}: no such program: {words[0]}")
         if os.sep in words[0]:
-            # Not resolved: a virtual environment's Python is known by the link's place.
+            # Links stay: Python finds its virtual environment by the path that it was started with.
             words[0] = os.path.abspath(words[0])
         self._directory = None
         script = next((n for n, word in enumerate(words) if n and word.endswith(".py")), None)
@@ -48,7 +58,11 @@ class Peer:
         self.records: list[dict[str, Any]] = []
 
     def run(self) -> None:
-        """Runs it once and keeps its result. UserError, with the end of its stderr, if it fails or has none."""
+        """Runs the command once and keeps its result.
+
+        Raises:
+          UserError: the command fails or prints no result. The message holds the end of its stderr.
+        """
         try:
             found = subprocess.run(
                 self._words,
@@ -61,19 +75,20 @@ class Peer:
             raise UserError(f"--against={self.command}: cannot be run: {e.strerror}") from e
         record = _last_record(found.stdout)
         if found.returncode or record is None:
-            how = f"ended with status {found.returncode}"
+            problem = f"ended with status {found.returncode}"
             if not found.returncode:
-                how = f"wrote no line with a JSON object that has {' or '.join(RATES)} above 0"
-            said = found.stderr.strip().splitlines()[-LINES:]
-            raise UserError("\n  ".join([f"--against={self.command}: {how}; the end of its stderr:", *said]))
+                problem = f"wrote no line with a JSON object that has {' or '.join(RATES)} above 0"
+            end = found.stderr.strip().splitlines()[-STDERR_LINES:]
+            raise UserError("\n  ".join([f"--against={self.command}: {problem}; the end of its stderr:", *end]))
         self.records.append(record)
 
     @property
     def rates(self) -> list[float]:
+        """The captions or images a second of each run."""
         return [_rate(record) for record in self.records]
 
     def summary(self, ours: list[float]) -> dict[str, Any]:
-        """Its runs beside our repetitions: how many times as fast each of ours was as the run after it."""
+        """Returns the runs' rates, and the ratio of each of our repetitions to the run after it."""
         ratios = [mine / theirs for mine, theirs in zip(ours, self.rates, strict=True)]
         return {
             "command": self.command,

@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on, and how fast it multiplies matrices at this moment."""
+"""Describes the machine that a figure was measured on, and measures its matrix products."""
 
 import functools
 import os
@@ -17,14 +17,14 @@ import numpy as np
 import flaxcap
 from flaxcap.runtime import devices as devices_lib
 
-# Rows, inner, columns: a square, the image's projection and the vocabulary's product at their usual sizes.
+# Rows, inner, columns: a square, and the products of the image projection and of the vocabulary at default sizes.
 SHAPES = ((2048, 2048, 2048), (4096, 2048, 256), (1024, 512, 5001))
-LARGE = ((4096, 4096, 4096), (8192, 8192, 8192))  # what an accelerator needs to show its peak
+LARGE = ((4096, 4096, 4096), (8192, 8192, 8192))  # an accelerator reaches its peak only with large matrices
 ROUNDS, ROUND_S = 7, 0.02
 
 
 def describe() -> dict[str, Any]:
-    """Devices, CPU, and versions."""
+    """Returns devices, CPU, and versions of Python and of libraries."""
     device = jax.devices()[0]
     return {
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
@@ -41,12 +41,12 @@ def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo") as f:
             return next(line.partition(":")[2].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):  # no Linux, or a CPU that does not say
+    except (OSError, StopIteration):  # no Linux, or no such line, as on ARM
         return platform.processor() or platform.machine()
 
 
 def memory() -> dict[str, float]:
-    """The most memory taken so far, in GB: by this process, and on a device where it can tell."""
+    """Returns the peak memory so far, in GB, of this process, and of a device if the device reports it."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"process_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
     stats: Callable = jax.local_devices()[0].memory_stats
@@ -55,10 +55,15 @@ def memory() -> dict[str, float]:
 
 
 def matmul_flop_s(dtype: str, shapes: tuple[tuple[int, int, int], ...] = ()) -> dict[str, float]:
-    """FLOP/s of a jitted matrix product on all devices, now: of the best shape, its median and its best round.
+    """Measures jitted matrix products at JAX's default precision, as in the models, with sums in float32.
 
-    At JAX's default precision, as the model's own products, with sums in float32. A CPU counts as one device, however
-    many it plays.
+    Args:
+      dtype: of the matrices.
+      shapes: rows, inner size and columns of each product; default: `SHAPES`, on an accelerator also `LARGE`.
+
+    Returns:
+      The median and the best FLOP/s of the best shape, times the number of devices. A CPU counts as one device, even
+      where JAX divides it into several.
     """
     device = jax.local_devices()[0]
     on_cpu = device.platform == "cpu"
@@ -68,7 +73,7 @@ def matmul_flop_s(dtype: str, shapes: tuple[tuple[int, int, int], ...] = ()) -> 
 
 
 def _matmul(rows: int, inner: int, columns: int, dtype: str) -> tuple[float, float]:
-    """Median and best of some rounds."""
+    """Returns the median and the best FLOP/s of `ROUNDS` rounds on one device."""
     keys = jax.random.split(jax.random.key(0))
     left = jax.random.normal(keys[0], (rows, inner), jnp.dtype(dtype))
     right = jax.random.normal(keys[1], (inner, columns), jnp.dtype(dtype))
@@ -77,7 +82,7 @@ def _matmul(rows: int, inner: int, columns: int, dtype: str) -> tuple[float, flo
     def seconds(calls: int) -> float:
         begin = time.perf_counter()
         out = None
-        for _ in range(calls):  # queued together: what a call costs the host does not show
+        for _ in range(calls):  # queued together, so that the cost of a call on the host is hidden
             out = multiply(left, right)
         jax.block_until_ready(out)
         return (time.perf_counter() - begin) / calls

@@ -1,4 +1,4 @@
-"""`flaxcap bench`: how fast this machine trains, decodes, extracts, feeds and scores, beside other programs."""
+"""Runs a benchmark, compares it with baselines, and reports the figures."""
 
 import dataclasses
 import json
@@ -14,17 +14,17 @@ import tqdm
 
 from flaxcap import config as config_lib
 from flaxcap.bench import decode, extract, inputs, machine, score, train
-from flaxcap.bench.base import Figures, Given, Work, flat, medians
-from flaxcap.bench.baselines import Peer
+from flaxcap.bench.base import BenchArgs, Benchmark, Figures, flat, medians
+from flaxcap.bench.baselines import Baseline
 from flaxcap.encoders import base as encoders
 from flaxcap.errors import UserError, nearest
 
-WORKS: dict[str, Callable[[config_lib.Config, Given], AbstractContextManager[Work]]] = {
-    "train": train.work,
-    "decode": decode.work,
-    "extract": extract.work,
-    "input": inputs.work,
-    "score": score.work,
+BENCHMARKS: dict[str, Callable[[config_lib.Config, BenchArgs], AbstractContextManager[Benchmark]]] = {
+    "train": train.benchmark,
+    "decode": decode.benchmark,
+    "extract": extract.benchmark,
+    "input": inputs.benchmark,
+    "score": score.benchmark,
 }
 
 
@@ -40,63 +40,88 @@ def bench(
     against: Sequence[str] = (),
     out: str | None = None,
 ) -> dict[str, Any]:
-    """Measures `what`, prints a table and a line of JSON, and returns what is in that line.
+    """Measures, and prints a table and a line of JSON.
 
-    A peer of `against` runs once after each of our repetitions. The line is also appended to the file `out`.
+    Args:
+      what: a name in `BENCHMARKS`.
+      config: of the models and of training.
+      images: images of the synthetic data set.
+      steps: timed steps of a repetition.
+      warmup: steps before the first repetition.
+      repeats: repetitions.
+      workers: threads that decode images.
+      against: command lines of baselines. Each runs once after each repetition.
+      out: a file that the line of JSON is appended to.
+
+    Returns:
+      The content of the line. It names `what`, `given` and `peers` as the files in `experiments/results` do.
+
+    Raises:
+      UserError: the name is unknown, or a baseline cannot be run.
     """
-    if what not in WORKS:
-        raise UserError(f"{what}: expected one of {', '.join(WORKS)}{nearest(what, WORKS)}")
-    peers = [Peer(command) for command in against]
-    if peers:
-        # JAX would take most of a GPU's memory at once, and leave a peer too little.
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if what not in BENCHMARKS:
+        raise UserError(f"{what}: expected one of {', '.join(BENCHMARKS)}{nearest(what, BENCHMARKS)}")
+    baselines = _baselines(against)
     if out:
-        _append(out, "")  # what cannot be written is told before anything is measured
+        _append(out, "")  # A file that cannot be written is an error before anything is measured.
     encoder = encoders.make(config.encoder)
-    given = Given(images, steps, warmup, workers, encoder.positions, encoder.features)
-    repetitions: list[Figures] = []
-    peaks: list[dict[str, float]] = []
-    with WORKS[what](config, given) as work:
-
-        def peak() -> None:
-            if work.peak_dtype:
-                peaks.append(machine.matmul_flop_s(work.peak_dtype))
-
-        peak()
-        for _ in tqdm.trange(repeats, desc=what, unit=" repetitions", disable=None):
-            load = os.getloadavg()[0]
-            repetitions.append(work.repeat() | {"load_before": load})
-            peak()
-            for peer in peers:
-                peer.run()
-        facts, rate = work.facts, work.rate
-    ours = [figures[rate] for figures in repetitions]
+    args = BenchArgs(images, steps, warmup, workers, encoder.positions, encoder.features)
+    with BENCHMARKS[what](config, args) as benchmark:
+        repetitions, peaks = _repeat(benchmark, what, repeats, baselines)
+    ours = [figures[benchmark.rate] for figures in repetitions]
     result = {
         "what": what,
-        rate: statistics.median(ours),
+        benchmark.rate: statistics.median(ours),
         "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **machine.describe(),
         "given": {"images": images, "steps": steps, "warmup": warmup, "repeats": repeats},
-        "facts": facts,
+        "facts": benchmark.facts,
         "median": medians(repetitions),
         "memory": machine.memory(),
-        "peers": [peer.summary(ours) for peer in peers],
+        "peers": [baseline.summary(ours) for baseline in baselines],
         "repetitions": repetitions,
         "config": dataclasses.asdict(config),
     }
     if peaks:
-        result["peak"] = _peak(work.peak_dtype, peaks, result["median"]["flop_s"])
-    for line in table(result):
-        print(line)
-    line = json.dumps(result)
-    print(line)
-    if out:
-        _append(out, line + "\n")
+        result["peak"] = _peak(benchmark.peak_dtype, peaks, result["median"]["flop_s"])
+    _report(result, out)
     return result
 
 
+def _baselines(commands: Sequence[str]) -> list[Baseline]:
+    if commands:
+        # By default JAX takes 75% of a GPU's memory at its start, which leaves a baseline too little.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return [Baseline(command) for command in commands]
+
+
+def _repeat(
+    benchmark: Benchmark, what: str, repeats: int, baselines: Sequence[Baseline]
+) -> tuple[list[Figures], list[dict[str, float]]]:
+    """Runs the repetitions, and each baseline after each of them.
+
+    Returns:
+      The figures of each repetition, and the machine's peak before, between and after them if the benchmark needs it.
+    """
+    repetitions: list[Figures] = []
+    peaks: list[dict[str, float]] = []
+
+    def peak() -> None:
+        if benchmark.peak_dtype:
+            peaks.append(machine.matmul_flop_s(benchmark.peak_dtype))
+
+    peak()
+    for _ in tqdm.trange(repeats, desc=what, unit=" repetitions", disable=None):
+        load = os.getloadavg()[0]
+        repetitions.append(benchmark.repeat() | {"load_before": load})
+        peak()
+        for baseline in baselines:
+            baseline.run()
+    return repetitions, peaks
+
+
 def _peak(dtype: str, peaks: list[dict[str, float]], flop_s: float) -> dict[str, Any]:
-    """The machine's matrix products, measured between the repetitions, and which share of them was reached."""
+    """Returns the machine's peak FLOP/s, and the fraction of it that the benchmark reached."""
     median, best = statistics.median(p["median"] for p in peaks), max(p["best"] for p in peaks)
     return {
         "dtype": dtype,
@@ -108,6 +133,16 @@ def _peak(dtype: str, peaks: list[dict[str, float]], flop_s: float) -> dict[str,
     }
 
 
+def _report(result: dict[str, Any], out: str | None) -> None:
+    """Prints the table and the line of JSON, and appends the line to a file."""
+    for line in table(result):
+        print(line)
+    line = json.dumps(result)
+    print(line)
+    if out:
+        _append(out, line + "\n")
+
+
 def _append(out: str, text: str) -> None:
     file = pathlib.Path(out)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +151,7 @@ def _append(out: str, text: str) -> None:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """What a reader wants of a result: each figure's median, lowest and highest of the repetitions."""
+    """Returns lines with the median, minimum and maximum of each figure over the repetitions, then the other facts."""
     device, cpu, versions = result["device"], result["cpu"], result["versions"]
     repetitions = [flat(figures) for figures in result["repetitions"]]
     rows = [("", "median", "min", "max")]
@@ -127,9 +162,9 @@ def table(result: dict[str, Any]) -> list[str]:
     for name, value in flat(result["median"]).items():
         column = [figures[name] for figures in repetitions]
         row(name, value, min(column), max(column))
-    for peer in result["peers"]:
-        ratio = peer["ratio"]
-        row("peer", peer["rate"], min(peer["rates"]), max(peer["rates"]))
+    for baseline in result["peers"]:
+        ratio = baseline["ratio"]
+        row("baseline", baseline["rate"], min(baseline["rates"]), max(baseline["rates"]))
         row("times as fast", ratio["median"], ratio["min"], ratio["max"])
     once = flat(result["facts"]) | flat(result["memory"])
     if "peak" in result:
@@ -139,12 +174,13 @@ def table(result: dict[str, Any]) -> list[str]:
         f"{result['what']}: {device['count']} x {device['kind']} ({device['platform']}); {cpu['model']},"
         f" {cpu['usable_cores']} of {cpu['cores']} cores; JAX {versions['jax']}, Python {versions['python']}"
     ]
-    lines += [f"against {peer['command']}" for peer in result["peers"]]
+    lines += [f"against {baseline['command']}" for baseline in result["peers"]]
     lines += [f"{name:{width}}  {median:>10}  {low:>10}  {high:>10}" for name, median, low, high in rows]
     return lines + [f"{name:{width}}  {_number(value):>10}" for name, value in once.items()]
 
 
 def _number(value: object) -> str:
+    """Returns a number with four digits, and T, G or M for large ones."""
     if not isinstance(value, int | float):
         return str(value)
     for size, letter in ((1e12, " T"), (1e9, " G"), (1e6, " M")):

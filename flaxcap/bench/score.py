@@ -1,4 +1,4 @@
-"""`flaxcap bench score`: the scores that need no Java, of made-up captions against five references each."""
+"""`flaxcap bench score`: BLEU, ROUGE-L and CIDEr of synthetic captions, with five references each."""
 
 import contextlib
 import time
@@ -7,17 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from flaxcap.bench import synthetic
-from flaxcap.bench.base import Figures, Given, Work, rates
+from flaxcap.bench.base import BenchArgs, Benchmark, Figures, rates
 from flaxcap.config import Config, Data
 from flaxcap.metrics import scorer
 from flaxcap.text.vocabulary import END
 
 
 @contextlib.contextmanager
-def work(config: Config, given: Given) -> Iterator[Work]:
-    """A repetition reads the references and scores a caption for each of `images` images, however many `steps`."""
-    references = _captions(given.images, config.data, config.seed)
-    candidates = [first for first, *_ in _captions(given.images, config.data, config.seed + 1)]
+def benchmark(config: Config, args: BenchArgs) -> Iterator[Benchmark]:
+    """Times scoring one caption for each image, with the preparation of the references. `steps` has no effect."""
+    references = _captions(args.images, config.data, config.seed)
+    candidates = [first for first, *_ in _captions(args.images, config.data, config.seed + 1)]
 
     def repeat() -> Figures:
         begin = time.perf_counter()
@@ -25,11 +25,11 @@ def work(config: Config, given: Given) -> Iterator[Work]:
         seconds = time.perf_counter() - begin
         return {"seconds": seconds, "captions": len(candidates), **rates(seconds, captions=len(candidates))}
 
-    yield Work("captions_s", {"references": synthetic.CAPTIONS * given.images}, repeat)
+    yield Benchmark("captions_s", {"references": synthetic.CAPTIONS * args.images}, repeat)
 
 
 def _captions(images: int, data: Data, seed: int) -> list[list[str]]:
-    """The corpus's captions of each image, each id a word of letters."""
+    """Returns the synthetic captions of each image as text; each token id becomes a word of letters."""
     tokens = synthetic.captions(images, data, seed)
     letters = str.maketrans("0123456789", "abcdefghij")
     texts = [

@@ -1,4 +1,4 @@
-"""Made-up captions and features: a corpus of COCO's lengths, of any size, from a seed."""
+"""A synthetic data set of any size, drawn from a seed: captions with COCO's lengths, and features."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,27 @@ from flaxcap.text.tokens import Tokens
 from flaxcap.text.vocabulary import END, START
 
 CAPTIONS = 5  # an image
-SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, <start> and <end> included
-BLOCK = 256  # images whose features differ; more would only fill the host's memory
+SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, with <start> and <end>
+BLOCK = 256  # images with different features; later images repeat them, to save host memory
 
 
 def vocabulary_size(data: config_lib.Data) -> int:
-    """Token ids of the made-up captions, of which the first four are no words."""
+    """Returns the number of token ids. The first four are no words."""
     return max(data.vocab_size + 1, END + 2)
 
 
 def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:
-    """Five captions for each image.
+    """Draws five captions for each image.
 
-    Lengths are 8 + gamma, in whole tokens, cut at `max_length`; words fall by Zipf's law with their id.
+    Lengths are 8 + gamma, rounded down and cut at `data.max_length`. Words follow Zipf's law.
+
+    Args:
+      images: number of images.
+      data: its `vocab_size` and `max_length` apply.
+      seed: of the random numbers.
     """
     rng = np.random.default_rng(seed)
-    more = MEAN - SHORTEST + 0.5  # the half that whole tokens take away
+    more = MEAN - SHORTEST + 0.5  # rounding down takes away half a token on average
     gamma = rng.gamma((more / DEVIATION) ** 2, DEVIATION**2 / more, images * CAPTIONS)
     lengths = np.minimum((SHORTEST + gamma).astype(np.int64), data.max_length)
     starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -36,10 +41,19 @@ def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:
     return Tokens(ids, starts, np.repeat(np.arange(images, dtype=np.int32), CAPTIONS))
 
 
-class MadeUp:
-    """Features of as many images as are asked for, `|normal|` as the last block's; a `feed.Source`."""
+class SyntheticFeatures:
+    """Features `|normal|`, which resemble those after a relu; a source for the device feed."""
 
     def __init__(self, images: int, positions: int, feature_dim: int, dtype: np.dtype, seed: int = 0):
+        """Draws the features of at most `BLOCK` images.
+
+        Args:
+          images: number of images.
+          positions: P.
+          feature_dim: F.
+          dtype: of the features.
+          seed: of the random numbers.
+        """
         rng = np.random.default_rng(seed)
         feats_NPF = rng.standard_normal((min(images, BLOCK), positions, feature_dim), np.float32)
         self._block_NPF = np.abs(feats_NPF, out=feats_NPF).astype(dtype)
@@ -47,12 +61,12 @@ class MadeUp:
         self.dtype = self._block_NPF.dtype
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """`[len(rows), P, F]`; images repeat after `BLOCK`."""
+        """Returns the features of some rows, `[len(rows), P, F]`."""
         return self._block_NPF[np.asarray(rows) % len(self._block_NPF)]
 
 
 def plan(images: int, config: config_lib.Config) -> Plan:
-    """The trainer's plan of the made-up captions."""
+    """Returns the trainer's plan for the synthetic captions."""
     return Plan(
         captions(images, config.data, config.seed),
         batch_images=config.train.batch_images,
@@ -64,10 +78,10 @@ def plan(images: int, config: config_lib.Config) -> Plan:
 
 
 def sample(plan: Plan, steps: int) -> list[list[Batch]]:
-    """Dispatches of `steps` steps in all that stand for whole epochs.
+    """Chooses dispatches, of `steps` steps together, that represent complete epochs.
 
-    Neighbouring steps of an epoch share a length, so a few of them are no sample of it. These are taken evenly from
-    an epoch, or as many as are needed, ordered by length.
+    Consecutive steps of an epoch share a length, so the first few steps are no fair sample. The dispatches of one
+    epoch, or of as many as needed, are ordered by length and taken at even distances.
     """
     epochs = -(-steps // plan.steps_per_epoch)
     dispatches = list(plan.dispatches(0, epochs * plan.steps_per_epoch))
@@ -75,8 +89,8 @@ def sample(plan: Plan, steps: int) -> list[list[Batch]]:
     ends = np.cumsum([len(dispatches[n]) for n in order])
     chosen: list[list[Batch]] = []
     for count in range(1, len(order) + 1):
-        places = (np.arange(count) + 0.5) / count * ends[-1]
-        picked = sorted({order[i] for i in np.searchsorted(ends, places, "right")})
+        middles = (np.arange(count) + 0.5) / count * ends[-1]
+        picked = sorted({order[i] for i in np.searchsorted(ends, middles, "right")})
         chosen = [list(dispatches[n]) for n in picked]
         if sum(map(len, chosen)) >= steps:
             break
@@ -88,12 +102,12 @@ def sample(plan: Plan, steps: int) -> list[list[Batch]]:
 
 
 def counts(dispatches: list[list[Batch]]) -> dict[str, int]:
-    """Of all their batches: steps, images, captions, the tokens that are predicted, and places for such tokens."""
+    """Counts steps, images, captions and predicted tokens, without and with padding, over all batches."""
     batches = [batch for dispatch in dispatches for batch in dispatch]
     return {
         "steps": len(batches),
         "images": sum(int((b.rows_I >= 0).sum()) for b in batches),
         "captions": sum(int((b.tokens_ICT[..., 0] == START).sum()) for b in batches),
         "tokens": sum(int((b.tokens_ICT[..., 1:] > 0).sum()) for b in batches),
-        "places": sum(b.tokens_ICT[..., 1:].size for b in batches),
+        "padded_tokens": sum(b.tokens_ICT[..., 1:].size for b in batches),
     }

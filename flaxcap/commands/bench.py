@@ -13,7 +13,7 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     """Runs `flaxcap bench` and returns its exit status."""
     if len(positional) != 1:
         found = " ".join(positional) or "nothing"
-        raise UserError(f"found {found}, expected one of {', '.join(runner.WORKS)}")
+        raise UserError(f"found {found}, expected one of {', '.join(runner.BENCHMARKS)}")
     (what,) = positional
     if what in ("train", "input"):
         devices.share_cores(config.train.batch_images, step.CPU_IMAGES)

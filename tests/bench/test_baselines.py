@@ -1,4 +1,4 @@
-"""Programs that a benchmark is compared with: run in turn, read, and told apart when they fail."""
+"""Baselines run in turn with our repetitions; a baseline that fails is an error that names the cause."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flaxcap.bench import base, runner
-from flaxcap.bench.baselines import Peer
+from flaxcap.bench.baselines import Baseline
 from flaxcap.commands.main import main
 from flaxcap.config import Config
 from flaxcap.errors import UserError
@@ -15,10 +15,10 @@ from flaxcap.errors import UserError
 
 @pytest.fixture
 def script(tmp_path):
-    """Writes a peer's script and returns the command that runs it."""
+    """Writes a baseline's script and returns the command that runs it."""
 
-    def write(text: str, arguments: str = "", name: str = "peer.py") -> str:
-        path = tmp_path / "a peer" / name
+    def write(text: str, arguments: str = "", name: str = "baseline.py") -> str:
+        path = tmp_path / "a baseline" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return f"{sys.executable} '{path}' {arguments}".strip()
@@ -26,7 +26,7 @@ def script(tmp_path):
     return write
 
 
-PEER = """
+SCRIPT = """
 import json, os, pathlib, sys
 runs = pathlib.Path("runs")
 runs.write_text(runs.read_text() + "x" if runs.exists() else "x")
@@ -38,10 +38,10 @@ print("{ bye }")
 """
 
 
-def test_a_peer_runs_in_turn_and_in_its_own_directory(script, monkeypatch, tmp_path, capsys):
-    command = script(PEER, "100 --pad 'a b'")
+def test_a_baseline_runs_in_turn_and_in_its_own_directory(script, monkeypatch, tmp_path, capsys):
+    command = script(SCRIPT, "100 --pad 'a b'")
     ran: list[int] = []
-    runs = tmp_path / "a peer" / "runs"
+    runs = tmp_path / "a baseline" / "runs"
 
     def repeat() -> dict[str, Any]:
         ran.append(len(runs.read_text()) if runs.exists() else 0)
@@ -49,30 +49,30 @@ def test_a_peer_runs_in_turn_and_in_its_own_directory(script, monkeypatch, tmp_p
 
     class Ready:
         def __enter__(self):
-            return base.Work("captions_s", {}, repeat)
+            return base.Benchmark("captions_s", {}, repeat)
 
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setitem(runner.WORKS, "train", lambda config, given: Ready())
+    monkeypatch.setitem(runner.BENCHMARKS, "train", lambda config, args: Ready())
     result = runner.bench("train", Config(), images=1, steps=1, warmup=0, repeats=3, workers=1, against=[command])
     assert ran == [0, 1, 2]  # ours, theirs, ours, theirs, ours, theirs
-    (peer,) = result["peers"]
-    assert peer["command"] == command
-    assert peer["rates"] == [100, 200, 300]
-    assert peer["ratios"] == [3, 2.5, 5]
-    assert peer["ratio"] == {"median": 3, "min": 2.5, "max": 5}
-    assert peer["records"][0] == {"captions_s": 100, "setting": ["--pad", "a b"]}
+    (found,) = result["peers"]
+    assert found["command"] == command
+    assert found["rates"] == [100, 200, 300]
+    assert found["ratios"] == [3, 2.5, 5]
+    assert found["ratio"] == {"median": 3, "min": 2.5, "max": 5}
+    assert found["records"][0] == {"captions_s": 100, "setting": ["--pad", "a b"]}
     printed = capsys.readouterr().out
     assert f"against {command}\n" in printed
     assert re.search(r"^times as fast +3 +2\.5 +5$", printed, re.MULTILINE)
 
 
-def test_a_peer_of_images_and_one_without_its_python(script):
+def test_a_baseline_may_count_images_and_be_run_by_this_python(script):
     command = script("print('{\"images_s\": 4}')")
-    peer = Peer(command.removeprefix(f"{sys.executable} "))
-    peer.run()
-    assert peer.rates == [4]
+    baseline = Baseline(command.removeprefix(f"{sys.executable} "))
+    baseline.run()
+    assert baseline.rates == [4]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_a_peer_of_images_and_one_without_its_python(script):
         ("print('no JSON')", "wrote no line"),
     ],
 )
-def test_a_peer_that_fails_is_told_with_its_last_words(text, message, script):
+def test_the_error_of_a_failed_baseline_holds_the_end_of_its_stderr(text, message, script):
     command = script(text)
     with pytest.raises(UserError, match=f"(?s)^{re.escape(f'--against={command}: ')}{message}"):
-        Peer(command).run()
+        Baseline(command).run()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_peer_that_fails_is_told_with_its_last_words(text, message, script):
         ("x.py --pad 20", "--against=x.py --pad 20: no such file: x.py"),
     ],
 )
-def test_a_peer_that_is_not_there_is_told_before_anything_runs(command, message, tmp_path, monkeypatch, capsys):
+def test_a_missing_baseline_is_an_error_before_anything_runs(command, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "train", f"--against={command}"]) == 1
     assert capsys.readouterr() == ("", f"flaxcap bench: {message}\n")

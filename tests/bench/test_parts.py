@@ -1,4 +1,4 @@
-"""What benchmarks are made of: the corpus, the count of arithmetic, the machine's peak, pictures, sums."""
+"""The parts of benchmarks: synthetic data, counted arithmetic, the machine's peak, photographs, statistics."""
 
 import io
 import math
@@ -10,9 +10,11 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from PIL import Image
 
-from flaxcap.bench import base, extract, flops, machine, synthetic
+from flaxcap.bench import base, extract, machine, synthetic
 from flaxcap.config import Config, Data, Model, Train
 from flaxcap.models import decoder as decoder_lib
+from flaxcap.models import output_layer
+from flaxcap.models.recurrent import RecurrentDecoder
 from flaxcap.text.vocabulary import END, START
 
 
@@ -35,7 +37,7 @@ def test_captions_have_cocos_lengths_and_zipfs_words():
     assert counts[4] / counts[40] == pytest.approx(10, rel=0.15)
 
 
-def test_captions_are_cut_and_come_from_their_seed():
+def test_captions_are_cut_and_drawn_from_their_seed():
     data = Data(vocab_size=1, max_length=10)
     tokens = synthetic.captions(100, data)
     assert np.diff(tokens.starts).max() == 10
@@ -46,8 +48,8 @@ def test_captions_are_cut_and_come_from_their_seed():
     assert not np.array_equal(tokens.starts, other.starts)
 
 
-def test_features_repeat_and_are_what_a_relu_may_give():
-    source = synthetic.MadeUp(1000, 64, 3, np.dtype(np.float32))
+def test_features_repeat_and_are_not_negative():
+    source = synthetic.SyntheticFeatures(1000, 64, 3, np.dtype(np.float32))
     feats_IPF = source.read([0, 1, synthetic.BLOCK, synthetic.BLOCK + 1])
     assert source.shape == (1000, 64, 3)
     assert source.dtype == feats_IPF.dtype == np.float32
@@ -59,7 +61,7 @@ def test_features_repeat_and_are_what_a_relu_may_give():
 
 
 @pytest.mark.parametrize("steps", [5, 20, 32, 70])
-def test_the_timed_steps_stand_for_whole_epochs(steps):
+def test_the_timed_steps_represent_complete_epochs(steps):
     plan = synthetic.plan(2048, Config())
     dispatches = synthetic.sample(plan, steps)
     counted = synthetic.counts(dispatches)
@@ -71,9 +73,9 @@ def test_the_timed_steps_stand_for_whole_epochs(steps):
     assert counted["tokens"] / counted["captions"] == pytest.approx(mean, rel=0.03)
 
 
-def test_counts_are_of_what_is_there():
+def test_counts_leave_padding_out():
     config = Config(data=Data(vocab_size=40), train=Train(batch_images=8, num_buckets=2))
-    plan = synthetic.plan(11, config)  # a batch of 8, and one with five empty places
+    plan = synthetic.plan(11, config)  # a batch of 8, and one of 3 images and 5 of padding
     dispatches = list(plan.dispatches(0, 2))
     counted = synthetic.counts(dispatches)
     assert {name: counted[name] for name in ("steps", "images", "captions")} == {
@@ -82,23 +84,17 @@ def test_counts_are_of_what_is_there():
         "captions": 55,
     }
     assert counted["tokens"] == np.diff(plan.tokens.starts).sum() - 55
-    assert counted["places"] == 8 * 5 * sum(len(d) * (d[0].tokens_ICT.shape[-1] - 1) for d in dispatches)
+    assert counted["padded_tokens"] == 8 * 5 * sum(len(d) * (d[0].tokens_ICT.shape[-1] - 1) for d in dispatches)
 
 
 def test_a_caption_of_the_tutorials_sizes_takes_0_376_gflop():
-    sizes = {
-        "images": 2,
-        "tokens": 115,
-        "positions": 64,
-        "feature_dim": 2048,
-        "vocabulary": 5001,
-    }  # ten captions of 11.5 tokens
-    assert flops.training(Model(), **sizes) / 10 == pytest.approx(0.376e9, rel=0.005)
-    assert flops.training(Model(), **sizes) == 3 * flops.forward(Model(), **sizes)
+    sizes = {"images": 2, "tokens": 115, "positions": 64, "features": 2048, "vocabulary": 5001}
+    forward = RecurrentDecoder.flops(Model(), **sizes)  # ten captions of 11.5 tokens
+    assert 3 * forward / 10 == pytest.approx(0.376e9, rel=0.005)
 
 
 def products(function: Any, *args: Any) -> int:
-    """FLOP of the matrix products in a function, counted in its jaxpr; one in a loop counts once."""
+    """Counts the floating-point operations of the matrix products in a function's jaxpr. A loop's body counts once."""
 
     def count(jaxpr: Any) -> int:
         total = 0
@@ -127,30 +123,25 @@ def products(function: Any, *args: Any) -> int:
         Model(image_dim=5, embedding_dim=4, attention_dim=3, hidden_dim=6, head_dim=4, tied=True),
     ],
 )
-def test_the_formula_counts_the_models_own_products(config):
+def test_the_formula_equals_the_products_in_the_jaxpr(config):
     images, captions, features, words = 3, 2, 11, 23
     bind, init = decoder_lib.create(Config(model=config), decoder_lib.Sizes(64, features, words))
 
     def forward(params: Any, feats_IPF: jax.Array, tokens_ICT: jax.Array) -> Any:
-        captioner = bind(params)
-        states_TICS, _ = captioner(feats_IPF, tokens_ICT)
-        return captioner.logits(states_TICS)
+        decoder = bind(params)
+        states_TICS, _ = decoder(feats_IPF, tokens_ICT)
+        return output_layer.logits(decoder.output_weights(), states_TICS)
 
     feats_IPF, tokens_IC1 = np.zeros((images, 64, features), np.float32), np.ones((images, captions, 1), np.int32)
     expected = products(forward, init(jax.random.key(0)), feats_IPF, tokens_IC1)
-    sizes = {
-        "images": images,
-        "tokens": images * captions,
-        "positions": 64,
-        "feature_dim": features,
-        "vocabulary": words,
-    }
-    # The formula leaves out the sum, as a product with ones, that ends the scores on a CPU.
+    counts = {"images": images, "tokens": images * captions}
+    formula = RecurrentDecoder.flops(config, **counts, positions=64, features=features, vocabulary=words)
+    # On a CPU the attention scores end in a sum that is written as a product with ones. The formula leaves it out.
     ones = 2 * images * captions * 64 * math.gcd(config.attention_dim, 32)
-    assert flops.forward(config, **sizes) + ones == expected
+    assert formula + ones == expected
 
 
-def test_sums_over_repetitions():
+def test_statistics_over_repetitions():
     found = base.medians([{"a": 1, "b": {"c": 5.0}}, {"a": 9, "b": {"c": 1.0}}, {"a": 2, "b": {"c": 3.0}}])
     assert found == {"a": 2, "b": {"c": 3.0}}
     assert base.flat(found) == {"a": 2, "b.c": 3.0}
@@ -163,12 +154,12 @@ def test_the_machines_peak_counts_a_cpu_once():
     assert 0 < found["median"] <= found["best"] < 1e14
 
 
-def test_made_up_pictures_are_photographs_to_a_decoder():
-    data = extract.picture(np.random.default_rng(0))
+def test_synthetic_photographs_resemble_photographs():
+    data = extract.photograph(np.random.default_rng(0))
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("JPEG", (640, 480))
         pixels = np.asarray(image, np.float32)
     assert 40_000 < len(data) < 200_000
     assert pixels.std() > 20
-    assert np.abs(np.diff(pixels, axis=1)).mean() < pixels.std() / 3  # neighbours are alike
-    assert data != extract.picture(np.random.default_rng(1))
+    assert np.abs(np.diff(pixels, axis=1)).mean() < pixels.std() / 3  # neighbours are similar
+    assert data != extract.photograph(np.random.default_rng(1))

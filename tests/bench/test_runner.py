@@ -1,4 +1,4 @@
-"""The benchmarks: real small runs of each, figures that agree with each other, and what they are compared with."""
+"""Small real runs of each benchmark: figures that agree with each other, errors, and the command line."""
 
 import dataclasses
 import json
@@ -11,10 +11,11 @@ import pytest
 
 from flaxcap import config as config_lib
 from flaxcap import presets
-from flaxcap.bench import flops, machine, runner, synthetic
+from flaxcap.bench import machine, runner, synthetic
 from flaxcap.commands.main import main
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
 from flaxcap.files.integrity import WriteError
+from flaxcap.models.recurrent import RecurrentDecoder
 
 TINY = Config(
     data=Data(vocab_size=40, max_length=16),
@@ -40,12 +41,12 @@ def measure(what: str, **changed: Any) -> dict[str, Any]:
 
 
 def line_of(text: str) -> dict[str, Any]:
-    """What stdout's last line holds."""
+    """Returns the JSON of the last line of stdout."""
     return json.loads(text.splitlines()[-1])
 
 
 def check_rates(figures: dict[str, Any]) -> None:
-    """Each rate is its count over the seconds, in every group of figures that has both."""
+    """Checks that each rate of a group of figures is its count divided by the seconds."""
     counts = [name for name in ("images", "captions", "tokens") if name in figures]
     assert counts
     assert figures["seconds"] > 0
@@ -75,12 +76,11 @@ def test_train(tmp_path, capsys):
     plan = synthetic.plan(48, TINY)
     dispatches = synthetic.sample(plan, 4)
     counted = synthetic.counts(dispatches)
-    flop = flops.training(
-        TINY.model, images=counted["images"], tokens=counted["tokens"], positions=64, feature_dim=256, vocabulary=41
-    )
+    sizes = {"positions": 64, "features": 256, "vocabulary": 41}
+    flop = 3 * RecurrentDecoder.flops(TINY.model, images=counted["images"], tokens=counted["tokens"], **sizes)
     for figures in result["repetitions"]:
         check_rates(figures)
-        # The step counted them on the device.
+        # The step computes these two on the device.
         assert (figures["captions"], figures["tokens"]) == (counted["captions"], counted["tokens"])
         assert figures["flop_s"] == near(flop / figures["seconds"])
         assert figures["step_ms"]["mean"] == near(1e3 * figures["seconds"] / 4)
@@ -166,14 +166,19 @@ def test_input(tmp_path, monkeypatch):
             check_rates(figures[mode])
             assert {name: figures[mode][name] for name in ("images", "captions", "tokens")}.items() <= counted.items()
             assert figures[mode]["batches_s"] == near(4 / figures[mode]["seconds"])
-        # Features, in bfloat16, are most of what is sent when they are streamed.
+        # Streaming also sends the features, in bfloat16.
         sent = {mode: 1e9 * figures[mode]["gb_s"] * figures[mode]["seconds"] for mode in ("stream", "device")}
         assert sent["stream"] - sent["device"] == near(4 * 8 * 64 * 256 * 2)
     assert result["facts"]["store_gb"] == near(48 * 64 * 256 * 2 / 1e9)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_too_small_is_told(monkeypatch):
+def test_input_without_warmup():
+    result = measure("input", warmup=0, repeats=1)
+    check_rates(result["repetitions"][0]["stream"])
+
+
+def test_a_disk_that_is_too_small_is_an_error(monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     message = r": found 0\.0 MB free, expected 1\.6 MB for --images=48 \(No space left on device\); set TMPDIR"
     with pytest.raises(WriteError, match=message):
@@ -199,7 +204,7 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch):
         ("train --workdir=w", "Unknown command line flag 'workdir'"),
     ],
 )
-def test_what_cannot_be_measured_is_told_in_a_line(args, message, capsys):
+def test_an_impossible_benchmark_is_an_error_of_one_line(args, message, capsys):
     assert main(["bench", *args.split()]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -208,7 +213,7 @@ def test_what_cannot_be_measured_is_told_in_a_line(args, message, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_line_that_cannot_be_written_is_told_before_anything_runs(tmp_path, capsys):
+def test_an_unwritable_file_is_an_error_before_anything_runs(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert main(["bench", "train", f"--out={tmp_path}/file/lines.jsonl"]) == 1
     out, err = capsys.readouterr()
@@ -216,7 +221,7 @@ def test_a_line_that_cannot_be_written_is_told_before_anything_runs(tmp_path, ca
     assert err.startswith(f"flaxcap bench: {tmp_path}/file")
 
 
-def test_the_command_measures_flaxcaps_defaults_or_a_preset(monkeypatch, tmp_path):
+def test_the_command_measures_the_default_configuration_or_a_preset(monkeypatch, tmp_path):
     found = []
     monkeypatch.setattr(runner, "bench", lambda what, config, **options: found.append((what, config, options)))
     preset: pathlib.Path = tmp_path / "tiny.json"

@@ -125,7 +125,7 @@ def test_what_the_reading_thread_meets_reaches_the_loop(split):
 
 def test_a_step_makes_no_copy_of_the_features_in_another_type():
     images, mesh = 1024, sharding.make_mesh(jax.devices()[:1])
-    source = synthetic.MadeUp(images, 64, small_step.F, np.dtype(ml_dtypes.bfloat16))
+    source = synthetic.SyntheticFeatures(images, 64, small_step.F, np.dtype(ml_dtypes.bfloat16))
     feed = Feed(source, synthetic.plan(images, small_step.changed(batch_images=8)), mesh, "device")
     train_step, state = small_step.made(mesh)
     compiled = train_step.lower(state, feed.spec(8)).compile()
