@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from torture_cases import space as torture_space
-from torture_cases.bench import Bench, differences, result, times
+from torture_cases.workbench import Workbench, differences, result, times
 from torture_cases.space import other_store, run, store_of
 
 from flaxcap.commands.verify import verify
@@ -24,7 +24,7 @@ IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.
 MOST = 8  # kills of one prepare
 
 
-def half_written(data_dir: pathlib.Path, whole: pathlib.Path, bench: Bench, label: str) -> list[str]:
+def half_written(data_dir: pathlib.Path, whole: pathlib.Path, bench: Workbench, label: str) -> list[str]:
     """What a prepare that was killed shows as whole, and is not."""
     ours = store_of(bench, data_dir)
     try:
@@ -57,7 +57,7 @@ def count(data_dir: pathlib.Path, patterns: tuple[str, ...] = ("*",)) -> int:
 
 def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
     """SIGKILL at random times, every second one inside a write; nothing half-written is read; at the end bit-equal."""
-    bench, rng, lost = Bench(scratch), random.Random(10), []
+    bench, rng, lost = Workbench(scratch), random.Random(10), []
     files = count(bench.data_dir)
     kills = writes = number = 0
     while kills < times(scale, 25):
@@ -119,7 +119,7 @@ def flipped(
 
 def bytes_of_a_store(scratch: pathlib.Path, scale: float) -> dict:
     """A bit changed anywhere in any file: verify names the file, and so does what reads it."""
-    bench = Bench(scratch)
+    bench = Workbench(scratch)
     path, rng = store_of(bench, bench.data_dir), random.Random(11)
     notes = {note: note.read_bytes() for note in path.glob("*/shards/*.json")}
 
@@ -153,7 +153,7 @@ def unseen(read: Callable[[], object], file: pathlib.Path) -> list[str]:
 
 def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
     """The same of checkpoints; and train, given damaged ones, goes on from a sound one and ends bit-equal."""
-    bench, rng = Bench(scratch), random.Random(12)
+    bench, rng = Workbench(scratch), random.Random(12)
     workdir, whole = scratch / "run", scratch / "whole"
     bench.finish(whole, "--config.train.keep_latest=2")
     shutil.copytree(whole, workdir)
@@ -186,7 +186,7 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
 
 def prepare_mends(scratch: pathlib.Path, scale: float) -> dict:
     """Random files of a store damaged or deleted: verify, then prepare, and it is bit-equal again."""
-    bench, rng, lost = Bench(scratch), random.Random(13), []
+    bench, rng, lost = Workbench(scratch), random.Random(13), []
     tries, data_dir = times(scale, 5), scratch / "mended"
     shutil.copytree(bench.data_dir, data_dir)
     path = store_of(bench, data_dir)
@@ -215,7 +215,7 @@ def two_at_once(scratch: pathlib.Path, scale: float) -> dict:
     """A second run in a workdir and a second prepare of a store are refused, and say who is there; a dead one holds
     nothing; two stores of one data set are prepared side by side.
     """
-    bench, lost, tries = Bench(scratch), [], times(scale, 2)
+    bench, lost, tries = Workbench(scratch), [], times(scale, 2)
     bench.finish(scratch / "whole")
     longest = 0.0
     for n in range(tries):

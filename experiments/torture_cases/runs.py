@@ -1,4 +1,4 @@
-"""Training under torture: killed, preempted, moved to other devices, fed with what is not finite."""
+"""Cases of training: killed, preempted, moved to other devices, given features that are not finite."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from torture_cases.bench import Bench, differences, lines, newest, result, small_config, times
+from torture_cases.workbench import Workbench, differences, lines, newest, result, small_config, times
 
 from flaxcap.features.store import Store, path_for
 
@@ -19,11 +19,12 @@ DIES_WITHIN_S = 120
 
 
 def in_a_save(workdir: pathlib.Path) -> bool:
+    """Returns true while a checkpoint is being written."""
     return any((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
 
 def written(workdir: pathlib.Path) -> int:
-    """Lines of a run's log."""
+    """Counts the lines of a run's log."""
     file = workdir / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
@@ -31,12 +32,23 @@ def written(workdir: pathlib.Path) -> int:
 def await_any_moment(
     process: subprocess.Popen,
     workdir: pathlib.Path,
-    whole: pathlib.Path,
+    undisturbed: pathlib.Path,
     rng: random.Random,
     stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Waits for a random place in what is left of a run, by its log, or for `stop`; whether it was stopped."""
-    until = rng.randint(written(workdir), written(whole))
+    """Waits for a random moment in the rest of a run.
+
+    Args:
+      process: of the run.
+      workdir: of the run. Progress is the number of lines in its log.
+      undisturbed: the workdir of an equal run that has finished.
+      rng: draws the moment.
+      stop: ends the waiting as soon as it returns true.
+
+    Returns:
+      True if `stop` ended the waiting.
+    """
+    until = rng.randint(written(workdir), written(undisturbed))
     while process.poll() is None and written(workdir) < until:
         if stop():
             return True
@@ -45,14 +57,25 @@ def await_any_moment(
     return False
 
 
-Disturb = Callable[[subprocess.Popen, pathlib.Path, int], bool]  # process, workdir, which time -> whether it did
+Disturb = Callable[[subprocess.Popen, pathlib.Path, int], bool]  # (process, workdir, number) -> disturbed or not
 MOST = 10  # disturbances of one run
 
 
-def _tortured(bench: Bench, scratch: pathlib.Path, count: int, disturb: Disturb, lost: list[str]) -> tuple[int, int]:
-    """Runs that are disturbed `count` times in all, or a few more, and then bit-equal to one that was not.
+def _tortured(bench: Workbench, scratch: pathlib.Path, count: int, disturb: Disturb, lost: list[str]) -> tuple[int, int]:
+    """Disturbs runs at least `count` times together. Each finished run must be bit-equal to an undisturbed one.
 
-    How often they were disturbed, and how many runs they were.
+    Args:
+      bench: starts the runs.
+      scratch: holds the runs, and the undisturbed one in `undisturbed`.
+      count: disturbances.
+      disturb: disturbs a process, or returns false if the process had ended.
+      lost: receives the differences.
+
+    Returns:
+      The number of disturbances and the number of runs.
+
+    Raises:
+      RuntimeError: an undisturbed process failed.
     """
     done = number = 0
     while done < count:
@@ -66,16 +89,16 @@ def _tortured(bench: Bench, scratch: pathlib.Path, count: int, disturb: Disturb,
             if not disturbed:
                 raise RuntimeError(out)
             done += 1
-        lost += differences(workdir, scratch / "whole", f"run {number}")
+        lost += differences(workdir, scratch / "undisturbed", f"run {number}")
         number += 1
     return done, number
 
 
 def train_killed(scratch: pathlib.Path, scale: float) -> dict:
-    """SIGKILL at random times, many of them inside a save; at the end bit-equal to a run that was left alone."""
-    bench, rng, lost = Bench(scratch), random.Random(0), []
+    """Kills runs at random moments, many of them inside a save. They end bit-equal to an undisturbed run."""
+    bench, rng, lost = Workbench(scratch), random.Random(0), []
     bench.finish(scratch / "warm")
-    bench.finish(scratch / "whole")
+    bench.finish(scratch / "undisturbed")
     saves = 0
 
     def kill(process: subprocess.Popen, workdir: pathlib.Path, n: int) -> bool:
@@ -84,10 +107,10 @@ def train_killed(scratch: pathlib.Path, scale: float) -> dict:
         def saving() -> bool:
             return n % 2 == 1 and in_a_save(workdir) and rng.random() < 0.05
 
-        if rng.random() < 0.2:  # while it starts
+        if rng.random() < 0.2:  # while the process starts
             time.sleep(rng.uniform(0, 6))
         else:
-            saves += await_any_moment(process, workdir, scratch / "whole", rng, saving)
+            saves += await_any_moment(process, workdir, scratch / "undisturbed", rng, saving)
         process.kill()
         return True
 
@@ -96,15 +119,15 @@ def train_killed(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def train_preempted(scratch: pathlib.Path, scale: float) -> dict:
-    """SIGTERM at random times of a run: saved, ended with status 75 within 30 s, and at the end bit-equal."""
-    bench, rng, lost = Bench(scratch), random.Random(1), []
+    """Sends SIGTERM at random moments. Runs save, exit with status 75 within 30 s, and end bit-equal."""
+    bench, rng, lost = Workbench(scratch), random.Random(1), []
     bench.finish(scratch / "warm")
-    bench.finish(scratch / "whole")
+    bench.finish(scratch / "undisturbed")
     worst = 0.0
 
     def stop(process: subprocess.Popen, workdir: pathlib.Path, _: int) -> bool:
         nonlocal worst
-        await_any_moment(process, workdir, scratch / "whole", rng)
+        await_any_moment(process, workdir, scratch / "undisturbed", rng)
         if process.poll() is not None:
             return False
         begin = time.monotonic()
@@ -112,10 +135,10 @@ def train_preempted(scratch: pathlib.Path, scale: float) -> dict:
         try:
             process.wait(PREEMPTED_WITHIN_S)
         except subprocess.TimeoutExpired:
-            lost.append(f"{workdir.name}: still there {PREEMPTED_WITHIN_S} s after SIGTERM")
+            lost.append(f"{workdir.name}: still running {PREEMPTED_WITHIN_S} s after SIGTERM")
             process.kill()
         worst = max(worst, time.monotonic() - begin)
-        # Before the first step there is nothing to save, and the signal ends it.
+        # Before the first step there is nothing to save, and the signal ends the process.
         if process.returncode not in (0, PREEMPTED, -signal.SIGTERM):
             lost.append(f"{workdir.name}: ended with status {process.returncode}")
         return True
@@ -125,29 +148,34 @@ def train_preempted(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def train_on_other_devices(scratch: pathlib.Path, scale: float) -> dict:
-    """8, 4, 2, 1 devices, then two processes, an epoch on each: the numbers of a run on one, to rounding."""
+    """Trains an epoch each on 8, 4, 2 and 1 devices, then in two processes. Losses equal those of a run on one device.
+
+    They are equal to rounding, 1e-4.
+    """
     config = dataclasses.replace(small_config())
-    # Nothing in it may depend on how many epochs it has.
+    # The number of epochs grows from run to run, so no field may depend on it.
     config.train = dataclasses.replace(config.train, schedule="constant", scheduled_sampling=0.0, cider_epochs=0)
-    bench, lost = Bench(scratch, config), []
-    bench.finish(scratch / "whole", "--config.train.epochs=5")
+    bench, lost = Workbench(scratch, config), []
+    bench.finish(scratch / "undisturbed", "--config.train.epochs=5")
     for epochs, devices in enumerate((8, 4, 2, 1), 1):
         bench.finish(scratch / "run", f"--config.train.epochs={epochs}", devices=devices)
     for process in bench.pair(scratch / "run", "--config.train.epochs=5"):
         out, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(out)
-    ours, theirs = ([line["val/loss"] for line in lines(scratch / w) if "val/loss" in line] for w in ("run", "whole"))
+    ours, theirs = (
+        [line["val/loss"] for line in lines(scratch / name) if "val/loss" in line] for name in ("run", "undisturbed")
+    )
     if len(ours) != len(theirs):
-        return result("train_on_other_devices", 5, [f"{len(ours)} epochs of {len(theirs)}"])
+        return result("train_on_other_devices", 5, [f"found {len(ours)} epochs, expected {len(theirs)}"])
     off = [abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)]
     lost += [f"epoch {n}: validation loss off by {x:.1e}" for n, x in enumerate(off, 1) if x > 1e-4]
     return result("train_on_other_devices", 5, lost, largest_difference=max(off))
 
 
 def pairs_preempted(scratch: pathlib.Path, scale: float) -> dict:
-    """SIGTERM to one of two processes: both save the same step and end with status 75."""
-    bench, rng, lost = Bench(scratch), random.Random(2), []
+    """Sends SIGTERM to one of two processes. Both save the same step and exit with status 75."""
+    bench, rng, lost = Workbench(scratch), random.Random(2), []
     tries, worst = times(scale, 5), 0.0
     for n in range(tries):
         pair = bench.pair(scratch / "run", "--config.train.epochs=100000", "--config.train.cider_epochs=0")
@@ -164,8 +192,8 @@ def pairs_preempted(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def host_dies(scratch: pathlib.Path, scale: float) -> dict:
-    """SIGKILL to one of two processes: the other ends, not well, in bounded time; both go on when started again."""
-    bench, rng, lost = Bench(scratch), random.Random(3), []
+    """Kills one of two processes. The other one ends with an error in bounded time, and both resume when started again."""
+    bench, rng, lost = Workbench(scratch), random.Random(3), []
     tries, worst = times(scale, 5), 0.0
     for n in range(tries):
         pair = bench.pair(scratch / "run", "--config.train.epochs=100000", "--config.train.cider_epochs=0")
@@ -176,14 +204,19 @@ def host_dies(scratch: pathlib.Path, scale: float) -> dict:
         out = ended(pair[1 - victim], DIES_WITHIN_S)
         pair[victim].communicate()
         worst = max(worst, time.monotonic() - begin)
-        told = "same command" in out or "another task died" in out  # JAX's own words, where its coordinator has gone
-        if pair[1 - victim].returncode in (0, PREEMPTED, -signal.SIGKILL) or not told:
+        # The second text is JAX's, when the process that coordinates has died.
+        explained = "same command" in out or "another task died" in out
+        if pair[1 - victim].returncode in (0, PREEMPTED, -signal.SIGKILL) or not explained:
             lost.append(f"try {n}: status {pair[1 - victim].returncode}: {out[-2000:]}")
     return result("host_dies", tries, lost, longest_s=round(worst, 1))
 
 
 def until(process: subprocess.Popen, text: str) -> None:
-    """Reads what it says until a line holds the text."""
+    """Reads the output until a line holds the text.
+
+    Raises:
+      RuntimeError: the output ended before.
+    """
     seen = []
     assert process.stdout is not None
     for line in process.stdout:
@@ -194,7 +227,7 @@ def until(process: subprocess.Popen, text: str) -> None:
 
 
 def ended(process: subprocess.Popen, within_s: float) -> str:
-    """What it says to its end; it is killed after so long."""
+    """Returns the output of a process that has ended, or that is killed after `within_s`."""
     try:
         return process.communicate(timeout=within_s)[0]
     except subprocess.TimeoutExpired:
@@ -203,19 +236,19 @@ def ended(process: subprocess.Popen, within_s: float) -> str:
 
 
 def same_seed(scratch: pathlib.Path, scale: float) -> dict:
-    """The same command, several times: bit-equal."""
-    bench, lost = Bench(scratch), []
+    """Runs one command several times. The results are bit-equal."""
+    bench, lost = Workbench(scratch), []
     runs = times(scale, 3)
-    bench.finish(scratch / "whole")
+    bench.finish(scratch / "undisturbed")
     for n in range(runs):
         bench.finish(scratch / f"run{n}")
-        lost += differences(scratch / f"run{n}", scratch / "whole", f"run {n}")
+        lost += differences(scratch / f"run{n}", scratch / "undisturbed", f"run {n}")
     return result("same_seed", runs, lost)
 
 
 def not_finite(scratch: pathlib.Path, scale: float) -> dict:
-    """Features that are not finite: their steps are skipped, or end the run; no parameter is ever touched by them."""
-    bench, rng, lost = Bench(scratch), np.random.default_rng(4), []
+    """Trains on features that are not finite. Their steps are skipped or end the run, and no parameter changes."""
+    bench, rng, lost = Workbench(scratch), np.random.default_rng(4), []
     tries = times(scale, 5)
     split = Store(path_for(bench.data_dir, bench.config)).split("train")
     _, positions, width = split.shape

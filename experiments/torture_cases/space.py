@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from torture_cases.bench import Bench, differences, result, times
+from torture_cases.workbench import Workbench, differences, result, times
 
 from flaxcap.commands.verify import verify
 from flaxcap.features.store import path_for
@@ -41,11 +41,11 @@ def run(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out
 
 
-def store_of(bench: Bench, data_dir: pathlib.Path) -> pathlib.Path:
+def store_of(bench: Workbench, data_dir: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(path_for(data_dir, bench.config))
 
 
-def other_store(bench: Bench, data_dir: pathlib.Path, label: str) -> list[str]:
+def other_store(bench: Workbench, data_dir: pathlib.Path, label: str) -> list[str]:
     """What is not bit-equal to the store that was left alone, and what lies about in the data directory."""
     ours, theirs = (store_of(bench, d) for d in (data_dir, bench.data_dir))
     # Orbax's own files hold the time and random names: of them the parameters are compared.
@@ -140,7 +140,7 @@ def _full(name: str, scratch: pathlib.Path, tries: int, need: int, start: Start,
 
 def full_under_prepare(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of prepare: a line says so, and with space the same command ends bit-equal."""
-    bench, tries = Bench(scratch), times(scale, 6)
+    bench, tries = Workbench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_prepare")
@@ -159,7 +159,7 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of a run: a line says so, the last good checkpoint is sound and captions, and with space
     the same command ends bit-equal.
     """
-    bench, tries = Bench(scratch), times(scale, 6)
+    bench, tries = Workbench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_train")
@@ -183,7 +183,7 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
 
 def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
     """No space at any point of an export: a line says so, nothing half-made is loaded, and the same command goes on."""
-    bench, tries = Bench(scratch), times(scale, 3)
+    bench, tries = Workbench(scratch), times(scale, 3)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_export")
@@ -205,7 +205,7 @@ def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
 
 def read_only(scratch: pathlib.Path, scale: float) -> dict:
     """prepare, train and export on a read-only disk: a line says so; what is on it is read as ever."""
-    bench, lost = Bench(scratch), []
+    bench, lost = Workbench(scratch), []
     with small_disk(scratch / "disk") as mounted:
         if not mounted:
             return not_tried("read_only")
@@ -230,7 +230,7 @@ def read_only(scratch: pathlib.Path, scale: float) -> dict:
 
 def stands_still(scratch: pathlib.Path, scale: float) -> dict:
     """A disk that takes seconds to answer, again and again, under prepare and train: both end as if it had not."""
-    bench, lost, tries = Bench(scratch), [], times(scale, 2)
+    bench, lost, tries = Workbench(scratch), [], times(scale, 2)
     bench.finish(scratch / "whole")
     with real_disk(scratch) as disk:
         if disk is None or not (command("fsfreeze", "-f", disk) and command("fsfreeze", "-u", disk)):

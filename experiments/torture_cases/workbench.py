@@ -1,4 +1,4 @@
-"""What cases are made on: a small prepared store, runs on it, and how two of them differ."""
+"""A small prepared store, short runs on it, and the comparison of two runs."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from flaxcap.training import logs
 
 
 def small_config() -> Config:
-    """A run of a few seconds that has all that a run may have: an average, noise, a schedule that follows the score."""
+    """Returns the preset of a run of a few seconds that uses an average, noise, and a schedule that follows the score."""
     return Config(
         dataset="shapes",
         data=Data(shapes=Shapes(num_train=96, num_val=16, num_test=8)),
@@ -42,8 +42,8 @@ def small_config() -> Config:
     )
 
 
-class Bench:
-    """A prepared store, and runs on it; each command is a process of its own."""
+class Workbench:
+    """A prepared store, and commands on it. Each command is a process of its own."""
 
     def __init__(self, scratch: pathlib.Path, config: Config | None = None):
         self.config = config or small_config()
@@ -56,6 +56,7 @@ class Bench:
             raise RuntimeError(out)
 
     def start(self, *args: str, devices: int = 1) -> subprocess.Popen:
+        """Starts a command of flaxcap on this many simulated devices."""
         command, *rest = args
         given = [f"--config={self._preset}", f"--data_dir={self.data_dir}", f"--compilation_cache_dir={self._cache}"]
         env = os.environ | {
@@ -70,6 +71,7 @@ class Bench:
         return self.start("train", f"--workdir={workdir}", *more, devices=devices)
 
     def pair(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> list[subprocess.Popen]:
+        """Starts one training run of two processes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -77,7 +79,11 @@ class Bench:
         return [self.train(workdir, *more, number, devices=devices) for number in ids]
 
     def finish(self, workdir: pathlib.Path, *more: str, devices: int = 1) -> None:
-        """Runs to the end."""
+        """Trains to the end.
+
+        Raises:
+          RuntimeError: the run failed.
+        """
         process = self.train(workdir, *more, devices=devices)
         out, _ = process.communicate()
         if process.returncode:
@@ -85,15 +91,17 @@ class Bench:
 
 
 def result(name: str, tried: int, lost: list[str], **figures: float) -> dict:
+    """Returns a case's result. `lost` has one line for each failed try."""
     return {"case": name, "tried": tried, "survived": tried - len(lost), "lost": lost, **figures}
 
 
 def times(scale: float, count: int) -> int:
+    """Returns `count` tries times the scale, at least one."""
     return max(1, round(scale * count))
 
 
 def newest(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint."""
+    """Returns every array of the newest checkpoint by its path."""
     step = max((int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), default=None)
     if step is None:
         raise RuntimeError(f"{workdir}: no checkpoint")
@@ -109,17 +117,17 @@ def newest(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
-    """The log without its times."""
+    """Returns the lines of a run's log without their rates, which differ from run to run."""
     return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in logs.read(workdir)]
 
 
-def differences(workdir: pathlib.Path, whole: pathlib.Path, label: str) -> list[str]:
-    """What is not bit-equal between a run and one that was left alone."""
-    ours, theirs = newest(workdir), newest(whole)
+def differences(workdir: pathlib.Path, undisturbed: pathlib.Path, label: str) -> list[str]:
+    """Returns what is not bit-equal between a run and an undisturbed one, as lines that begin with `label`."""
+    ours, theirs = newest(workdir), newest(undisturbed)
     if ours.keys() != theirs.keys():
         return [f"{label}: other arrays: {sorted(ours.keys() ^ theirs.keys())[:3]}"]
     wrong = [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()]
     found = [f"{label}: {len(wrong)} arrays differ, {wrong[0]} first"] if wrong else []
-    if lines(workdir) != lines(whole):
+    if lines(workdir) != lines(undisturbed):
         found.append(f"{label}: another metrics.jsonl")
     return found
