@@ -128,7 +128,7 @@ def test_the_attention_is_drawn_over_the_picture_itself(captioner, tmp_path, mon
     monkeypatch.setattr(caption.plots, "attention_plot", spy)
     found = [f for f in caption.caption(captioner, sources, plot_dir=tmp_path / "plots") if not f.reason]
     paths = [pathlib.Path(f.plot) for f in found]
-    assert [p.name for p in paths] == ["0000-wide_20one.png", "0002-tall.png", "0003-picture.png"]
+    assert [p.name for p in paths] == ["0000-wide_20one.png", "0002-tall.png", "0003-image.png"]
     assert sorted((tmp_path / "plots").iterdir()) == paths
     assert [words for _, words in drawn] == [f.caption.split() for f in found]
     assert [image.size for image, _ in drawn] == [(240, 60), (240, 480), (160, 120)]
