@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from torture_cases import space as torture_space
-from torture_cases.workbench import Workbench, differences, result, times
 from torture_cases.space import other_store, run, store_of
+from torture_cases.workbench import Workbench, differences, result, times
 
 from flaxcap.commands.verify import verify
 from flaxcap.errors import UserError

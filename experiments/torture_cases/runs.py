@@ -61,7 +61,9 @@ Disturb = Callable[[subprocess.Popen, pathlib.Path, int], bool]  # (process, wor
 MOST = 10  # disturbances of one run
 
 
-def _tortured(bench: Workbench, scratch: pathlib.Path, count: int, disturb: Disturb, lost: list[str]) -> tuple[int, int]:
+def _tortured(
+    bench: Workbench, scratch: pathlib.Path, count: int, disturb: Disturb, lost: list[str]
+) -> tuple[int, int]:
     """Disturbs runs at least `count` times together. Each finished run must be bit-equal to an undisturbed one.
 
     Args:

@@ -13,9 +13,9 @@ import pytest
 from tiny_store import tiny_config, write_store
 
 from flaxcap.commands import train
-from flaxcap.config import Config, ConfigError, Dropout, Train
+from flaxcap.config import Config, ConfigError, Dropout
 from flaxcap.features.shards import StoreError
-from flaxcap.runtime import device_memory, sharding
+from flaxcap.runtime import device_memory
 from flaxcap.training import logs, validation
 from flaxcap.training.checkpoints import Checkpoints
 from flaxcap.training.metric_window import MetricWindow
