@@ -41,8 +41,11 @@ def test_files_and_functions_are_short(file):
 
 def docstrings(tree: ast.AST) -> list[str]:
     """Returns the docstrings of a module, and of its classes and functions."""
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    found = [
+        ast.get_docstring(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
     return [text for text in found if text]
 
 

@@ -15,36 +15,47 @@ from flaxcap.images.preprocess import centre
 
 matplotlib.use("Agg")
 
+_DPI = 110
 _HEAT = matplotlib.colormaps["inferno"]
 
 
 def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """Writes a PNG of the training and validation loss and of CIDEr by step.
+    """Writes a PNG of the training loss, the validation loss and the validation CIDEr by step.
 
     Args:
       lines: of `metrics.jsonl`.
-      path: of the PNG.
+      path: the file.
     """
+    _loss_figure(lines).savefig(path, dpi=_DPI)
+
+
+def _loss_figure(lines: list[dict]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    left = figure.add_subplot()
+    left.set_xlabel("step")
+    left.set_ylabel("cross-entropy, nats a token")
+    left.grid(alpha=0.3)
+    validation = {"lw": 2, "marker": "o", "ms": 3}
+    curves = []
     for name, label, style in (
-        ("train/loss", "training", {"lw": 1, "alpha": 0.7}),
-        ("val/loss", "validation", {"lw": 2, "marker": "o", "ms": 3}),
+        ("train/loss", "training loss", {"lw": 1, "alpha": 0.7}),
+        ("val/loss", "validation loss", validation),
     ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy, nats a token")
-    axes.grid(alpha=0.3)
-    scores = [(line["step"], line["val/cider"]) for line in lines if "val/cider" in line]
-    if scores:
-        right = axes.twinx()
-        right.plot(*zip(*scores, strict=True), color="tab:green", lw=2, marker="o", ms=3)
-        right.set_ylabel("validation CIDEr", color="tab:green")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.savefig(path, dpi=110)
+        if points := _points(lines, name):
+            curves += left.plot(*zip(*points, strict=True), label=label, **style)
+    if points := _points(lines, "val/cider"):
+        right = left.twinx()
+        curves += right.plot(
+            *zip(*points, strict=True), label="validation CIDEr (right)", color="tab:green", **validation
+        )
+        right.set_ylabel("CIDEr", color="tab:green")
+    if curves:  # above the axes, where no curve can be
+        figure.legend(handles=curves, loc="outside upper center", ncols=len(curves), frameon=False)
+    return figure
+
+
+def _points(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def attention_plot(
