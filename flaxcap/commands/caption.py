@@ -12,7 +12,6 @@ from PIL import Image
 from flaxcap.commands import FAILED, from_flags
 from flaxcap.config import Config
 from flaxcap.data import datasets
-from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import UserError, plain
 from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
@@ -81,10 +80,7 @@ def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count:
       count: at most so many images.
     """
     config = captioner.config
-    splits = datasets.splits(config)
-    if role not in splits:
-        raise DataError(f"--split={role}: expected one of {', '.join(splits)}")
-    examples = Examples(datasets.prepare_for(config, data_dir), splits[role])
+    examples = datasets.examples_of(config, datasets.prepare_for(config, data_dir), role)
     some = [examples[n] for n in range(min(count, len(examples)))]
     return [(e.filename, lambda e=e: e.image) for e in some]
 

@@ -16,7 +16,6 @@ from etils import epath
 from flaxcap.commands import from_flags
 from flaxcap.config import Config
 from flaxcap.data import datasets
-from flaxcap.data.base import DataError, Examples
 from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.shards import Row, Split
@@ -145,22 +144,15 @@ def _likelihood(captioner: Captioner, split: Split) -> dict[str, float]:
 
 
 def _rows(builder: tfds.core.DatasetBuilder, config: Config, split_name: str) -> list[Row]:
-    examples = Examples(builder, _split(config, split_name))
+    examples = datasets.examples_of(config, builder, split_name)
     return [Row(example.image_id, example.filename, example.captions) for example in examples]
-
-
-def _split(config: Config, role: str) -> str:
-    splits = datasets.splits(config)
-    if role not in splits:
-        raise DataError(f"--split={role}: expected one of {', '.join(splits)}")
-    return splits[role]
 
 
 def _of_pictures(
     captioner: Captioner, builder: tfds.core.DatasetBuilder, split_name: str, seed: int
 ) -> tuple[list[Row], list[str], list[float]]:
     """The images of a split that can be read, their captions, and these' log-probabilities."""
-    examples = Examples(builder, _split(captioner.config, split_name))
+    examples = datasets.examples_of(captioner.config, builder, split_name)
     rows, texts, log_probs = [], [], []
     stream = captioner.stream((lambda n=n: examples[n].image for n in range(len(examples))), seed=seed)
     for number, found in enumerate(tqdm.tqdm(stream, "caption", len(examples), unit=" images", disable=None)):

@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from flaxcap.config import Config
-from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError
+from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Examples
 from flaxcap.errors import nearest
 from flaxcap.files import integrity
 from flaxcap.runtime.cache import cache_dir
@@ -89,6 +89,18 @@ def splits(config: Config) -> dict[str, str]:
     """
     found = {"train": config.data.train_split, "val": config.data.val_split, "test": config.data.test_split}
     return {role: split for role, split in found.items() if split}
+
+
+def examples_of(config: Config, builder: tfds.core.DatasetBuilder, role: str) -> Examples:
+    """Returns the split that plays a role, "train", "val" or "test", in a preset.
+
+    Raises:
+      DataError: the preset has no split for the role, or the data set has no split of that name.
+    """
+    found = splits(config)
+    if role not in found:
+        raise DataError(f"--split={role}: expected one of {', '.join(found)}")
+    return Examples(builder, found[role])
 
 
 def caption_truth(config: Config) -> Callable[[int, str], bool] | None:

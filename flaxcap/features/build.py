@@ -162,5 +162,5 @@ def _sample(examples: Examples, preprocess: Preprocess) -> np.ndarray:
         if len(found) == SAMPLE_IMAGES:
             break
     if not found:
-        raise StoreError(f"{examples.name}: none of its pictures can be read")
+        raise StoreError(f"{examples.name}: found no readable image, expected at least one")
     return np.stack(found)

@@ -1,4 +1,4 @@
-"""A disk that takes no more: said in a line, nothing lost, and the same command goes on when there is space."""
+"""Full and read-only disks: commands end with one line, lose nothing, and resume when there is space."""
 
 import os
 import pathlib
@@ -30,7 +30,7 @@ FULL = "No space left on device"
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[pathlib.Path]:
-    """A file system of 32 MiB of its own; without root there is none."""
+    """A file system of 32 MiB. It takes root to mount one."""
     path = tmp_path / "disk"
     path.mkdir()
     mounted = shutil.which("mount") and os.geteuid() == 0
@@ -41,7 +41,7 @@ def disk(tmp_path) -> Iterator[pathlib.Path]:
 
 
 def fill(disk: pathlib.Path, left: int) -> pathlib.Path:
-    """A file that leaves only so many bytes free."""
+    """Writes a file that leaves `left` bytes of the disk free."""
     ballast = disk / "ballast"
     free = shutil.disk_usage(disk).free - left
     with ballast.open("wb") as f:
@@ -64,7 +64,7 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 
 def steady(epochs: int = 3) -> Config:
-    """Its steps are the same, however many epochs follow."""
+    """Returns a preset whose steps do not depend on the number of epochs."""
     return tiny_config(schedule="constant", epochs=epochs)
 
 
@@ -75,7 +75,7 @@ def train(config: Config, workdir: pathlib.Path, data_dir: pathlib.Path) -> int:
 
 
 def newest(workdir: pathlib.Path) -> dict:
-    """The newest checkpoint's step, and the log without times."""
+    """Returns the step of the newest checkpoint, and the log without times."""
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     lines = [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in logs.read(workdir)]
     return {"step": step, "lines": lines}
@@ -83,14 +83,14 @@ def newest(workdir: pathlib.Path) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(data_dir, tmp_path_factory) -> pathlib.Path:
-    """A run that always had space."""
+    """The workdir of a run that always had space."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     assert train(steady(), workdir, data_dir) == 0
     return workdir
 
 
 @pytest.mark.parametrize("left", [0, 8 << 10, 100 << 10])
-def test_a_run_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, data_dir, undisturbed, left, capsys):
+def test_train_on_a_full_disk_ends_with_a_line_and_resumes_later(disk, data_dir, undisturbed, left, capsys):
     workdir, config = disk / "run", steady()
     assert train(steady(epochs=1), workdir, data_dir) == 0
     before = newest(workdir)
@@ -102,7 +102,7 @@ def test_a_run_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, data_dir, u
     assert FULL in line
     assert str(workdir) in line
     assert newest(workdir)["step"] == before["step"]
-    assert verify(workdir=workdir).wrong == []  # the last good checkpoint is as it was
+    assert verify(workdir=workdir).wrong == []  # the last good checkpoint is sound
     ballast.unlink()
     assert train(config, workdir, data_dir) == 0
     assert verify(workdir=workdir).wrong == []
@@ -111,31 +111,31 @@ def test_a_run_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, data_dir, u
 
 def test_a_read_only_disk_is_named_and_can_be_read(disk, trained: Trained, capsys):
     workdir = pathlib.Path(shutil.copytree(trained.workdir, disk / "run"))
-    place = f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={workdir}"
+    flags = f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={workdir}"
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    assert main(["train", *place]) == 1
+    assert main(["train", *flags]) == 1
     assert f"{workdir}/.lock: cannot be written (Read-only file system)" in one_line(capsys)
-    assert main(["verify", *place]) == 0
+    assert main(["verify", *flags]) == 0
     assert loading.load_run(workdir, trained.data_dir).about["step"] > 0
 
 
-def test_prepare_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, trained: Trained, capsys):
+def test_prepare_on_a_full_disk_ends_with_a_line_and_resumes_later(disk, trained: Trained, capsys):
     data_dir, config = disk / "data", trained.config
-    place = [f"--config={trained.preset}", f"--data_dir={data_dir}", "--num_workers=2"]
+    flags = [f"--config={trained.preset}", f"--data_dir={data_dir}", "--num_workers=2"]
     lines = []
     for left in (0, 4 << 10, 100 << 10, 1 << 20, 2 << 20, 3 << 20):
         ballast = fill(disk, left)
-        if main(["prepare", *place]) == 0:
+        if main(["prepare", *flags]) == 0:
             break
         lines.append(one_line(capsys))
         assert FULL in lines[-1]
         ballast.unlink()
         with pytest.raises(StoreError, match="flaxcap prepare"):
             store.Store.finished(data_dir, config)
-    assert len(set(lines)) > 2, "filled at several places"
+    assert len(set(lines)) > 2, "full at several moments"
     ballast = disk / "ballast"
     ballast.unlink(missing_ok=True)
-    assert main(["prepare", *place]) == 0
+    assert main(["prepare", *flags]) == 0
     found, expected = (store.Store.finished(d, config) for d in (data_dir, trained.data_dir))
     assert found.manifest == expected.manifest
     for role in found.roles:
@@ -144,22 +144,22 @@ def test_prepare_on_a_full_disk_ends_in_a_line_and_goes_on_later(disk, trained: 
     assert verify(store_dir=found.path).wrong == []
 
 
-def test_an_export_that_found_no_space_is_written_by_the_same_command_later(disk, trained: Trained, capsys):
-    place = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}", f"--out={disk / 'model'}"]
+def test_export_on_a_full_disk_ends_with_a_line_and_succeeds_later(disk, trained: Trained, capsys):
+    flags = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}", f"--out={disk / 'model'}"]
     for left in (0, 4 << 10, 200 << 10):
         ballast = fill(disk, left)
-        assert main(["export", *place]) == 1
+        assert main(["export", *flags]) == 1
         line = one_line(capsys)
         assert FULL in line
         assert str(disk / "model") in line
         ballast.unlink()
         with pytest.raises(CheckpointError, match=r"neither a run nor an export"):
             loading.load_export(disk / "model")
-    assert main(["export", *place]) == 0
+    assert main(["export", *flags]) == 0
     loading.load_export(disk / "model")
 
 
-# Without root
+# Tests that need no root
 
 
 CUT_OFF = """
@@ -180,10 +180,10 @@ except CheckpointError as e:
 """
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
-    """In a process that may write no file of over 4 KiB: what Orbax leaves running would reach into other tests."""
+def test_a_checkpoint_that_cannot_be_written_keeps_the_previous_one(tmp_path):
+    """The writer is another process, limited to files of 4 KiB: Orbax leaves threads of a failed save running."""
     command = [sys.executable, "-c", CUT_OFF, str(pathlib.Path(__file__).parent.parent), str(tmp_path)]
-    # The limit would also cut off what it compiled, which other tests read.
+    # The limit would also truncate the compilation cache, which other tests read.
     env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""`flaxcap prepare`: a data set becomes a store, once, whatever happens on the way."""
+"""`flaxcap prepare` writes a store once: it resumes, repairs, and leaves finished files as they are."""
 
 import json
 import os
@@ -35,7 +35,7 @@ DESCRIBED = {"manifest.json", "manifest.copy.json", "vocabulary.json"}
 
 
 def rendered() -> Config:
-    """Scenes in many small shards."""
+    """A preset of rendered scenes in many small shards."""
     return Config(
         dataset="shapes",
         data=Data(shapes=Shapes(num_train=48, num_val=4, num_test=3)),
@@ -51,14 +51,14 @@ def times(directory: pathlib.Path) -> dict[str, int]:
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in directory.rglob("*") if p.is_file()}
 
 
-def forbid(monkeypatch, *places):
-    for module, name in places:
+def forbid(monkeypatch, *functions):
+    for module, name in functions:
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> pathlib.Path:
-    """A data directory in which `rendered` was prepared: to be read, or copied."""
+    """A data directory with the store of `rendered`, which tests read or copy."""
     data_dir = tmp_path_factory.mktemp("data")
     prepare(rendered(), data_dir, num_workers=2)
     return data_dir
@@ -72,7 +72,7 @@ def data_dir(undisturbed, tmp_path) -> pathlib.Path:
 # The store
 
 
-def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
+def test_the_store_holds_captions_features_and_their_origin(undisturbed):
     config = rendered()
     found = Store.finished(undisturbed, config)
     assert found.roles == ("train", "val", "test")
@@ -100,7 +100,7 @@ def test_the_store_holds_captions_features_and_what_made_them(undisturbed):
     assert {"ring", "left", "above", "striped"} <= set(vocabulary.ids)
 
 
-def test_a_second_time_nothing_is_done_and_nothing_changes(data_dir, monkeypatch, capsys):
+def test_a_second_prepare_changes_nothing(data_dir, monkeypatch, capsys):
     forbid(monkeypatch, (weights, "load"), (extract, "extract"), (extract, "make_encode"), (decode, "for_encoder"))
     before, mtimes = snapshot(data_dir), times(data_dir)
     store_again = prepare(rendered(), data_dir, num_workers=2)
@@ -115,7 +115,7 @@ def test_a_second_time_nothing_is_done_and_nothing_changes(data_dir, monkeypatch
     ]
 
 
-def test_another_vocabulary_size_remakes_the_vocabulary_alone(data_dir, monkeypatch):
+def test_another_vocabulary_size_changes_the_vocabulary_only(data_dir, monkeypatch):
     forbid(monkeypatch, (weights, "load"), (extract, "extract"))
     config = rendered()
     before = snapshot(data_dir)
@@ -127,11 +127,11 @@ def test_another_vocabulary_size_remakes_the_vocabulary_alone(data_dir, monkeypa
     after = snapshot(data_dir)
     changed = {name for name in after if after[name] != before.get(name)}
     assert {pathlib.Path(name).name for name in changed} == DESCRIBED
-    config.data.max_length = 10  # is train's matter
+    config.data.max_length = 10  # cuts captions in training
     assert Store.finished(data_dir, config).path == store.path_for(data_dir, rendered())
 
 
-def test_a_vocabulary_that_was_left_half_made_is_made_anew(data_dir, monkeypatch):
+def test_a_vocabulary_without_its_manifest_is_written_again(data_dir, monkeypatch):
     config = rendered()
     config.data.vocab_size = 3
     monkeypatch.setattr(store, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -144,7 +144,7 @@ def test_a_vocabulary_that_was_left_half_made_is_made_anew(data_dir, monkeypatch
     assert len(Store.finished(data_dir, rendered()).vocabulary()) > 7
 
 
-def test_features_without_a_manifest_are_not_trusted(data_dir):
+def test_features_without_a_manifest_are_refused(data_dir):
     path = store.path_for(data_dir, rendered())
     for name in ("manifest.json", "manifest.copy.json"):
         (path / name).unlink()
@@ -155,7 +155,7 @@ def test_features_without_a_manifest_are_not_trusted(data_dir):
         prepare(rendered(), data_dir)
 
 
-# Stopped and started again
+# Interrupted, resumed, and shared by processes
 
 
 def command(data_dir: pathlib.Path, *more: str) -> list[str]:
@@ -166,7 +166,7 @@ def command(data_dir: pathlib.Path, *more: str) -> list[str]:
 
 
 def assert_same(data_dir: pathlib.Path, undisturbed: pathlib.Path) -> None:
-    """Both hold the same store, bit for bit."""
+    """Asserts that both directories hold the same store, bit for bit."""
     found, expected = (Store.finished(d, rendered()) for d in (data_dir, undisturbed))
     assert found.manifest == expected.manifest
     assert found.vocabulary().hash == expected.vocabulary().hash
@@ -175,7 +175,7 @@ def assert_same(data_dir: pathlib.Path, undisturbed: pathlib.Path) -> None:
         assert mine.tobytes() == theirs.tobytes()
 
 
-def test_a_killed_prepare_goes_on_where_it_was(undisturbed, tmp_path):
+def test_a_killed_prepare_resumes(undisturbed, tmp_path):
     data_dir = tmp_path / "data"
     path = pathlib.Path(store.path_for(data_dir, rendered()))
     first = path / "train" / "shards" / "00000.json"
@@ -191,7 +191,7 @@ def test_a_killed_prepare_goes_on_where_it_was(undisturbed, tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
     left = Store(path).split("train").unfinished()
-    assert 0 < len(left) < 12, "killed in the midst of it"
+    assert 0 < len(left) < 12, "killed during extraction"
     with pytest.raises(StoreError, match="not finished"):
         Store.finished(data_dir, rendered())
     done = {f"c/{n}/0/0" for n in range(12) if n not in left}
@@ -208,7 +208,7 @@ def test_a_killed_prepare_goes_on_where_it_was(undisturbed, tmp_path):
     assert_same(data_dir, undisturbed)
 
 
-def test_two_processes_prepare_what_one_does(undisturbed, data_dir):
+def test_two_processes_prepare_the_store_of_one(undisturbed, data_dir):
     shutil.rmtree(data_dir / "features")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -229,7 +229,7 @@ def test_two_processes_prepare_what_one_does(undisturbed, data_dir):
     assert_same(data_dir, undisturbed)
 
 
-def test_too_little_space_is_said_before_anything_is_extracted(data_dir, monkeypatch, capsys):
+def test_a_small_disk_is_reported_before_extraction(data_dir, monkeypatch, capsys):
     path = pathlib.Path(store.path_for(data_dir, rendered()))
     for number in (3, 7):
         (path / "train" / "shards" / f"0000{number}.json").unlink()

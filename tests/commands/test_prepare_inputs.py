@@ -1,4 +1,4 @@
-"""What `flaxcap prepare` makes of users' own pictures, captions, features and weights, good and bad."""
+"""`flaxcap prepare` with the user's own images, captions, features and weights, good and bad."""
 
 import io
 import json
@@ -29,7 +29,7 @@ RANDOM = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8,
 WIDTH = 3
 
 
-def picture(seed: int = 0, mode: str = "RGB", size: int = 64) -> Image.Image:
+def random_image(seed: int = 0, mode: str = "RGB", size: int = 64) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)).convert(mode)
 
 
@@ -40,21 +40,21 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def huge() -> bytes:
-    """A PNG of a few bytes whose header says 60000x60000 pixels."""
+    """Returns a small PNG whose header says 60000x60000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     header += struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + encoded(picture(), "PNG")[33:]
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + encoded(random_image(), "PNG")[33:]
 
 
 SIXTEEN_BIT = Image.fromarray(np.random.default_rng(3).integers(0, 65536, (64, 64)).astype(np.uint16))
 GOOD = {
-    "plain.jpg": encoded(picture(1), "JPEG"),
-    "cmyk.jpg": encoded(picture(2, "CMYK"), "JPEG"),
-    "grey.png": encoded(picture(3, "L"), "PNG"),
+    "plain.jpg": encoded(random_image(1), "JPEG"),
+    "cmyk.jpg": encoded(random_image(2, "CMYK"), "JPEG"),
+    "grey.png": encoded(random_image(3, "L"), "PNG"),
     "sixteen.png": encoded(SIXTEEN_BIT, "PNG"),
-    "moving.gif": encoded(picture(4, "P"), "GIF", save_all=True, append_images=[picture(5, "P")]),
+    "moving.gif": encoded(random_image(4, "P"), "GIF", save_all=True, append_images=[random_image(5, "P")]),
     "sub/turned.jpg": encoded(
-        picture(6), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+        random_image(6), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
     ),
 }
 BAD = {
@@ -67,10 +67,16 @@ BAD = {
 
 
 def write_folder(folder: pathlib.Path, splits: dict[str, dict[str, list[str]]], files: dict[str, bytes] | None = None):
-    """A folder data set: {split: {name: captions}}; each picture's bytes, or some."""
+    """Writes a folder data set.
+
+    Args:
+      folder: the directory.
+      splits: {split: {image name: captions}}.
+      files: the bytes of images by name; the others get those of a good image.
+    """
     lines = []
-    for split, pictures in splits.items():
-        for name, captions in pictures.items():
+    for split, images in splits.items():
+        for name, captions in images.items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes((files or {}).get(name, GOOD["plain.jpg"]))
@@ -87,12 +93,12 @@ def write_maps(folder: pathlib.Path, names, shape=lambda _: (8, 8, WIDTH)) -> pa
     return folder
 
 
-# Pictures
+# Images
 
 
-def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsys, caplog):
+def test_bad_images_are_skipped_and_listed(tmp_path, capsys, caplog):
     files = GOOD | {name: data for name, (data, _) in BAD.items()}
-    mixed = dict(sorted(files.items()))  # good and bad by turns
+    mixed = dict(sorted(files.items()))  # good and bad ones in turn
     splits = {
         "train": {name: [f"a picture {n}", "this is seen"] for n, name in enumerate(mixed)},
         "val": {"val.jpg": ["a picture of a zebra"]},
@@ -126,7 +132,7 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     with pytest.raises(StoreError, match="holds no features"):
         split.read([listed["empty.jpg"]["row"]])
 
-    # Only the words of training captions are known, those of pictures that cannot be read among them.
+    # The vocabulary has the words of all training captions, also of unreadable images, and no others.
     vocabulary = Store.finished(data_dir, config).vocabulary()
     assert {"picture", "seen", "10"} <= set(vocabulary.ids)
     assert not {"zebra", "okapi"} & set(vocabulary.ids)
@@ -137,10 +143,10 @@ def test_bad_pictures_are_skipped_and_listed_and_the_others_used(tmp_path, capsy
     assert "val: " not in caplog.text
 
 
-def test_a_train_split_of_bad_pictures_alone_is_explained(tmp_path):
+def test_a_train_split_of_bad_images_only_is_refused(tmp_path):
     folder = write_folder(tmp_path / "mine", {"train": {"a.jpg": ["x"]}, "val": {"b.jpg": ["x"]}}, {"a.jpg": b""})
     config = Config(dataset="folder", encoder=RANDOM)
-    with pytest.raises(StoreError, match="train: none of its pictures can be read"):
+    with pytest.raises(StoreError, match="train: found no readable image, expected at least one"):
         prepare(config, tmp_path / "data", manual_dir=folder)
 
 
@@ -148,7 +154,7 @@ def test_a_train_split_of_bad_pictures_alone_is_explained(tmp_path):
 
 
 def imported(tmp_path, splits=None, shape=lambda _: (8, 8, WIDTH), **options) -> Store:
-    """A folder data set with features that were made elsewhere: quick."""
+    """Prepares a folder data set with imported features, which is fast."""
     if splits is None:
         splits = {
             "train": {f"t{k}.jpg": [f"caption {k}{letter}" for letter in "abc"] for k in range(5)},
@@ -178,8 +184,8 @@ def imported(tmp_path, splits=None, shape=lambda _: (8, 8, WIDTH), **options) ->
 def test_limits_and_splits(tmp_path, options, expected):
     found = imported(tmp_path, **options)
     assert {role: [len(row.captions) for row in found.split(role).rows] for role in found.roles} == expected
-    told = {word for word in found.vocabulary().ids if word[0].isdigit()}
-    assert told == {
+    known = {word for word in found.vocabulary().ids if word[0].isdigit()}
+    assert known == {
         word for row in found.split("train").rows for c in row.captions for word in c.split() if word[0].isdigit()
     }
 
@@ -202,19 +208,19 @@ def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
     assert not list((tmp_path / "data" / "features").rglob("manifest.json"))
 
 
-def test_training_captions_without_a_word_are_explained(tmp_path):
+def test_training_captions_without_a_word_are_refused(tmp_path):
     with pytest.raises(VocabularyError, match="the training captions contain no word"):
         imported(tmp_path, {"train": {"t.jpg": ["?!", "…"]}, "val": {"v.jpg": ["two"]}})
 
 
-def test_captions_of_no_known_word_are_told(tmp_path, caplog):
+def test_captions_without_a_known_word_are_logged(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         imported(tmp_path, {"train": {"t.jpg": ["one two"]}, "val": {"v.jpg": ["two", "zzz ?", "qqq"]}})
     assert "val: 2 captions contain no word of the vocabulary; the first is 'zzz ?', of v.jpg" in caplog.text
     assert "train: " not in caplog.text
 
 
-def test_other_captions_are_not_taken_for_these(tmp_path):
+def test_a_store_of_other_captions_is_refused(tmp_path):
     found = imported(tmp_path)
     with pytest.raises(
         StoreError, match=rf"{found.path}: found features of folder/mine-\w+/1\.0\.0, expected those of folder/mine-"
@@ -222,17 +228,17 @@ def test_other_captions_are_not_taken_for_these(tmp_path):
         imported(tmp_path, {"train": {"t.jpg": ["other"]}, "val": {"v.jpg": ["other"]}})
 
 
-# Features and weights from elsewhere
+# Imported features and weights
 
 
-def test_imported_features_and_where_they_are_from(tmp_path, monkeypatch):
+def test_features_are_imported_and_their_origin_recorded(tmp_path, monkeypatch):
     found = imported(tmp_path)
     assert (found.positions, found.feature_dim, found.positions_vary) == (64, WIDTH, False)
     assert found.manifest["encoder"]["weights_sha256"] is None
     assert found.manifest["encoder"]["imported_from"] == str(tmp_path / "npy")
     assert not (found.path / "encoder").exists()
     np.testing.assert_array_equal(found.split("val").read([0, 1, 2])[:, 5, 1].astype(int), [5, 6, 7])
-    # It goes on with the same folder, named or not.
+    # A later prepare reads the same folder, with or without --npy_dir.
     (found.path / "val" / "shards" / "00000.json").unlink()
     (tmp_path / "npy" / "v1.jpg.npy").unlink()
     config = Config(dataset="folder")
@@ -259,7 +265,7 @@ def test_imported_maps_may_have_any_number_of_positions(tmp_path, shape):
 
 
 def test_the_number_of_positions_may_vary_between_images(tmp_path):
-    positions = {0: 10, 3: 100, 6: 37, 8: 11}  # of the fourth training image the largest
+    positions = {0: 10, 3: 100, 6: 37, 8: 11}  # by image; 50 elsewhere
     found = imported(tmp_path, shape=lambda k: (positions.get(k, 50), WIDTH))
     assert (found.positions, found.feature_dim, found.positions_vary) == (100, WIDTH, True)
     number = 0
@@ -288,7 +294,7 @@ def test_maps_are_compared_before_anything_is_imported(tmp_path):
 
 
 def write_weights(file: pathlib.Path, seed: int) -> pathlib.Path:
-    """Random weights up to mixed0, as Keras lays them out."""
+    """Writes random weights up to mixed0 in the layout of Keras."""
     rng = np.random.default_rng(seed)
     with h5py.File(file, "w") as h5:
         for number, shape in enumerate(network.kernel_shapes("mixed0").values(), 1):
@@ -317,11 +323,11 @@ def test_weights_of_another_file_are_refused(tmp_path, monkeypatch):
         prepare(by_preset, data_dir, manual_dir=folder)
     with pytest.raises(StoreError, match="found computed features, expected those imported from maps"):
         prepare(config, data_dir, manual_dir=folder, npy_dir="maps")
-    for again in (one, None):  # the same, or none named: whatever they were
+    for again in (one, None):  # the same file, or none
         assert prepare(config, data_dir, manual_dir=folder, encoder_weights=again).path == found.path
 
 
-def test_an_encoder_that_cannot_be_is_refused(tmp_path):
+def test_encoder_options_that_contradict_each_other_are_refused(tmp_path):
     shapes = Data(shapes=Shapes(num_train=1, num_val=1, num_test=0))
     for spec, given in (("random", "some.h5"), ("imagenet", "random")):
         config = Config(dataset="shapes", data=shapes, encoder=replace(RANDOM, weights=spec))

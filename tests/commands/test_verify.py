@@ -1,4 +1,4 @@
-"""Damage on disk: a changed byte in any file of a store or a checkpoint is seen, named, and made good."""
+"""Damage on disk: a changed byte in any file of a store or a checkpoint is found, named and repaired."""
 
 import json
 import pathlib
@@ -30,34 +30,34 @@ from flaxcap.training.checkpoints import Checkpoints
 
 
 def files_below(directory: pathlib.Path) -> list[pathlib.Path]:
-    """All that hold a byte, but for locks."""
+    """Returns all files that are not empty, without locks."""
     found = sorted(f for f in directory.rglob("*") if f.is_file() and f.stat().st_size and f.name != ".lock")
     assert len(found) > 10
     return found
 
 
 def flip(file: pathlib.Path) -> bytes:
-    """Changes a byte somewhere; what the file was."""
-    whole, rng = file.read_bytes(), random.Random(str(file.name))
-    data = bytearray(whole)
+    """Flips a random bit of a file, and returns the original content."""
+    original, rng = file.read_bytes(), random.Random(str(file.name))
+    data = bytearray(original)
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
-    return whole
+    return original
 
 
 def damaged(directory: pathlib.Path, how: str = "flip") -> Iterator[pathlib.Path]:
-    """Each file in turn, damaged; afterwards it is put right."""
+    """Damages one file after another, yields it, and restores it."""
     for file in files_below(directory):
-        whole = flip(file)
+        original = flip(file)
         if how == "missing":
             file.unlink()
         yield file
         file.parent.mkdir(exist_ok=True)
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
 def snapshot(directory: pathlib.Path) -> dict[str, bytes]:
-    """But for Orbax's files, which hold the time."""
+    """Returns the content of all files by name, without Orbax's, which hold the time."""
     names = {str(f.relative_to(directory)): f for f in files_below(directory)}
     return {name: f.read_bytes() for name, f in names.items() if not name.startswith("encoder/")}
 
@@ -69,7 +69,7 @@ def data_dir(trained: Trained, tmp_path) -> pathlib.Path:
 
 @pytest.fixture
 def path(data_dir, trained: Trained) -> pathlib.Path:
-    """A store to be damaged: prepared as users do it."""
+    """A copy of a prepared store, which a test may damage."""
     return pathlib.Path(store.path_for(data_dir, trained.config))
 
 
@@ -82,14 +82,14 @@ def workdir(trained: Trained, tmp_path) -> pathlib.Path:
 
 
 def test_a_sound_store_and_a_sound_run(trained: Trained, capsys):
-    place = f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={trained.workdir}"
+    flags = f"--config={trained.preset}", f"--data_dir={trained.data_dir}", f"--workdir={trained.workdir}"
     path = pathlib.Path(store.path_for(trained.data_dir, trained.config))
-    for flags, directories in (
-        (place[:2], [path]),
-        (place[2:], [trained.workdir / "checkpoints"]),
-        (place, [path, trained.workdir / "checkpoints"]),
+    for some, directories in (
+        (flags[:2], [path]),
+        (flags[2:], [trained.workdir / "checkpoints"]),
+        (flags, [path, trained.workdir / "checkpoints"]),
     ):
-        assert main(["verify", *flags]) == 0
+        assert main(["verify", *some]) == 0
         out, _ = capsys.readouterr()
         assert out.endswith(" bytes: sound\n")
         read = sum(f.stat().st_size for d in directories for f in files_below(d) if f.name != integrity.CHECKSUMS)
@@ -99,27 +99,29 @@ def test_a_sound_store_and_a_sound_run(trained: Trained, capsys):
 
 @pytest.mark.parametrize("how", ["flip", "missing"])
 def test_damage_of_any_file_of_a_store_is_named(path, how, capsys):
-    notes = {file: file.read_bytes() for file in path.glob("*/shards/*.json")}
+    records = {file: file.read_bytes() for file in path.glob("*/shards/*.json")}
     for file in damaged(path, how):
         report = verify(store_dir=path)
         (line,) = report.wrong
-        if how == "missing" and file in notes:
+        if how == "missing" and file in records:
             assert line == f"{file.parent.parent}: shards {int(file.stem)} are not finished; `flaxcap prepare` resumes"
         elif how == "missing" and file.parts[-2:] == ("encoder", integrity.CHECKSUMS):
             assert line == f"{file}: missing; `flaxcap prepare` writes it again"
         else:
             assert line.startswith(f"{file}: ")
             assert "flaxcap prepare" in line
-        for note, whole in notes.items():
-            # Damaged shards, and no others, have become unfinished ones.
-            at_fault = file == note or file == note.parent.parent / "features" / "c" / str(int(note.stem)) / "0" / "0"
-            assert note.exists() != at_fault
-            note.write_bytes(whole)
+        for record, original in records.items():
+            # Damaged shards, and no others, have become unfinished.
+            at_fault = (
+                file == record or file == record.parent.parent / "features" / "c" / str(int(record.stem)) / "0" / "0"
+            )
+            assert record.exists() != at_fault
+            record.write_bytes(original)
     assert verify(store_dir=path).wrong == []
 
 
 def read_everything(path: pathlib.Path) -> None:
-    """As training, captioning and preparing do."""
+    """Reads a store as training, captioning and preparing do."""
     found = Store(path)
     found.vocabulary()
     for role in found.roles:
@@ -129,17 +131,17 @@ def read_everything(path: pathlib.Path) -> None:
     load_params(path / "encoder")
 
 
-def test_damage_of_any_file_of_a_store_is_seen_by_who_reads_it(path):
+def test_reading_a_store_finds_damage_of_any_file(path):
     read_everything(path)
     for file in damaged(path):
-        if file.name == store.COPY:  # is read only where the other cannot be
+        if file.name == store.COPY:  # is read only if the manifest is damaged
             continue
         with pytest.raises(UserError) as error:
             read_everything(path)
         assert str(file) in str(error.value)
 
 
-def test_prepare_makes_anew_what_is_damaged_and_nothing_else(path, data_dir, trained: Trained, capsys):
+def test_prepare_repairs_damaged_files_and_no_others(path, data_dir, trained: Trained, capsys):
     before = snapshot(path)
     shard = path / "train" / "features" / "c" / "1" / "0" / "0"
     cut = path / "val" / "features" / "c" / "0" / "0" / "0"
@@ -148,28 +150,28 @@ def test_prepare_makes_anew_what_is_damaged_and_nothing_else(path, data_dir, tra
     small += [path / name for name in ("test/features/zarr.json", "test/shards/00000.json")]
     for file in (shard, params, *small):
         flip(file)
-    cut.write_bytes(cut.read_bytes()[:-100])  # is seen without being read whole
+    cut.write_bytes(cut.read_bytes()[:-100])  # found without reading the file
     kept = path / "train" / "features" / "c" / "0" / "0" / "0"
     modified = kept.stat().st_mtime_ns
 
-    place = [f"--config={trained.preset}", f"--data_dir={data_dir}"]
-    assert main(["verify", *place]) == 1
+    flags = [f"--config={trained.preset}", f"--data_dir={data_dir}"]
+    assert main(["verify", *flags]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert {line.partition(": ")[0] for line in lines[:-1]} == {str(f) for f in (shard, cut, params, *small)}
     assert f"{shard}: damaged: found SHA-256" in lines[3] + lines[4] + lines[5]
     assert lines[-1].endswith(" bytes: 8 damaged")
-    assert main(["prepare", *place, "--num_workers=2"]) == 0
+    assert main(["prepare", *flags, "--num_workers=2"]) == 0
     out = capsys.readouterr().out
     images = 12 + 8 + 8  # shard 1 of train, and those of val and test
     assert f"features of {images} images: " in out
     assert kept.stat().st_mtime_ns == modified
-    assert main(["verify", *place]) == 0
+    assert main(["verify", *flags]) == 0
     assert snapshot(path) == before
     expected = load_params(store.path_for(trained.data_dir, trained.config) / "encoder")
     jax.tree.map(np.testing.assert_array_equal, load_params(path / "encoder"), expected)
 
 
-def test_prepare_sees_a_missing_and_a_cut_off_shard_by_itself(path, data_dir, trained: Trained, capsys):
+def test_prepare_finds_missing_and_truncated_shards(path, data_dir, trained: Trained, capsys):
     before = snapshot(path)
     shards = [path / "train" / "features" / "c" / str(number) / "0" / "0" for number in (0, 1)]
     shards[0].unlink()
@@ -183,19 +185,19 @@ def test_prepare_sees_a_missing_and_a_cut_off_shard_by_itself(path, data_dir, tr
     assert snapshot(path) == before
 
 
-def test_other_captions_or_another_encoder_are_not_put_in_place_of_damaged_ones(path, data_dir, trained, monkeypatch):
+def test_damaged_files_are_not_replaced_by_those_of_other_data(path, data_dir, trained, monkeypatch):
     from flaxcap.encoders.inception_v3 import weights
     from flaxcap.features import build
 
     captions = path / "train" / "captions.jsonl"
-    whole = flip(captions)
+    original = flip(captions)
     with monkeypatch.context() as context:
         found = Store(trained_path := store.path_for(trained.data_dir, trained.config)).split("train").rows
         assert trained_path
         context.setattr(build, "read_rows", lambda *_: found[:-1])
         with pytest.raises(StoreError, match=rf"{captions}: damaged.*found other captions in the data set"):
             prepare(trained.config, data_dir)
-    captions.write_bytes(whole)
+    captions.write_bytes(original)
     (path / "encoder" / integrity.CHECKSUMS).unlink()
     load = weights.load
     monkeypatch.setattr(weights, "load", lambda *a, **k: (load(*a, **k)[0], "f" * 64))
@@ -206,12 +208,12 @@ def test_other_captions_or_another_encoder_are_not_put_in_place_of_damaged_ones(
 def test_files_without_checksums_are_damaged(path, data_dir, trained: Trained):
     before, manifest = snapshot(path), store.read_manifest(epath.Path(path / "manifest.json"))
     (path / "encoder" / integrity.CHECKSUMS).unlink()
-    notes = sorted(path.glob("*/shards/*.json"))
-    for note in notes:
-        note.write_text(json.dumps({"skipped": [], "file": json.loads(note.read_text())["file"]}) + "\n")
+    records = sorted(path.glob("*/shards/*.json"))
+    for record in records:
+        record.write_text(json.dumps({"skipped": [], "file": json.loads(record.read_text())["file"]}) + "\n")
     wrong = verify(store_dir=path).wrong
     assert {line.partition(": ")[0] for line in wrong} == {
-        *map(str, notes),
+        *map(str, records),
         str(path / "encoder" / integrity.CHECKSUMS),
     }
     prepare(trained.config, data_dir, num_workers=2)
@@ -235,14 +237,14 @@ def test_damage_of_any_file_of_a_run_is_named(workdir, how):
         assert line.startswith(f"{file}: ")
         assert "flaxcap train" in line
     for file in (workdir / "config.json", workdir / "vocabulary.json"):
-        whole = flip(file)
+        original = flip(file)
         (line,) = verify(workdir=workdir).wrong
         assert line.startswith(f"{file}: ")
-        file.write_bytes(whole)
+        file.write_bytes(original)
     assert verify(workdir=workdir).wrong == []
 
 
-def test_a_save_that_was_cut_off_before_its_checksums_gets_them(workdir, data_dir):
+def test_a_save_killed_before_its_checksums_gets_them(workdir, data_dir):
     files = [step / integrity.CHECKSUMS for step in (workdir / "checkpoints").iterdir()]
     before = {file: file.read_bytes() for file in files}
     for file in files:
@@ -252,12 +254,12 @@ def test_a_save_that_was_cut_off_before_its_checksums_gets_them(workdir, data_di
     )
     with pytest.raises(CheckpointError, match=rf"{integrity.CHECKSUMS}: missing"):
         loading.load_run(workdir, data_dir)
-    checkpoints_lib.mend(workdir / "checkpoints")
+    checkpoints_lib.repair(workdir / "checkpoints")
     assert {file: file.read_bytes() for file in files} == before
     loading.load_run(workdir, data_dir)
 
 
-def test_damage_of_any_file_of_a_checkpoint_is_seen_by_who_restores_it(tmp_path):
+def test_restoring_a_checkpoint_finds_damage_of_any_file(tmp_path):
     saved = state_on(1)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, saved, {"best": 1.5}, 2.0)
@@ -274,9 +276,7 @@ def test_damage_of_any_file_of_a_checkpoint_is_seen_by_who_restores_it(tmp_path)
     checkpoints.close()
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_nothing_had_been(
-    workdir, data_dir, trained: Trained, capsys
-):
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_bit_equal(workdir, data_dir, trained: Trained, capsys):
     before = sorted(step.name for step in (workdir / "checkpoints").iterdir())
     assert len(before) > 1
     newest = workdir / "checkpoints" / max(before, key=int)
@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_if_nothing_had_be
     assert verify(workdir=workdir).wrong == []
 
 
-def test_damaged_checkpoints_alone_are_left_for_the_user(workdir, data_dir, trained: Trained):
+def test_a_run_with_damaged_checkpoints_only_is_refused(workdir, data_dir, trained: Trained):
     for step in (workdir / "checkpoints").iterdir():
         flip(step / "progress" / "metadata")
     before = {f: f.read_bytes() for f in files_below(workdir / "checkpoints")}
@@ -312,7 +312,7 @@ def test_damaged_checkpoints_alone_are_left_for_the_user(workdir, data_dir, trai
     train.train(trained.config, workdir, data_dir)
 
 
-def test_a_run_whose_best_checkpoint_is_damaged_does_not_caption(workdir, data_dir):
+def test_a_run_with_a_damaged_best_checkpoint_is_not_loaded(workdir, data_dir):
     checkpoints = Checkpoints(workdir / "checkpoints")
     best = workdir / "checkpoints" / str(checkpoints.best_step)
     checkpoints.close()
@@ -322,7 +322,7 @@ def test_a_run_whose_best_checkpoint_is_damaged_does_not_caption(workdir, data_d
         loading.load_run(workdir, data_dir)
 
 
-def test_what_is_not_there_is_said(tmp_path, capsys, trained: Trained):
+def test_a_missing_run_or_store_is_named(tmp_path, capsys, trained: Trained):
     with pytest.raises(UserError, match=f"--workdir={tmp_path}: found neither config.json nor checkpoints"):
         verify(workdir=tmp_path)
     assert main(["verify", f"--config={trained.preset}", f"--data_dir={tmp_path}"]) == 1

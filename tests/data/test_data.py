@@ -84,6 +84,13 @@ def test_the_error_of_an_unknown_split_lists_the_existing_ones(builder, split):
     assert repr(split) in str(error.value)
 
 
+def test_the_examples_of_a_role_are_those_of_the_presets_split(builder):
+    config = Config(data=Data(train_split="train[:2]", val_split="train[3:]+val[:1]", test_split=""))
+    assert [example.image_id for example in datasets.examples_of(config, builder, "val")] == [1, 0, 12]
+    with pytest.raises(DataError, match=r"^--split=test: expected one of train, val$"):
+        datasets.examples_of(config, builder, "test")
+
+
 def test_indices_out_of_range_raise(builder):
     found = Examples(builder, "train")
     for index in (5, -6):

@@ -25,7 +25,7 @@ def params(encoder) -> base.Params:
 
 @pytest.fixture(scope="module")
 def expected(encoder, params) -> np.ndarray:
-    """The features, all on one device."""
+    """The features, computed on one device."""
     assert jax.device_count() == 8
     folded = encoder.inference_params(params, platform="cpu", dtype=np.float32, many=False)
     folded = jax.device_put(folded, jax.devices()[0])
@@ -34,7 +34,7 @@ def expected(encoder, params) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("count", "many"), [(8, False), (8, True), (3, True)])
-def test_eight_devices_give_what_one_gives(encoder, params, expected, count, many):
+def test_eight_devices_compute_the_features_of_one(encoder, params, expected, count, many):
     found = extract.make_encode(encoder, params, ENCODER, many=many)(IMAGES[:count])
     assert isinstance(found, jax.Array)
     assert found.dtype == np.float32
@@ -45,7 +45,7 @@ def test_eight_devices_give_what_one_gives(encoder, params, expected, count, man
     assert np.std(expected) > 0.1
 
 
-def test_features_are_rounded_to_the_store(encoder, params, expected):
+def test_features_are_rounded_to_the_stores_dtype(encoder, params, expected):
     config = Encoder(weights="random", block="mixed0", image_size=160)
     found = np.asarray(extract.make_encode(encoder, params, config, many=True)(IMAGES))
     assert found.dtype == ml_dtypes.bfloat16

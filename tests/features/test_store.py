@@ -1,4 +1,4 @@
-"""The feature store: its place, its shards, and what becomes of damage."""
+"""A store's path, and a split's shards: what is written is read, and damage raises."""
 
 import copy
 import pathlib
@@ -29,7 +29,7 @@ def features(images: int = IMAGES, dtype=ml_dtypes.bfloat16) -> np.ndarray:
 
 
 def write(split: Split, numbers=None, skipped=()) -> np.ndarray:
-    """Writes those shards, or all; the features."""
+    """Writes the shards `numbers`, or the unfinished ones, and returns the features."""
     feats_NPF = features(split.images)
     array = split.create_array(POSITIONS, WIDTH, "bfloat16")
     for number in split.unfinished() if numbers is None else numbers:
@@ -47,7 +47,7 @@ def split(tmp_path) -> Split:
     return Split(epath.Path(tmp_path) / "train", IMAGES, SHARD)
 
 
-# Where it is
+# The path
 
 
 def other(name, value):
@@ -107,10 +107,10 @@ def test_the_path_is_stable_and_readable(tmp_path, monkeypatch):
     assert str(store.path_for("gs://bucket/d", config)).startswith("gs://bucket/d/features/shapes-")
 
 
-# What is written is what is read
+# Writing and reading
 
 
-def test_features_come_back_row_by_row(split):
+def test_features_are_read_by_row(split):
     feats_NPF = write(split)
     again = Split(split.path, IMAGES, SHARD)
     for some in ([0], [6, 0, 3], [2, 2, 2], range(IMAGES), np.array([5, 1], np.int32)):
@@ -135,7 +135,7 @@ def test_shards_hold_every_row_once_in_order(images, shard_rows):
     assert split.unfinished() == list(range(split.num_shards))
 
 
-def test_float32_is_kept_whole(split):
+def test_float32_is_stored_exactly(split):
     feats_NPF = features(dtype=np.float32)
     array = split.create_array(POSITIONS, WIDTH, "float32")
     split.write(array, 1, feats_NPF[3:6], [])
@@ -144,7 +144,7 @@ def test_float32_is_kept_whole(split):
     assert store.bytes_an_image(64, 2048, "bfloat16") == 262144
 
 
-def test_what_is_finished_is_known_to_whoever_opens_it(split):
+def test_finished_shards_and_skipped_images_are_on_disk(split):
     bad = [Skipped(1, "1.jpg", "the file is empty"), Skipped(6, "6.jpg", "damaged: “ü” \n")]
     assert (split.unfinished(), split.skipped()) == ([0, 1, 2], [])
     write(split, [1], bad)
@@ -156,7 +156,7 @@ def test_what_is_finished_is_known_to_whoever_opens_it(split):
     assert (again.unfinished(), again.skipped()) == ([], bad)
 
 
-def test_a_note_that_was_being_written_counts_for_nothing(split):
+def test_a_partly_written_record_is_ignored(split):
     write(split, [0, 2])
     for number, text in ((1, '{"skipped": ['), (0, "")):
         (split.path / "shards" / f".0000{number}.json.part").write_text(text)
@@ -167,7 +167,7 @@ def test_a_note_that_was_being_written_counts_for_nothing(split):
 
 
 @pytest.mark.parametrize("name", ["a b", "100%", "a%41b", "q?x", "h#y", "ünï 犬", "a|b", "c:d"])
-def test_any_directory_will_do(tmp_path, name):
+def test_directory_names_may_hold_any_character(tmp_path, name):
     split = Split(epath.Path(tmp_path) / name / "train", IMAGES, SHARD)
     feats_NPF = write(split)
     np.testing.assert_array_equal(Split(split.path, IMAGES, SHARD).read([6]), feats_NPF[[6]])
@@ -182,10 +182,10 @@ def test_a_relative_directory(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "features" / "zarr.json").is_file()
 
 
-# What was never written, and what is damaged
+# Missing rows and damage
 
 
-def test_a_row_that_was_never_written_is_not_taken_for_features(split):
+def test_a_row_that_was_never_written_raises(split):
     with pytest.raises(StoreError, match=r"train/features: cannot be opened .*zarr\.json"):
         split.read([0])
     feats_NPF = write(split, [1])
@@ -194,14 +194,14 @@ def test_a_row_that_was_never_written_is_not_taken_for_features(split):
     with pytest.raises(StoreError, match="train/features: row 2 holds no features"):
         again.read([3, 2, 0])
     array = split.create_array(POSITIONS, WIDTH, "bfloat16")
-    feats_NPF[6] = np.nan  # a picture that was skipped
+    feats_NPF[6] = np.nan  # a skipped image
     split.write(array, 2, feats_NPF[6:], [Skipped(6, "6.jpg", "empty")])
     with pytest.raises(StoreError, match="row 6 holds no features"):
         again.read([6])
 
 
 @pytest.mark.parametrize("row", [IMAGES, -1, 10**9])
-def test_a_row_that_is_not_there(split, row):
+def test_a_row_out_of_range_raises(split, row):
     write(split)
     with pytest.raises(StoreError, match=r"train/features: cannot be read \(OUT_OF_RANGE.*\d"):
         split.read([0, row])
@@ -209,29 +209,29 @@ def test_a_row_that_is_not_there(split, row):
 
 @settings(max_examples=30)
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-def test_a_flipped_bit_is_seen(tmp_path_factory, place, bit):
+def test_a_flipped_bit_raises(tmp_path_factory, position, bit):
     split = Split(epath.Path(tmp_path_factory.mktemp("flip")), IMAGES, SHARD)
     write(split, [0])
     file = shard_file(split, 0)
     data = bytearray(file.read_bytes())
-    data[int(place * len(data))] ^= 1 << bit
+    data[int(position * len(data))] ^= 1 << bit
     file.write_bytes(data)
     with pytest.raises(StoreError, match=r"features: cannot be read \(DATA_LOSS: .*/c/0/0/0.*[Dd]igest"):
         Split(split.path, IMAGES, SHARD).read(range(SHARD))
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
-def test_a_truncated_shard_is_seen(split, share):
+def test_a_truncated_shard_raises(split, share):
     write(split)
     file = shard_file(split, 1)
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     with pytest.raises(StoreError, match=r"features: cannot be read \(.*/c/1/0/0") as error:
         Split(split.path, IMAGES, SHARD).read([4])
     assert len(str(error.value)) < 550
-    split.read([0, 6])  # the others are whole
+    split.read([0, 6])  # the other shards are sound
 
 
-def test_an_array_of_another_shape_is_not_written_to(split):
+def test_an_array_of_another_shape_or_dtype_is_not_opened(split):
     write(split)
     for other in (Split(split.path, IMAGES + 1, SHARD), Split(split.path, IMAGES, SHARD + 1)):
         with pytest.raises(StoreError, match=r"another kind \(FAILED_PRECONDITION: .*received"):
@@ -252,7 +252,7 @@ def test_an_array_of_another_shape_is_not_written_to(split):
 
 @pytest.fixture
 def small_files():
-    """A disk that takes no file of over 4 KiB."""
+    """Returns a function that limits files to 4 KiB, as a full disk would."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit():
@@ -262,7 +262,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_takes_no_more_leaves_the_shard_unfinished(tmp_path, small_files):
+def test_a_shard_that_cannot_be_written_stays_unfinished(tmp_path, small_files):
     split = Split(epath.Path(tmp_path), 21, 20)
     array = split.create_array(POSITIONS, WIDTH, "bfloat16")
     feats_NPF = features(21)
@@ -274,10 +274,10 @@ def test_a_disk_that_takes_no_more_leaves_the_shard_unfinished(tmp_path, small_f
     assert split.unfinished() == [0]
 
 
-# Files that are seen whole or not at all
+# Atomic writes
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_files):
+def test_a_failed_write_keeps_the_previous_file(tmp_path, small_files):
     file = epath.Path(tmp_path) / "new" / "notes.json"
     integrity.write_atomically(file, "first “ü”")
     integrity.write_atomically(file, "second")
@@ -290,7 +290,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_files):
     assert [p.name for p in file.parent.iterdir()] == ["notes.json"]
 
 
-def test_a_write_that_is_cut_off_shows_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
     def cut_off(self, target):
         raise KeyboardInterrupt
 
