@@ -189,9 +189,7 @@ def test_microbatches_give_the_same_run_as_complete_batches(data_dir, plain, tmp
         assert ours == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_error_of_a_batch_that_does_not_fit_names_the_largest_that_fits(
-    data_dir, tmp_path, monkeypatch, capsys
-):
+def test_the_error_of_a_batch_that_does_not_fit_names_the_largest_that_fits(data_dir, tmp_path, monkeypatch, capsys):
     config = tiny_config(batch_images=64, microbatch_images=64, features="stream")
     train.train(config, tmp_path / "fits", data_dir)
     need = re.search(r"a step takes up to ([\d.]+) MB", capsys.readouterr().out)
