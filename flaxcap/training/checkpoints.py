@@ -38,7 +38,7 @@ class Checkpoints:
         def score(metrics: Any) -> float:
             return metrics["score"]
 
-        # With Orbax's `max_to_keep`, `best_fn` deletes the newest checkpoint if its score is not the best.
+        # Orbax's max_to_keep with best_fn deletes the newest checkpoint if its score is not the best (Orbax 0.12).
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_latest),

@@ -20,7 +20,7 @@ class EarlyStopping:
 
     @property
     def progress(self) -> dict:
-        """What a checkpoint keeps; any JSON."""
+        """The best score and the epochs since, as a checkpoint keeps them."""
         return {"best": self.best, "since": self.since}
 
     @property

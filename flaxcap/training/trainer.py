@@ -54,7 +54,7 @@ def timeline(config: Train, plan: Plan) -> Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is joined of."""
+    """The parts of a run, which `flaxcap train` joins."""
 
     config: Train
     workdir: epath.Path
@@ -233,7 +233,7 @@ class Trainer:
         self._parts.checkpoints.save(self._step, self._state, progress, score)
 
     def _save_batch(self, step: int) -> epath.Path:
-        """Saves the images and true captions of a step: `feats_IPF` float32, `tokens_ICT`, `rows_I`, `files_I`."""
+        """Saves a step's features (float32), true captions, rows and file names, and returns the file's path."""
         split, batch = self._parts.split, self._parts.plan.batch(step)
         file = self._parts.workdir / f"bad_step_{step}.npz"
         if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""The loop: it learns, and an interrupted run is the undisturbed run."""
+"""`flaxcap train`: it learns, and an interrupted run equals an uninterrupted one."""
 
 import json
 import os
@@ -30,15 +30,15 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data_dir, tmp_path_factory) -> pathlib.Path:
-    """A run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
+def plain(data_dir, tmp_path_factory) -> pathlib.Path:
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("plain")
     train.train(tiny_config(), workdir, data_dir)
     return workdir
 
 
 def recipe_config() -> Config:
-    """All that has a state or draws something, and an epoch of self-critical training after the others."""
+    """Returns a preset with every state and every kind of noise, and an epoch of self-critical training."""
     return tiny_config(
         epochs=2,
         cider_epochs=1,
@@ -55,14 +55,14 @@ def recipe_config() -> Config:
 
 @pytest.fixture(scope="module")
 def recipe(data_dir, tmp_path_factory) -> pathlib.Path:
-    """The same of a run with a long recipe."""
+    """An uninterrupted run of `recipe_config`."""
     workdir = tmp_path_factory.mktemp("recipe")
     train.train(recipe_config(), workdir, data_dir)
     return workdir
 
 
 def final_state(workdir: pathlib.Path, step: int) -> dict:
-    """The newest checkpoint as it lies on disk."""
+    """Returns the arrays of the newest checkpoint, as Orbax wrote them."""
     import orbax.checkpoint as ocp
 
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -82,58 +82,55 @@ def without_times(lines: list[dict]) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith("_per_s")} for line in lines]
 
 
-def test_the_loss_falls_and_everything_is_written(whole):
-    lines = logs.read(whole)
+def test_the_loss_falls_and_everything_is_written(plain):
+    lines = logs.read(plain)
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert losses[-1] < 0.9 * losses[0]
     assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3]
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((whole / "config.json").read_text())["train"]["epochs"] == 3
-    assert list(whole.glob("events.out.tfevents.*"))
+    assert (plain / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((plain / "config.json").read_text())["train"]["epochs"] == 3
+    assert list(plain.glob("events.out.tfevents.*"))
 
 
-def test_the_best_checkpoint_is_that_of_the_captions_with_the_highest_cider(data_dir, whole, tmp_path):
-    """Of the model's own captions, at the end of each epoch; it is what a run returns, finished or not."""
-    scores = {line["step"]: line["val/cider"] for line in logs.read(whole) if "val/cider" in line}
+def test_the_best_checkpoint_has_the_highest_cider(data_dir, plain, tmp_path):
+    """The score is the CIDEr of generated captions at the end of an epoch. A finished run returns it again."""
+    scores = {line["step"]: line["val/cider"] for line in logs.read(plain) if "val/cider" in line}
     assert len(scores) == 3
-    checkpoints = Checkpoints(whole / "checkpoints")
+    checkpoints = Checkpoints(plain / "checkpoints")
     assert scores[checkpoints.best_step] == max(scores.values()) > min(scores.values())
     checkpoints.close()
-    assert train.train(tiny_config(), whole, data_dir) == max(scores.values()) > 0
+    assert train.train(tiny_config(), plain, data_dir) == max(scores.values()) > 0
 
 
 def test_a_run_with_an_average_keeps_and_validates_it(recipe):
-    """Its checkpoints' parameters are those to caption with; the newest are with what is needed to go on."""
+    """A checkpoint's `params` are the average; the newest parameters are in `rest`, for a resumed run."""
     lines = logs.read(recipe)
     state = final_state(recipe, lines[-1]["step"])
     differences = jax.tree.map(lambda a, p: np.abs(a - p).max(), state["params"], state["rest"]["params"])
     assert min(jax.tree.leaves(differences)) > 1e-6
     rates = [line["train/learning_rate"] for line in lines if "train/learning_rate" in line]
-    # That of self-critical training, times what the validation scores of the epochs before made of it.
+    # The rate of self-critical training, halved at each plateau of the epochs before.
     assert rates[-1] in [pytest.approx(1e-3 * 0.5**n) for n in range(3)]
     assert rates[0] > 5e-3
 
 
 @pytest.mark.parametrize(
-    ("run", "stop"), [("whole", 5), ("whole", 7), ("recipe", 7), ("recipe", 20)], ids=lambda value: str(value)
+    ("run", "stop"), [("plain", 5), ("plain", 7), ("recipe", 7), ("recipe", 20)], ids=lambda value: str(value)
 )
-def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run, stop, monkeypatch, request):
-    """2k steps = k steps, SIGTERM, the same command again, also where a run of batches is cut in two.
-
-    Of the recipe, once before and once amid self-critical training.
-    """
-    whole = request.getfixturevalue(run)
-    config = {"whole": tiny_config, "recipe": recipe_config}[run]
-    steps = max(line["step"] for line in logs.read(whole))
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(data_dir, tmp_path, run, stop, monkeypatch, request):
+    """The run gets a SIGTERM after `stop` steps: of the recipe, before and during self-critical training."""
+    expected = request.getfixturevalue(run)
+    config = {"plain": tiny_config, "recipe": recipe_config}[run]
+    steps = max(line["step"] for line in logs.read(expected))
     assert 0 < stop < steps
     if run == "recipe":
         assert (stop > steps * 2 // 3) == (stop == 20)
-    seen = []
+    counts = []
 
     def interrupt(self, count, metrics, add=MetricWindow.add):
         add(self, count, metrics)
-        seen.append(count)
-        if sum(seen) >= stop > sum(seen[:-1]):
+        counts.append(count)
+        if sum(counts) >= stop > sum(counts[:-1]):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
@@ -141,18 +138,18 @@ def test_stopped_and_resumed_is_bit_equal_to_undisturbed(data_dir, tmp_path, run
         patch.setattr(MetricWindow, "add", interrupt)
         with pytest.raises(Preempted, match=f"step .* of {steps}"):
             train.train(config(), tmp_path, data_dir)
-    assert stop <= sum(seen) < steps
-    assert max(line["step"] for line in logs.read(tmp_path)) <= sum(seen)
+    assert stop <= sum(counts) < steps
+    assert max(line["step"] for line in logs.read(tmp_path)) <= sum(counts)
     train.train(config(), tmp_path, data_dir)
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, steps), final_state(whole, steps))
-    # The line of the steps amid which it was stopped too.
-    assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, steps), final_state(expected, steps))
+    # Also the line whose steps were interrupted.
+    assert without_times(logs.read(tmp_path)) == without_times(logs.read(expected))
 
 
 @pytest.mark.parametrize("nth", [0, -1])
-def test_a_validation_does_not_make_a_sigterm_wait(data_dir, tmp_path, whole, nth, monkeypatch):
-    """The epoch's state is saved without a score, which the same command then finds first."""
-    epochs = [line["step"] for line in logs.read(whole) if "epoch" in line]
+def test_a_sigterm_interrupts_a_validation(data_dir, tmp_path, plain, nth, monkeypatch):
+    """The epoch's state is saved without a score; the same command computes the score first."""
+    epochs = [line["step"] for line in logs.read(plain) if "epoch" in line]
 
     def interrupt(self, params, stop, call=validation.Validation.__call__):
         if len([line for line in logs.read(tmp_path) if "epoch" in line]) == nth % len(epochs):
@@ -161,38 +158,38 @@ def test_a_validation_does_not_make_a_sigterm_wait(data_dir, tmp_path, whole, nt
 
     with monkeypatch.context() as patch:
         patch.setattr(validation.Validation, "__call__", interrupt)
-        for _ in range(2):  # the second time before anything else
+        for _ in range(2):  # the second time at the start of the resumed run
             with pytest.raises(Preempted, match=f"saved at step {epochs[nth]} of"):
                 train.train(tiny_config(), tmp_path, data_dir)
             assert len([line for line in logs.read(tmp_path) if "epoch" in line]) == nth % len(epochs)
     best = train.train(tiny_config(), tmp_path, data_dir)
-    assert best == max(line["val/cider"] for line in logs.read(whole) if "epoch" in line)
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, epochs[-1]), final_state(whole, epochs[-1]))
-    assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
+    assert best == max(line["val/cider"] for line in logs.read(plain) if "epoch" in line)
+    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, epochs[-1]), final_state(plain, epochs[-1]))
+    assert without_times(logs.read(tmp_path)) == without_times(logs.read(plain))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_another(data_dir, whole, tmp_path):
+def test_equal_seeds_give_equal_runs_and_other_seeds_other_runs(data_dir, plain, tmp_path):
     train.train(tiny_config(), tmp_path / "same", data_dir)
-    assert without_times(logs.read(tmp_path / "same")) == without_times(logs.read(whole))
+    assert without_times(logs.read(tmp_path / "same")) == without_times(logs.read(plain))
     other = tiny_config()
     other.seed = 1
     train.train(other, tmp_path / "other", data_dir)
-    assert without_times(logs.read(tmp_path / "other")) != without_times(logs.read(whole))
+    assert without_times(logs.read(tmp_path / "other")) != without_times(logs.read(plain))
 
 
-def test_streamed_features_give_the_run_of_features_on_the_device(data_dir, whole, tmp_path):
+def test_streamed_features_give_the_same_run_as_features_on_the_device(data_dir, plain, tmp_path):
     train.train(tiny_config(features="stream"), tmp_path, data_dir)
-    assert without_times(logs.read(tmp_path)) == without_times(logs.read(whole))
+    assert without_times(logs.read(tmp_path)) == without_times(logs.read(plain))
 
 
 @pytest.mark.parametrize("change", [{"microbatch_images": 2}, {"microbatch_images": 3}])
-def test_microbatches_give_the_run_of_whole_batches(data_dir, whole, tmp_path, change):
+def test_microbatches_give_the_same_run_as_complete_batches(data_dir, plain, tmp_path, change):
     train.train(tiny_config(**change), tmp_path, data_dir)
-    for ours, expected in zip(without_times(logs.read(tmp_path)), without_times(logs.read(whole)), strict=True):
+    for ours, expected in zip(without_times(logs.read(tmp_path)), without_times(logs.read(plain)), strict=True):
         assert ours == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(data_dir, tmp_path, monkeypatch, capsys):
+def test_the_error_of_a_batch_that_does_not_fit_names_the_largest_that_fits(data_dir, tmp_path, monkeypatch, capsys):
     config = tiny_config(batch_images=64, microbatch_images=64, features="stream")
     train.train(config, tmp_path / "fits", data_dir)
     need = re.search(r"a step takes up to ([\d.]+) MB", capsys.readouterr().out)
@@ -211,7 +208,7 @@ def test_a_profile_is_written_on_request(data_dir, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_finished_run_does_nothing_more_and_more_epochs_go_on(data_dir, tmp_path):
+def test_a_finished_run_does_nothing_and_more_epochs_resume_it(data_dir, tmp_path):
     one = tiny_config(epochs=1, schedule="constant")
     train.train(one, tmp_path, data_dir)
     before = logs.read(tmp_path)
@@ -223,7 +220,7 @@ def test_a_finished_run_does_nothing_more_and_more_epochs_go_on(data_dir, tmp_pa
 
 
 def score_with(monkeypatch, *scores: float) -> None:
-    """Validation finds these, one after the other."""
+    """Makes validations return these scores, one after another."""
     rest = iter(scores)
     monkeypatch.setattr(
         validation.Validation, "__call__", lambda *_: {"loss": 1.0, "accuracy": 0.5, "cider": next(rest)}
@@ -241,7 +238,7 @@ def test_best_and_newest_checkpoint_are_kept(data_dir, tmp_path, monkeypatch):
 
 
 def test_a_run_without_progress_slows_down_and_ends(data_dir, tmp_path, monkeypatch):
-    """And has ended for good: the same command does nothing more."""
+    """The same command does nothing afterwards."""
     config = tiny_config(epochs=6, schedule="plateau", warmup_steps=0, plateau_epochs=1, stop_after=2)
     score_with(monkeypatch, 0.2, 0.1, 0.15, 0.1)
     assert train.train(config, tmp_path, data_dir) == 0.2
@@ -263,21 +260,21 @@ def test_a_run_without_progress_slows_down_and_ends(data_dir, tmp_path, monkeypa
         (lambda c: setattr(c.train, "batch_images", 16), "train.batch_images was 8, is 16"),
     ],
 )
-def test_a_workdir_of_another_preset_is_refused_and_kept(data_dir, whole, change, message):
+def test_a_workdir_of_another_preset_is_an_error_and_stays_as_it_is(data_dir, plain, change, message):
     config = tiny_config()
     change(config)
-    before = (whole / "config.json").read_text()
+    before = (plain / "config.json").read_text()
     with pytest.raises(ConfigError, match=message):
-        train.train(config, whole, data_dir)
-    assert (whole / "config.json").read_text() == before
+        train.train(config, plain, data_dir)
+    assert (plain / "config.json").read_text() == before
 
 
-def test_noresume_refuses_a_run_that_is_there(data_dir, whole):
+def test_noresume_refuses_an_existing_run(data_dir, plain):
     with pytest.raises(ConfigError, match="holds a run"):
-        train.train(tiny_config(), whole, data_dir, resume=False)
+        train.train(tiny_config(), plain, data_dir, resume=False)
 
 
-def test_without_prepared_features_it_says_what_to_do(tmp_path):
+def test_without_a_store_the_error_names_the_remedy(tmp_path):
     with pytest.raises(StoreError, match="flaxcap prepare"):
         train.train(tiny_config(), tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()

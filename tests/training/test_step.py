@@ -1,4 +1,4 @@
-"""The step: the loss counts real tokens only, any number of devices gives the same numbers, state is donated."""
+"""The train step: real tokens only, equal results on any number of devices, donated state, bounded memory."""
 
 import math
 import re
@@ -25,6 +25,7 @@ from small_step import (
 )
 
 from flaxcap.config import Train
+from flaxcap.models import output_layer
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import PAD, START
 from flaxcap.training import objective
@@ -44,8 +45,8 @@ def test_any_number_of_devices_gives_the_same_loss_gradients_and_parameters(one_
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
-    """Neither features nor activations travel: what each device computes is its own images' alone."""
+def test_the_devices_exchange_only_one_sum_of_gradients(devices):
+    """Features and activations stay on the device of their images."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     text = compiled_step(mesh).as_text()
     assert not re.findall(r"all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast", text)
@@ -53,14 +54,14 @@ def test_the_devices_exchange_nothing_but_one_sum_of_gradients(devices):
     shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(sums))
     sizes = [math.prod(map(int, dims.split(","))) if dims else 1 for dims in shapes]
     parameters = sum(x.size for x in jax.tree.leaves(jax.eval_shape(INIT, jax.random.key(0))))
-    # The gradients, and the numbers of nats, tokens, right tokens and captions.
+    # The gradients, and the sums of nats, tokens, right tokens and captions.
     assert sum(sizes) == parameters + 4
 
 
-def test_the_gradients_travel_in_one_sum():
+def test_the_gradients_are_exchanged_in_one_sum():
     text = compiled_step(sharding.make_mesh(jax.devices()[:2])).as_text()
     shapes = re.findall(r"= (\([^)]*\)|\S+) all-reduce\(", text)
-    assert sum("," in shape for shape in shapes) == 1  # what else is summed is a single number
+    assert sum("," in shape for shape in shapes) == 1  # the other sums are scalars
 
 
 @pytest.mark.parametrize(
@@ -76,13 +77,13 @@ def test_the_gradients_travel_in_one_sum():
         (6, 1, 4, 2),
     ],
 )
-def test_microbatches_are_equal_parts_near_what_is_asked(images, devices, most, parts):
+def test_microbatches_are_equal_parts_near_the_requested_size(images, devices, most, parts):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     assert step_lib.microbatches(images, mesh, Train(microbatch_images=most)) == parts
 
 
 def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
-    """Weak scaling: as many images a device, the same arithmetic and memory on each."""
+    """Weak scaling: with constant images per device, arithmetic and memory of a device are constant."""
     costs = []
     for devices in (1, 2, 4, 8):
         mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -96,24 +97,24 @@ def test_the_work_of_a_device_does_not_grow_with_the_number_of_devices():
 
 def test_memory_is_linear_in_the_batch_and_in_the_length():
     mesh = sharding.make_mesh(jax.devices()[:1])
-    whole = changed(microbatch_images=1000)
+    one_microbatch = changed(microbatch_images=1000)
 
     def needs(images: int, time: int) -> int:
-        return compiled_step(mesh, whole, images, time).memory_analysis().temp_size_in_bytes
+        return compiled_step(mesh, one_microbatch, images, time).memory_analysis().temp_size_in_bytes
 
     for a, b, c in ([needs(n, 16) for n in (32, 64, 96)], [needs(32, n) for n in (17, 33, 49)]):
         assert c - b == pytest.approx(b - a, rel=0.1)
         assert a < b < c
     microbatches = [compiled_step(mesh, CONFIG, n, 16).memory_analysis().temp_size_in_bytes for n in (16, 64, 256)]
-    assert max(microbatches) < 1.3 * min(microbatches)  # what a microbatch needs, whatever the batch
+    assert max(microbatches) < 1.3 * min(microbatches)  # one microbatch, at any batch size
 
 
-def test_several_steps_a_dispatch_are_the_steps_one_by_one():
+def test_a_dispatch_of_several_steps_equals_single_steps():
     mesh = sharding.make_mesh(jax.devices()[:2])
     singles = [inputs_on(mesh, *batch(seed)) for seed in range(3)]
     train_step, fresh = made(mesh)
 
-    # A device's part of the bank holds its images of all batches; a fourth batch is there but not meant.
+    # A device's part of the bank holds its images of all batches. The fourth batch is padding.
     banks = [np.split(np.asarray(s.bank_NPF), 2) for s in singles]
     bank_NPF = np.concatenate([np.concatenate([bank[d] for bank in banks]) for d in range(2)])
     index_JI = np.concatenate(
@@ -136,15 +137,16 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), state.params, one_by_one.params)
 
 
-def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
+def test_the_loss_is_the_mean_over_real_tokens_of_the_batch(one_device):
     feats_IPF, tokens_ICT = batch()
-    captioner = BIND(init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
+    decoder = BIND(init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
     losses = []
     for i, c in np.ndindex(I, C):
         length = int((tokens_ICT[i, c] != PAD).sum())
         if length:  # each caption alone, cut to its own length
             caption = jnp.asarray(tokens_ICT[i : i + 1, c : c + 1, :length])
-            logits_TV = captioner.logits(captioner(feats_IPF[i : i + 1], caption[..., :-1])[0])[:, 0, 0]
+            states_TICS, _ = decoder(jnp.asarray(feats_IPF[i : i + 1]), caption[..., :-1])
+            logits_TV = output_layer.logits(decoder.output_weights(), states_TICS)[:, 0, 0]
             losses += (-jax.nn.log_softmax(logits_TV)[np.arange(length - 1), caption[0, 0, 1:]]).tolist()
     metrics = one_device[1][0]
     assert metrics["tokens"] == len(losses)
@@ -159,9 +161,9 @@ def test_padding_changes_neither_loss_nor_gradients(train):
     padded = [(0, 0), (0, 2), (0, 5)]  # two absent captions an image, five <pad> at every end
 
     def loss(params, tokens):
-        part = Microbatch(feats_IPF, tokens, jnp.ones(tokens.shape[:2]), jnp.arange(I))
-        moment = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
-        total, (sums, _) = objective.objective(BIND(params), part, moment, changed(**train).train)
+        microbatch = Microbatch(feats_IPF, tokens, jnp.ones(tokens.shape[:2]), jnp.arange(I))
+        context = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+        total, (sums, _) = objective.objective(BIND(params), microbatch, context, changed(**train).train)
         return total / sums.tokens
 
     run = jax.jit(jax.value_and_grad(loss))

@@ -1,4 +1,4 @@
-"""What a run measures of itself: the captions that its model makes of a split, and what they are worth."""
+"""Validation: the loss of true captions, and generated captions with their CIDEr."""
 
 import pathlib
 from typing import Any
@@ -18,14 +18,14 @@ from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
-from flaxcap.training.finetune import FEATURES
+from flaxcap.training.finetune import FROM_STORE
 
 CONFIG = tiny_config()
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Store:
-    """Of its 40 training images, rows 3 and 17 have no features."""
+    """A store with 40 training images; rows 3 and 17 have no features."""
     path: pathlib.Path = tmp_path_factory.mktemp("data")
     written = write_store(path, CONFIG)
     split = written.split("train")
@@ -34,8 +34,8 @@ def prepared(tmp_path_factory) -> Store:
     return Store.finished(path, CONFIG)
 
 
-class Captioner:
-    """An untrained model, far enough from its start to say different things of different images."""
+class UntrainedModel:
+    """A model with random parameters, large enough that captions differ between images."""
 
     def __init__(self, prepared: Store, **options: Any):
         self.split: Split = prepared.split("train")
@@ -47,62 +47,64 @@ class Captioner:
         shapes = jax.eval_shape(init, jax.random.key(0))
         params = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
         self.params = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
-        self.run = generate.Generator(self.bind, Decode(**{"max_length": 8, **options}))
+        self.generator = generate.Generator(self.bind, Decode(**{"max_length": 8, **options}))
 
     def captions(self, batch_size: int = 16, seed: int = 0) -> validation.Captions:
-        folded, rows = self.run.fold(self.params), self.split.present()
-        return validation.captions_of(self.run, folded, self.vocabulary, rows, self.split.read, batch_size, seed)
+        frozen, rows = self.generator.freeze(self.params), self.split.present()
+        read = self.split.read
+        return validation.captions_of(self.generator, frozen, self.vocabulary, rows, read, batch_size, seed)
 
 
 @pytest.fixture(scope="module")
-def captioner(prepared) -> Captioner:
-    return Captioner(prepared)
+def model(prepared) -> UntrainedModel:
+    return UntrainedModel(prepared)
 
 
-def test_every_image_with_features_has_its_own_caption(captioner):
-    """In the split's order; an image that was skipped has none."""
-    present = captioner.split.present()
+def test_every_image_with_features_has_its_own_caption(model):
+    """Captions are in the order of the split, without skipped images."""
+    present = model.split.present()
     assert present == [row for row in range(40) if row not in (3, 17)]
-    found = captioner.captions()
-    feats_IPF = captioner.split.read(present)
-    alone = jax.device_get(captioner.run(captioner.run.fold(captioner.params), feats_IPF, jax.random.key(0)))
-    assert found.texts == [captioner.vocabulary.decode(t) for t in alone.tokens_IT]
+    found = model.captions()
+    feats_IPF = model.split.read(present)
+    frozen = model.generator.freeze(model.params)
+    alone = jax.device_get(model.generator(frozen, feats_IPF, jax.random.key(0)))
+    assert found.texts == [model.vocabulary.decode(t) for t in alone.tokens_IT]
     np.testing.assert_allclose(found.log_probs, alone.log_prob_I, rtol=1e-4)
     assert len(set(found.texts)) > 10
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 24, 100])
-def test_it_does_not_matter_how_many_are_decoded_at_once(captioner, batch_size):
-    found = captioner.captions(batch_size)
-    assert found.texts == captioner.captions().texts
-    np.testing.assert_allclose(found.log_probs, captioner.captions().log_probs, rtol=1e-4)
+def test_captions_do_not_depend_on_the_batch_size(model, batch_size):
+    found = model.captions(batch_size)
+    assert found.texts == model.captions().texts
+    np.testing.assert_allclose(found.log_probs, model.captions().log_probs, rtol=1e-4)
 
 
 def test_sampled_captions_follow_their_seed(prepared):
-    captioner = Captioner(prepared, method="sample", temperature=20.0)
-    found = captioner.captions()
-    assert found == captioner.captions()
-    other = captioner.captions(seed=1)
+    model = UntrainedModel(prepared, method="sample", temperature=20.0)
+    found = model.captions()
+    assert found == model.captions()
+    other = model.captions(seed=1)
     assert np.mean([a != b for a, b in zip(found.texts, other.texts, strict=True)]) > 0.5
 
 
-def test_validation_tells_loss_accuracy_and_the_cider_of_the_captions(captioner, prepared):
+def test_validation_returns_loss_accuracy_and_cider(model, prepared):
     mesh = sharding.make_mesh()
-    eval_step = step_lib.make_eval_step(captioner.bind, mesh, CONFIG.train)
+    eval_step = step_lib.make_eval_step(model.bind, mesh, CONFIG.train)
     validate = validation.Validation(
-        CONFIG, captioner.split, captioner.vocabulary, mesh, captioner.run, eval_step, FEATURES
+        CONFIG, model.split, model.vocabulary, mesh, model.generator, eval_step, FROM_STORE
     )
-    found = validate(captioner.params)
-    plan, feed = validation.make_feed(CONFIG, captioner.split, captioner.vocabulary, mesh)
-    loss, accuracy = validation.cross_entropy(eval_step, captioner.params, plan, feed)
-    references = [captioner.split.rows[row].captions for row in captioner.split.present()]
-    cider = scorer.score(captioner.captions().texts, references)["CIDEr"]
+    found = validate(model.params)
+    plan, feed = validation.make_feed(CONFIG, model.split, model.vocabulary, mesh)
+    loss, accuracy = validation.cross_entropy(eval_step, model.params, plan, feed)
+    references = [model.split.rows[row].captions for row in model.split.present()]
+    cider = scorer.score(model.captions().texts, references)["CIDEr"]
     assert found == {"loss": loss, "accuracy": accuracy, "cider": pytest.approx(cider)}
     assert cider > 0
-    assert validate(captioner.params) == found
+    assert validate(model.params) == found
 
 
-def test_validation_counts_every_caption_once_whatever_the_batch(tmp_path):
+def test_validation_counts_every_caption_once_at_any_batch_size(tmp_path):
     config = tiny_config()
     prepared = write_store(tmp_path, config)
     vocabulary, split = prepared.vocabulary(), prepared.split("val")
