@@ -12,7 +12,7 @@ from PIL import Image
 from flaxcap.commands import FAILED, from_flags
 from flaxcap.config import Config
 from flaxcap.data import datasets
-from flaxcap.data.base import DataError, Examples
+from flaxcap.data.base import Examples
 from flaxcap.errors import UserError, plain
 from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
@@ -79,12 +79,13 @@ def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count:
       data_dir: where the data set is.
       role: "train", "val" or "test".
       count: at most so many images.
+
+    Raises:
+      DataError: the preset names no split for the role, or the data set cannot be read.
     """
     config = captioner.config
-    splits = datasets.splits(config)
-    if role not in splits:
-        raise DataError(f"--split={role}: expected one of {', '.join(splits)}")
-    examples = Examples(datasets.prepare_for(config, data_dir), splits[role])
+    split = datasets.split_of(config, role)
+    examples = Examples(datasets.prepare_for(config, data_dir), split)
     some = [examples[n] for n in range(min(count, len(examples)))]
     return [(e.filename, lambda e=e: e.image) for e in some]
 

@@ -91,6 +91,18 @@ def splits(config: Config) -> dict[str, str]:
     return {role: split for role, split in found.items() if split}
 
 
+def split_of(config: Config, role: str) -> str:
+    """Returns the TFDS split of a role.
+
+    Raises:
+      DataError: the preset names no split for the role.
+    """
+    found = splits(config)
+    if role not in found:
+        raise DataError(f"--split={role}: expected one of {', '.join(found)}")
+    return found[role]
+
+
 def caption_truth(config: Config) -> Callable[[int, str], bool] | None:
     """Returns a function that tells from an image id and a caption whether the caption is true of the image.
 
