@@ -78,6 +78,9 @@ def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count:
       data_dir: where the data set is.
       role: "train", "val" or "test".
       count: at most so many images.
+
+    Raises:
+      DataError: the preset names no split for the role, or the data set cannot be read.
     """
     config = captioner.config
     examples = datasets.examples_of(config, datasets.prepare_for(config, data_dir), role)

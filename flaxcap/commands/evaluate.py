@@ -1,4 +1,4 @@
-"""`flaxcap evaluate`: free-running captions of a whole split, or anyone's captions of it, and their scores."""
+"""`flaxcap evaluate`: captions a split with a model, or reads captions from a file, and scores them."""
 
 import json
 import os
@@ -31,8 +31,10 @@ from flaxcap.training import validation
 
 
 class Report(NamedTuple):
+    """Scores of captions."""
+
     scores: dict[str, float]
-    missing: dict[str, str]  # scores that could not be had, and why
+    missing: dict[str, str]  # the reason for each score that could not be computed
 
 
 def evaluate(
@@ -44,11 +46,27 @@ def evaluate(
     manual_dir: epath.PathLike | None = None,
     seed: int = 0,
 ) -> Report:
-    """Writes `predictions.json` (COCO's results format) and `scores.json` of a split's captions; the scores.
+    """Captions a split and writes `predictions.json` (COCO's results format) and `scores.json`.
 
-    A prepared store of the model's own features is read if there is one: then there are also the cross-entropy in nats
-    a token, perplexity and teacher-forced accuracy over every true caption. Else the pictures of the data set are
-    encoded as they come; the captions are the same.
+    Features come from the prepared store if the model's encoder made it. Then the scores include cross-entropy in nats
+    a token, perplexity and teacher-forced accuracy over all reference captions. Otherwise the images of the data set
+    are encoded; the captions are the same.
+
+    Args:
+      captioner: of the model, or an ensemble.
+      data_dir: where the data set and prepared features are.
+      split_name: "train", "val" or "test".
+      out_dir: where both files are written.
+      manual_dir: the user's files of the data set.
+      seed: of sampling.
+
+    Returns:
+      The scores.
+
+    Raises:
+      DataError: the preset names no such split, or the data set cannot be read.
+      StoreError: the prepared features are incomplete or damaged.
+      UserError: the features were imported, and there is no store of them.
     """
     config = captioner.config
     found: dict[str, float] = {}
@@ -70,7 +88,7 @@ def evaluate(
         )
     else:
         builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
-        rows, texts, log_probs = _of_pictures(captioner, builder, split_name, seed)
+        rows, texts, log_probs = _caption_images(captioner, builder, split_name, seed)
     found["log_prob"] = float(np.mean(log_probs))
     return _report(config, split_name, rows, texts, captioner.vocabulary.tokens, out_dir, found)
 
@@ -84,7 +102,23 @@ def evaluate_file(
     *,
     manual_dir: epath.PathLike | None = None,
 ) -> Report:
-    """Scores of a file in COCO's results format against a split of the preset's data set; no model is needed."""
+    """Scores a file of captions against a split of the preset's data set, without a model.
+
+    Args:
+      predictions: a file in COCO's results format.
+      config: the preset.
+      data_dir: where the data set and prepared features are.
+      split_name: "train", "val" or "test".
+      out_dir: where `predictions.json` and `scores.json` are written.
+      manual_dir: the user's files of the data set.
+
+    Returns:
+      The scores.
+
+    Raises:
+      PredictionsError: the file is damaged, or does not hold one caption for each image.
+      DataError: the preset names no such split, or the data set cannot be read.
+    """
     path = store.path_for(data_dir, config)
     if (path / "manifest.json").exists():
         prepared = store.Store(path)
@@ -107,7 +141,7 @@ def _report(
     out_dir: epath.PathLike,
     found: dict[str, float],
 ) -> Report:
-    """Scores, written beside the captions."""
+    """Scores captions, writes captions and scores, and returns the report. `found`: scores known already."""
     known = [word for word in vocabulary if word not in SPECIAL]
     more, missing = score_split(rows, texts, known, datasets.caption_truth(config))
     found |= more
@@ -125,7 +159,7 @@ def _report(
 
 
 def _prepared(captioner: Captioner, data_dir: epath.PathLike) -> store.Store | None:
-    """The finished store of the preset, if its features are those of the captioner's encoder."""
+    """Returns the preset's prepared store if the captioner's encoder made its features, else None."""
     path = store.path_for(data_dir, captioner.config)
     if not (path / "manifest.json").exists():
         return None
@@ -148,10 +182,10 @@ def _rows(builder: tfds.core.DatasetBuilder, config: Config, split_name: str) ->
     return [Row(example.image_id, example.filename, example.captions) for example in examples]
 
 
-def _of_pictures(
+def _caption_images(
     captioner: Captioner, builder: tfds.core.DatasetBuilder, split_name: str, seed: int
 ) -> tuple[list[Row], list[str], list[float]]:
-    """The images of a split that can be read, their captions, and these' log-probabilities."""
+    """Returns the readable images of a split, their captions, and the captions' log-probabilities."""
     examples = datasets.examples_of(captioner.config, builder, split_name)
     rows, texts, log_probs = [], [], []
     stream = captioner.stream((lambda n=n: examples[n].image for n in range(len(examples))), seed=seed)

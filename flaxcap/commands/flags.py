@@ -88,7 +88,7 @@ def _define_captioner(to: dict[str, Any]) -> None:
 
 def _define_prepare(to: dict[str, Any]) -> None:
     flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from this directory, compute none", **to)
-    flags.DEFINE_string("encoder_weights", None, "a Keras no-top .h5 file, instead of downloading it", **to)
+    flags.DEFINE_string("encoder_weights", None, "a file of the encoder's weights, instead of the download", **to)
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode images", lower_bound=1, **to)
     flags.DEFINE_float(
         "max_bad_fraction", 0.05, "largest share of unreadable images, which are skipped; more stop the command",

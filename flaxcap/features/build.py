@@ -22,7 +22,7 @@ from flaxcap.files.params import save_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 
-SAMPLE_IMAGES = 64  # from which random weights compute the statistics of their batch norms
+SAMPLE_IMAGES = 64  # images whose statistics random weights may be scaled by
 
 
 def create(

@@ -10,7 +10,7 @@ IMAGE = 32 << 20
 PRESET = 1 << 20
 VOCABULARY = 256 << 20
 CAPTIONS = 4 << 30  # a file of captions or predictions; COCO's annotations have 66 MB
-WEIGHTS = 1 << 30  # Keras's InceptionV3 has 88 MB
+WEIGHTS = 1 << 30  # of an encoder
 EXPORT = 4 << 30  # the sum of all files
 
 

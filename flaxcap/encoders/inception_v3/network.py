@@ -1,8 +1,6 @@
-"""InceptionV3 (Szegedy et al. 2015, arXiv:1512.00567) as Keras builds it, in plain JAX, without the classifier.
+"""InceptionV3 without the classifier, in plain JAX.
 
-The table `NETWORK` is the architecture. A path is a list of steps. A step is a convolution with batch norm and relu, a
-maximum, or a tuple of paths that share their input and are concatenated. Convolutions are numbered `conv2d_1` to
-`conv2d_94` in the table's order, which is Keras's.
+Convolutions are numbered conv2d_1 to conv2d_94 in the order of architecture.py, which is Keras's.
 
 Parameters are a dict of dicts of float32 arrays, for the convolutions up to a block:
 
@@ -15,7 +13,7 @@ Kernels are `[rows, columns, in, out]`, the other arrays `[out]`.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from flaxcap.encoders.inception_v3 import pooling, winograd
+from flaxcap.encoders.inception_v3.architecture import BLOCKS, NETWORK, STEM, Conv
 from flaxcap.runtime import devices
 
 GRID = 8  # positions a side of the features
@@ -30,84 +29,6 @@ MIN_SIZE = 75  # the smallest image that Keras's InceptionV3 takes
 BN_EPSILON = 1e-3
 
 Params = dict[str, dict[str, Any]]
-
-
-class Conv(NamedTuple):
-    """A convolution without bias, batch norm without scale, and relu."""
-
-    filters: int
-    rows: int
-    columns: int
-    stride: int = 1
-    padding: str = "SAME"
-    # A 3x3 average (stride 1, SAME, without padding) stands before the batch norm. Keras averages the input of the 1x1
-    # convolution instead: the same function, but of at least 4 times the numbers.
-    average: bool = False
-
-
-MAXIMUM = "3x3 maximum, stride 2, VALID"
-
-
-def _block_35(pooled: int) -> tuple:
-    return (
-        [Conv(64, 1, 1)],
-        [Conv(48, 1, 1), Conv(64, 5, 5)],
-        [Conv(64, 1, 1), Conv(96, 3, 3), Conv(96, 3, 3)],
-        [Conv(pooled, 1, 1, average=True)],
-    )
-
-
-def _block_17(width: int) -> tuple:
-    across, down = Conv(width, 1, 7), Conv(width, 7, 1)
-    return (
-        [Conv(192, 1, 1)],
-        [Conv(width, 1, 1), across, Conv(192, 7, 1)],
-        [Conv(width, 1, 1), down, across, down, Conv(192, 1, 7)],
-        [Conv(192, 1, 1, average=True)],
-    )
-
-
-def _block_8() -> tuple:
-    fork = ([Conv(384, 1, 3)], [Conv(384, 3, 1)])
-    return (
-        [Conv(320, 1, 1)],
-        [Conv(384, 1, 1), fork],
-        [Conv(448, 1, 1), Conv(384, 3, 3), fork],
-        [Conv(192, 1, 1, average=True)],
-    )
-
-
-STEM: list = [
-    Conv(32, 3, 3, 2, "VALID"),
-    Conv(32, 3, 3, 1, "VALID"),
-    Conv(64, 3, 3),
-    MAXIMUM,
-    Conv(80, 1, 1),
-    Conv(192, 3, 3, 1, "VALID"),
-    MAXIMUM,
-]
-NETWORK: dict[str, tuple] = {
-    "mixed0": _block_35(32),
-    "mixed1": _block_35(64),
-    "mixed2": _block_35(64),
-    "mixed3": (
-        [Conv(384, 3, 3, 2, "VALID")],
-        [Conv(64, 1, 1), Conv(96, 3, 3), Conv(96, 3, 3, 2, "VALID")],
-        [MAXIMUM],
-    ),
-    "mixed4": _block_17(128),
-    "mixed5": _block_17(160),
-    "mixed6": _block_17(160),
-    "mixed7": _block_17(192),
-    "mixed8": (
-        [Conv(192, 1, 1), Conv(320, 3, 3, 2, "VALID")],
-        [Conv(192, 1, 1), Conv(192, 1, 7), Conv(192, 7, 1), Conv(192, 3, 3, 2, "VALID")],
-        [MAXIMUM],
-    ),
-    "mixed9": _block_8(),
-    "mixed10": _block_8(),
-}
-BLOCKS = tuple(NETWORK)
 
 
 def _path_to(block: str) -> list:

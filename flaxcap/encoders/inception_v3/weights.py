@@ -64,7 +64,7 @@ def load(
 def read(path: str | os.PathLike[str], block: str = "mixed10") -> Params:
     """Returns the unfolded parameters up to `block` from an HDF5 file with the layout of Keras's no-top file.
 
-    Layers are taken in the order of their numbers, which may start anywhere (`conv2d`, `conv2d_1`, `conv2d_94`): Keras
+    Layers are taken in the order of their numbers, which may start anywhere (conv2d, conv2d_1, conv2d_94): Keras
     continues the numbers of earlier models. The file is read as data only. Links out of it are refused, and so are data
     that unpack to more than their shape, or by anything but gzip.
 
