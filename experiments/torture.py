@@ -1,11 +1,11 @@
-"""Breaks flaxcap as life breaks it, with real processes and real rubbish, and counts what survives.
+"""Kills, fills, corrupts and fuzzes flaxcap in real processes, and counts what survives.
 
     python experiments/torture.py                         all cases, about fifty minutes on two cores
-    python experiments/torture.py --scale=0.05            a twentieth of each
-    python experiments/torture.py --only=kill,sigterm     the cases whose names hold one of these
+    python experiments/torture.py --scale=0.05            a twentieth of the tries
+    python experiments/torture.py --only=kill,preempt     cases whose names contain one of these
 
-One line a case; experiments/results/torture.json keeps what each case found last, and at which scale.
-docs/reliability.md tells which promise each case checks.
+Each case prints one line. experiments/results/torture.json holds the last result of each case, and its scale.
+docs/reliability.md lists the promise that each case checks.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "torture.json"
 
 
 def run(case, scale: float) -> dict:
-    """What a case found; one that breaks down has lost."""
+    """Runs a case and returns its result. An exception counts as a loss."""
     begin = time.perf_counter()
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
     with tempfile.TemporaryDirectory(prefix="torture-") as scratch:
@@ -46,7 +46,7 @@ def run(case, scale: float) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of each case's tries; at least one is made")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of each case's tries, at least one try")
     parser.add_argument("--only", default="", help="parts of names, separated by commas")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     a = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def keep(file: pathlib.Path, found: dict) -> None:
-    """Puts what a case found in the place of what it found before."""
+    """Replaces the case's result in the file."""
     results = json.loads(file.read_text()) if file.exists() else {}
     results[found["case"]] = found
     file.parent.mkdir(parents=True, exist_ok=True)

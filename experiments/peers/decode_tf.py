@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 from meter import Meter
-from tf_models import Decoder, Encoder, tf
+from tf_models import TutorialDecoder, TutorialEncoder, tf
 from workload import POSITIONS, START, UNITS, random_features
 
 STEPS = 20
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--fn", action="store_true", help="the decoder as a tf.function; the tutorial runs it eagerly")
     parser.add_argument("--steps", type=int, default=25, help="timed images")
     a = parser.parse_args()
-    encoder, decoder = Encoder(), Decoder()
+    encoder, decoder = TutorialEncoder(), TutorialDecoder()
     decode = tf.function(decoder, reduce_retracing=True) if a.fn else decoder
     bank = random_features(a.steps + 2)
 

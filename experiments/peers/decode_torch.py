@@ -4,7 +4,7 @@ import argparse
 
 import torch
 from meter import Meter
-from torch_models import Gru, ShowAttendTell
+from torch_models import GruCaptioner, ShowAttendTell
 from workload import START, VOCABULARY, random_features
 
 STEPS = 20
@@ -61,7 +61,7 @@ def main() -> None:
     if a.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which JAX multiplies float32 matrices in on a GPU
     dtype = getattr(torch, a.dtype)
-    model = (ShowAttendTell if a.model == "sat" else Gru)().to(a.device, dtype).eval()
+    model = (ShowAttendTell if a.model == "sat" else GruCaptioner)().to(a.device, dtype).eval()
     bank = torch.from_numpy(random_features(IMAGES)).to(a.device, dtype)
     images = 1 if a.mode == "beam" else a.batch
     name = f"beam{a.k} one image" if a.mode == "beam" else f"greedy batch{images}"

@@ -14,7 +14,7 @@ from workload import EMBEDDING, UNITS, VOCABULARY
 layers = tf.keras.layers
 
 
-class Encoder(tf.keras.Model):
+class TutorialEncoder(tf.keras.Model):
     """Projects features `[B, 64, 2048]` to `[B, 64, 256]`."""
 
     def __init__(self):
@@ -25,7 +25,7 @@ class Encoder(tf.keras.Model):
         return tf.nn.relu(self.project(image))
 
 
-class Decoder(tf.keras.Model):
+class TutorialDecoder(tf.keras.Model):
     """One word: additive attention, a GRU and two output layers."""
 
     def __init__(self):

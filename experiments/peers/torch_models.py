@@ -1,4 +1,4 @@
-"""Two captioners in PyTorch: `Gru` is flaxcap's default model, `ShowAttendTell` an LSTM with a gated context."""
+"""Captioners in PyTorch: `GruCaptioner` is flaxcap's default model, `ShowAttendTell` an LSTM with a gated context."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import nn
 from workload import EMBEDDING, FEATURES, POSITIONS, UNITS, VOCABULARY
 
 
-class Gru(nn.Module):
+class GruCaptioner(nn.Module):
     """A projection of the image, additive attention, a GRU and two output layers: flaxcap's default sizes."""
 
     def __init__(self):

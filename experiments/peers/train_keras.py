@@ -19,7 +19,7 @@ from meter import Meter
 from workload import BATCH, EMBEDDING, FEATURES, KEPT, POSITIONS, UNITS, VOCABULARY, batches, random_features
 
 
-class Cell(layers.Layer):
+class AttentionGRUCell(layers.Layer):
     """One word: additive attention and a GRU."""
 
     def __init__(self, **options):
@@ -50,7 +50,7 @@ def make_model(length: int, unroll: bool) -> keras.Model:
     initial = keras.Input((UNITS,))
     values = layers.Dense(EMBEDDING, activation="relu")(image)
     words = layers.Embedding(VOCABULARY, EMBEDDING)(tokens)
-    recurrent = layers.RNN(Cell(), return_sequences=True, unroll=unroll)
+    recurrent = layers.RNN(AttentionGRUCell(), return_sequences=True, unroll=unroll)
     states = recurrent(words, initial_state=[initial, values, layers.Dense(UNITS)(values)])
     logits = layers.Dense(VOCABULARY)(layers.Dense(UNITS)(states))
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)

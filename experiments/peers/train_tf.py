@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 from meter import Meter
-from tf_models import Decoder, Encoder, tf
+from tf_models import TutorialDecoder, TutorialEncoder, tf
 from workload import BATCH, KEPT, START, UNITS, batches, random_features
 
 
 def make_step(jit: bool):
     """Returns the tutorial's train step: (features, tokens) to the sum over words of the mean loss."""
-    encoder, decoder, optimizer = Encoder(), Decoder(), tf.keras.optimizers.Adam()
+    encoder, decoder, optimizer = TutorialEncoder(), TutorialDecoder(), tf.keras.optimizers.Adam()
     cross_entropy = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="none")
 
     @tf.function(jit_compile=True if jit else None)

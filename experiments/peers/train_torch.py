@@ -5,7 +5,7 @@ import time
 
 import torch
 from meter import Meter
-from torch_models import Gru, ShowAttendTell
+from torch_models import GruCaptioner, ShowAttendTell
 from workload import BATCH, KEPT, batches, random_features
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     if a.device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, which JAX multiplies float32 matrices in on a GPU
     lstm, total = a.model == "sat", a.warm + a.steps
-    model = (ShowAttendTell if lstm else Gru)().to(a.device).train()
+    model = (ShowAttendTell if lstm else GruCaptioner)().to(a.device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-4 if lstm else 1e-3)
     loss_of = model.loss
     if a.compile == "step":

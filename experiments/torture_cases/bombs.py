@@ -1,4 +1,4 @@
-"""Small files, or files of the size allowed, that are made to take all memory or hours of a reader."""
+"""Bombs: files of allowed size that are made to take all memory, or hours, of a program that decodes them."""
 
 import functools
 import struct
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from PIL import Image
 from torture_cases import images as torture_images
-from torture_cases.images import encoded, picture, png_chunk, with_size
+from torture_cases.images import encoded, pattern, png_chunk, with_size
 
 from flaxcap.files import size_limits
 
@@ -20,29 +20,29 @@ def _png(width: int, height: int, pixels: bytes, *before: bytes, depth: int = 8,
 
 
 def _zeros(count: int) -> bytes:
-    """So many zeros, packed."""
+    """Returns `count` zeros, compressed."""
     packer = zlib.compressobj(9)
     block = bytes(1 << 20)
     return b"".join([*(packer.compress(block) for _ in range(count >> 20)), packer.flush()])
 
 
 def _filled(start: bytes, piece: bytes, end: bytes) -> bytes:
-    """`piece` as often as a file may hold it."""
+    """Returns a file of the largest allowed size, filled with copies of `piece`."""
     return start + piece * ((MOST - len(start) - len(end)) // len(piece)) + end
 
 
 def _jpeg(side: int = 64, **options) -> bytes:
-    return encoded(Image.fromarray(picture(0, side, side)), "JPEG", **options)
+    return encoded(Image.fromarray(pattern(0, side, side)), "JPEG", **options)
 
 
 def _parts(jpeg: bytes) -> tuple[bytes, bytes]:
-    """The header, and the first scan with all that follows."""
-    place = jpeg.index(b"\xff\xda")
-    return jpeg[:place], jpeg[place:]
+    """Returns the header, and the rest from the first scan on."""
+    scan = jpeg.index(b"\xff\xda")
+    return jpeg[:scan], jpeg[scan:]
 
 
 def many_scans(count: int = 3_000_000, side: int = 8000) -> bytes:
-    """A progressive JPEG of empty scans: ten bytes each, and each goes over all pixels."""
+    """Returns a progressive JPEG with empty scans. Each has ten bytes, and its decoding visits all pixels."""
     header, scans = _parts(with_size(_jpeg(progressive=True), side, side))
     empty = b"\xff\xda\0\x08\x01\x01\0\x01\x3f\0"
     return (header + scans[:-2])[: MOST - 2] + empty * min(count, (MOST - len(header) - len(scans)) // 10) + b"\xff\xd9"
@@ -54,15 +54,15 @@ def _many_segments() -> bytes:
 
 
 def _exif_in_pieces() -> bytes:
-    """Pillow joins the pieces, and copies what it has for each."""
+    """Returns EXIF in many segments. Pillow joins them, and copies all earlier ones for each."""
     header, scans = _parts(_jpeg())
     large = b"\xff\xe1\xff\xff" + b"Exif\0\0" + bytes(65_527)
     return _filled(header + large * 256, b"\xff\xe1\0\x09Exif\0\0\0", scans)
 
 
 def _many_chunks() -> bytes:
-    whole = encoded(picture(0), "PNG")
-    return _filled(whole[:33], png_chunk(b"teSt", b""), whole[33:])
+    png = encoded(pattern(0), "PNG")
+    return _filled(png[:33], png_chunk(b"teSt", b""), png[33:])
 
 
 def _packed_text() -> bytes:
@@ -76,28 +76,33 @@ def _packed_profile() -> bytes:
 
 
 def _tiff(entries: list[tuple[int, int, int, int]], data: bytes = b"") -> bytes:
-    """A little-endian TIFF of one directory: (tag, type, count, value or offset); `data` starts behind it."""
+    """Returns a little-endian TIFF with one directory.
+
+    Args:
+      entries: (tag, type, count, value or offset) of each.
+      data: follows the directory.
+    """
     directory = b"".join(struct.pack("<HHLL", *entry) for entry in sorted(entries))
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + directory + bytes(4) + data
 
 
 def _many_strips() -> bytes:
-    """A list of offsets as long as the file, each of which becomes a tile of Pillow's."""
+    """Returns a TIFF whose list of offsets is as long as the file. Pillow makes a tile for each."""
     count = MOST // 4 - 100
     size = [(256, 3, 1, 8), (257, 4, 1, 60_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
     return _tiff([*size, (273, 4, count, 8 + 2 + 12 * 7 + 4), (278, 3, 1, 1)], bytes(4 * count))
 
 
 def _large_tiles() -> bytes:
-    """A picture of ten pixels a side in a tile of 40,000."""
+    """Returns a TIFF of 10x10 pixels in one tile of 40,000x40,000."""
     packed = _zeros(1_600_000_000)
     size = [(256, 3, 1, 10), (257, 3, 1, 10), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
     tile = [(322, 4, 1, 40_000), (323, 4, 1, 40_000), (324, 4, 1, 8 + 2 + 12 * 10 + 4), (325, 4, 1, len(packed))]
     return _tiff([*size, *tile], packed)
 
 
-def _tags_of_one_place() -> bytes:
-    """Thousands of tags that all have the same megabyte for their value."""
+def _tags_with_one_value() -> bytes:
+    """Returns a TIFF with 20,000 tags that share one value of a megabyte."""
     size = [
         (256, 3, 1, 8),
         (257, 3, 1, 8),
@@ -111,7 +116,7 @@ def _tags_of_one_place() -> bytes:
 
 
 def _run_lengths() -> bytes:
-    """A BMP of lines that end at once."""
+    """Returns a BMP in run lengths whose lines all end at once."""
     header = struct.pack("<L2lHHL5L", 40, 8000, 8000, 1, 8, 1, 0, 0, 0, 256, 0)
     palette = b"".join(struct.pack("<L", n * 0x10203) for n in range(256))
     start = 14 + len(header) + len(palette)
@@ -119,14 +124,14 @@ def _run_lengths() -> bytes:
 
 
 def _comments() -> bytes:
-    """A PPM of text that is comments; Pillow copies what is left for each."""
+    """Returns a text PGM of comments. Pillow copies the rest of the file for each."""
     return _filled(b"P2 1000 1000 255\n", b"#\n", b"1 ")
 
 
 def _gif_comments() -> bytes:
-    whole = encoded(Image.fromarray(picture(0)).quantize(16), "GIF")
-    first = 13 + 3 * 2 ** ((whole[10] & 7) + 1)
-    return _filled(whole[:first] + b"!\xfe", b"\2ab", b"\0" + whole[first:])
+    gif = encoded(Image.fromarray(pattern(0)).quantize(16), "GIF")
+    first = 13 + 3 * 2 ** ((gif[10] & 7) + 1)  # behind the header and the palette
+    return _filled(gif[:first] + b"!\xfe", b"\2ab", b"\0" + gif[first:])
 
 
 def _all_pixels(format: str, mode: str, **options) -> Callable[[], bytes]:
@@ -135,11 +140,11 @@ def _all_pixels(format: str, mode: str, **options) -> Callable[[], bytes]:
 
 @functools.cache
 def _all_but_the_end() -> bytes:
-    """A PNG of as many pixels as are allowed, the last of which are cut off."""
+    """Returns a PNG with the largest allowed number of pixels, cut off before the last ones."""
     return _all_pixels("PNG", "RGBA", compress_level=1)()[:-1000]
 
 
-# Name -> the file, and whether it may be read: of those that may, memory and time are what counts.
+# Name -> (makes the file, the file may be decoded). Memory and time are bounded for all.
 BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "60000x60000.png": (lambda: _png(60_000, 60_000, _zeros(1 << 24)), False),
     "12000x12000.png": (lambda: _png(12_000, 12_000, _zeros(12_000 * 36_001)), False),
@@ -156,7 +161,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "profile.png": (_packed_profile, False),
     "strips.tif": (_many_strips, False),
     "tiles.tif": (_large_tiles, False),
-    "tags.tif": (_tags_of_one_place, True),
+    "tags.tif": (_tags_with_one_value, True),
     "runs.bmp": (_run_lengths, True),
     "comments.ppm": (_comments, False),
     "comments.gif": (_gif_comments, False),
@@ -169,6 +174,6 @@ BOMBS: dict[str, tuple[Callable[[], bytes], bool]] = {
     "print.jpg": (_all_pixels("JPEG", "CMYK", progressive=True, subsampling=0), True),
     "packed.tif": (_all_pixels("TIFF", "RGBA", compression="tiff_deflate"), True),
     "deep.tif": (_all_pixels("TIFF", "I", compression="tiff_deflate"), True),
-    # One after the other: what is known of one must not keep its pixels.
+    # Twelve in a row: the error of one must not keep its pixels in memory.
     **{f"cut{number}.png": (_all_but_the_end, True) for number in range(12)},
 }

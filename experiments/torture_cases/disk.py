@@ -1,4 +1,7 @@
-"""What is on disk, under torture: prepare killed, bytes changed, two at once; no space, no permission, no answer."""
+"""Cases of files on disk: `prepare` killed, bits changed, two programs at once.
+
+space.py has the cases of full and frozen disks.
+"""
 
 import contextlib
 import pathlib
@@ -21,11 +24,11 @@ from flaxcap.inference import loading
 from flaxcap.training.checkpoints import Checkpoints
 
 IN_A_WRITE = ("*.part", "*.__lock", "*.orbax-checkpoint-tmp*/**/*", "incomplete.*/**/*")
-MOST = 8  # kills of one prepare
+MOST = 8  # kills of one `prepare`
 
 
-def half_written(data_dir: pathlib.Path, whole: pathlib.Path, bench: Workbench, label: str) -> list[str]:
-    """What a prepare that was killed shows as whole, and is not."""
+def half_written(data_dir: pathlib.Path, undisturbed: pathlib.Path, bench: Workbench, label: str) -> list[str]:
+    """Returns what a killed `prepare` presents as complete although it is not, as lines that begin with `label`."""
     ours = store_of(bench, data_dir)
     try:
         Store.finished(data_dir, bench.config)
@@ -34,36 +37,40 @@ def half_written(data_dir: pathlib.Path, whole: pathlib.Path, bench: Workbench, 
         finished = False
     if not (ours / "manifest.json").exists():
         return []
-    found, expected, lost = Store(ours), Store(store_of(bench, whole)), []
+    found, expected, lost = Store(ours), Store(store_of(bench, undisturbed)), []
     for role in found.roles:
         split, theirs = found.split(role), expected.split(role)
         if split.rows != theirs.rows:
             lost.append(f"{label}: other captions of {role}")
         if finished and split.unfinished():
-            lost.append(f"{label}: taken for finished")
+            lost.append(f"{label}: unfinished, but accepted as finished")
         for number in split.finished():
             rows = split.shard(number)
             if split.read(rows).tobytes() != theirs.read(rows).tobytes():
-                lost.append(f"{label}: shard {number} of {role} is not whole")
+                lost.append(f"{label}: shard {number} of {role} is incomplete")
     report = verify(store_dir=ours)
     return lost + [f"{label}: {line}" for line in report.wrong if "are not finished" not in line]
 
 
 def count(data_dir: pathlib.Path, patterns: tuple[str, ...] = ("*",)) -> int:
-    with contextlib.suppress(FileNotFoundError):  # what is looked at comes and goes
+    """Counts the files that match the patterns."""
+    with contextlib.suppress(FileNotFoundError):  # a running `prepare` renames and deletes files
         return sum(path.is_file() for pattern in patterns for path in data_dir.rglob(pattern))
     return 0
 
 
 def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
-    """SIGKILL at random times, every second one inside a write; nothing half-written is read; at the end bit-equal."""
+    """Kills `prepare` at random moments, every second time inside a write. Nothing half-written is read.
+
+    The finished store is bit-equal to an undisturbed one.
+    """
     bench, rng, lost = Workbench(scratch), random.Random(10), []
     files = count(bench.data_dir)
     kills = writes = number = 0
     while kills < times(scale, 25):
         data_dir = scratch / f"data{number}"
         for n in range(MOST + 1):
-            until = rng.randint(have := count(data_dir), max(have, files))  # so many are there when it is killed
+            until = rng.randint(have := count(data_dir), max(have, files))  # number of files at the kill
             process = bench.start("prepare", f"--data_dir={data_dir}")
             while n < MOST and process.poll() is None:
                 if n % 2 == 0 and count(data_dir) >= until:
@@ -87,10 +94,8 @@ def prepare_killed(scratch: pathlib.Path, scale: float) -> dict:
     return result("prepare_killed", kills, lost, stores_compared=number, inside_a_write=writes)
 
 
-# Changed bytes
-
-
 def read_store(path: pathlib.Path) -> None:
+    """Reads every file of a store that the programs read."""
     found = Store(path)
     found.vocabulary()
     load_params(path / "encoder")
@@ -101,47 +106,57 @@ def read_store(path: pathlib.Path) -> None:
 
 
 def flipped(
-    directory: pathlib.Path, rng: random.Random, places: int, look: Callable[[pathlib.Path], list[str]]
+    directory: pathlib.Path, rng: random.Random, count: int, check: Callable[[pathlib.Path], list[str]]
 ) -> tuple[int, list[str]]:
-    """Changes a bit at several places of every file, one at a time; how many, and what `look` found wrong."""
+    """Changes single bits of every file, one at a time.
+
+    Args:
+      directory: holds the files.
+      rng: draws the bits.
+      count: changes of each file.
+      check: returns the mistakes in how a file's damage is met.
+
+    Returns:
+      The number of changes, and all mistakes.
+    """
     tried, lost = 0, []
     for file in sorted(f for f in directory.rglob("*") if f.is_file() and f.name != ".lock" and f.stat().st_size):
-        whole = file.read_bytes()
-        for _ in range(places):
-            data, place = bytearray(whole), rng.randrange(len(whole))
-            data[place] ^= 1 << rng.randrange(8)
+        original = file.read_bytes()
+        for _ in range(count):
+            data, byte = bytearray(original), rng.randrange(len(original))
+            data[byte] ^= 1 << rng.randrange(8)
             file.write_bytes(data)
             tried += 1
-            lost += [f"{file.relative_to(directory)}, byte {place}: {what}" for what in look(file)]
-            file.write_bytes(whole)
+            lost += [f"{file.relative_to(directory)}, byte {byte}: {mistake}" for mistake in check(file)]
+            file.write_bytes(original)
     return tried, lost
 
 
 def bytes_of_a_store(scratch: pathlib.Path, scale: float) -> dict:
-    """A bit changed anywhere in any file: verify names the file, and so does what reads it."""
+    """Changes a bit anywhere in any file of a store. `verify` names the file, and so does the program that reads it."""
     bench = Workbench(scratch)
     path, rng = store_of(bench, bench.data_dir), random.Random(11)
     notes = {note: note.read_bytes() for note in path.glob("*/shards/*.json")}
 
-    def look(file: pathlib.Path) -> list[str]:
+    def check(file: pathlib.Path) -> list[str]:
         wrong = verify(store_dir=path).wrong
-        for note, data in notes.items():  # those of damaged shards are gone
+        for note, data in notes.items():  # `verify` deletes the notes of damaged shards
             if note != file:
                 note.write_bytes(data)
         if file in notes and not file.exists():
-            file.write_bytes(notes[file][:-1])  # to be read below as a damaged one
+            file.write_bytes(notes[file][:-1])  # `read_store` meets a damaged note
         found = [] if len(wrong) == 1 and wrong[0].startswith(f"{file}: ") else [f"verify says {wrong}"]
         if file.name != COPY:
-            found += unseen(lambda: read_store(path), file)
+            found += undetected(lambda: read_store(path), file)
         return found
 
-    tried, lost = flipped(path, rng, times(scale, 3), look)
+    tried, lost = flipped(path, rng, times(scale, 3), check)
     read_store(path)
     return result("bytes_of_a_store", tried, lost, files=len(list(path.rglob("*"))))
 
 
-def unseen(read: Callable[[], object], file: pathlib.Path) -> list[str]:
-    """What is wrong with how damage is met."""
+def undetected(read: Callable[[], object], file: pathlib.Path) -> list[str]:
+    """Returns nothing if reading raises a UserError that names the damaged file, and else the mistake."""
     try:
         read()
         return ["it was read"]
@@ -152,24 +167,27 @@ def unseen(read: Callable[[], object], file: pathlib.Path) -> list[str]:
 
 
 def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
-    """The same of checkpoints; and train, given damaged ones, goes on from a sound one and ends bit-equal."""
+    """Changes a bit anywhere in a checkpoint. `verify` and the reader name the file.
+
+    `train` then resumes from an undamaged checkpoint and ends bit-equal.
+    """
     bench, rng = Workbench(scratch), random.Random(12)
-    workdir, whole = scratch / "run", scratch / "whole"
-    bench.finish(whole, "--config.train.keep_latest=2")
-    shutil.copytree(whole, workdir)
+    workdir, undisturbed = scratch / "run", scratch / "undisturbed"
+    bench.finish(undisturbed, "--config.train.keep_latest=2")
+    shutil.copytree(undisturbed, workdir)
     folder = workdir / "checkpoints"
     opened = Checkpoints(folder)
     newest, best = (folder / str(step) for step in (opened.latest_step, opened.best_step))
     opened.close()
 
-    def look(file: pathlib.Path) -> list[str]:
+    def check(file: pathlib.Path) -> list[str]:
         wrong = verify(workdir=workdir).wrong
         found = [] if len(wrong) == 1 and wrong[0].startswith(f"{file}: ") else [f"verify says {wrong}"]
         if best in file.parents or not {"params", "rest", "progress"} & set(file.parts):
-            found += unseen(lambda: loading.load_run(workdir, bench.data_dir), file)
+            found += undetected(lambda: loading.load_run(workdir, bench.data_dir), file)
         return found
 
-    tried, lost = flipped(folder, rng, times(scale, 2), look)
+    tried, lost = flipped(folder, rng, times(scale, 2), check)
     for n in range(times(scale, 2)):
         file = rng.choice(sorted(f for f in newest.rglob("*") if f.is_file() and f.stat().st_size))
         data = bytearray(file.read_bytes())
@@ -178,58 +196,56 @@ def bytes_of_a_run(scratch: pathlib.Path, scale: float) -> dict:
         status, out = run(bench.train(workdir, "--config.train.keep_latest=2"))
         tried += 1
         if status or "is set aside" not in out:
-            lost.append(f"goes on, try {n}: status {status}: {out[-300:]}")
+            lost.append(f"resumes, try {n}: status {status}: {out[-300:]}")
         else:
-            lost += differences(workdir, whole, f"goes on, try {n}")
+            lost += differences(workdir, undisturbed, f"resumes, try {n}")
     return result("bytes_of_a_run", tried, lost)
 
 
-def prepare_mends(scratch: pathlib.Path, scale: float) -> dict:
-    """Random files of a store damaged or deleted: verify, then prepare, and it is bit-equal again."""
+def prepare_repairs(scratch: pathlib.Path, scale: float) -> dict:
+    """Damages or deletes random files of a store. `verify`, then `prepare`, make it bit-equal again."""
     bench, rng, lost = Workbench(scratch), random.Random(13), []
-    tries, data_dir = times(scale, 5), scratch / "mended"
+    tries, data_dir = times(scale, 5), scratch / "repaired"
     shutil.copytree(bench.data_dir, data_dir)
     path = store_of(bench, data_dir)
     for n in range(tries):
         files = sorted(f for f in path.rglob("*") if f.is_file() and f.stat().st_size and f.name != ".lock")
         for file in rng.sample([f for f in files if f.name != COPY], rng.choice([1, 2, len(files) // 2])):
-            how = rng.randrange(3)
-            if how == 0:
+            damage = rng.randrange(3)  # deleted, a changed bit, or cut off
+            if damage == 0:
                 file.unlink()
                 continue
             data = bytearray(file.read_bytes())
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            file.write_bytes(data if how == 1 else data[: rng.randrange(len(data))])
+            file.write_bytes(data if damage == 1 else data[: rng.randrange(len(data))])
         verify(store_dir=path)
         status, out = run(bench.start("prepare", f"--data_dir={data_dir}"))
         lost += other_store(bench, data_dir, f"try {n}") if status == 0 else [f"try {n}: {out[-300:]}"]
         if verify(store_dir=path).wrong:
-            lost.append(f"try {n}: verify is not content")
-    return result("prepare_mends", tries, lost)
-
-
-# Two at once
+            lost.append(f"try {n}: verify still finds damage")
+    return result("prepare_repairs", tries, lost)
 
 
 def two_at_once(scratch: pathlib.Path, scale: float) -> dict:
-    """A second run in a workdir and a second prepare of a store are refused, and say who is there; a dead one holds
-    nothing; two stores of one data set are prepared side by side.
+    """Refuses a second run in a workdir and a second `prepare` of a store, and names the first process.
+
+    A process that has died holds no lock. Two stores of one data set can be prepared at the same time.
     """
     bench, lost, tries = Workbench(scratch), [], times(scale, 2)
-    bench.finish(scratch / "whole")
+    bench.finish(scratch / "undisturbed")
     longest = 0.0
     for n in range(tries):
         workdir, data_dir = scratch / f"run{n}", scratch / f"data{n}"
-        for start, place in (
+        for start, directory in (
             (lambda w=workdir: bench.train(w), workdir),
             (lambda d=data_dir: bench.start("prepare", f"--data_dir={d}"), store_of(bench, data_dir)),
         ):
             first = start()
-            held(place / ".lock", first)
+            held(directory / ".lock", first)
             begin = time.monotonic()
             status, out = run(start())
             longest = max(longest, time.monotonic() - begin)
-            if status != 1 or f"{place}: in use by process {first.pid} on " not in out:
+            if status != 1 or f"{directory}: in use by process {first.pid} on " not in out:
                 lost.append(f"try {n}: the second ended with {status}: {out[-300:]}")
             if n % 2:
                 first.kill()
@@ -237,7 +253,7 @@ def two_at_once(scratch: pathlib.Path, scale: float) -> dict:
             status, out = run(start())
             if status:
                 lost.append(f"try {n}: the third ended with {status}: {out[-300:]}")
-        lost += differences(workdir, scratch / "whole", f"try {n}") + other_store(bench, data_dir, f"try {n}")
+        lost += differences(workdir, scratch / "undisturbed", f"try {n}") + other_store(bench, data_dir, f"try {n}")
         together, other = scratch / f"together{n}", "--config.encoder.block=mixed1"
         pair = [bench.start("prepare", f"--data_dir={together}", *more) for more in ((), (other,))]
         ends = [run(process) for process in pair]
@@ -246,7 +262,11 @@ def two_at_once(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def held(lock: pathlib.Path, process: subprocess.Popen) -> None:
-    """Waits until the process holds the lock."""
+    """Waits until the process holds the lock.
+
+    Raises:
+      RuntimeError: the process ended before.
+    """
     while not (lock.exists() and f"process {process.pid} " in lock.read_text()):
         if process.poll() is not None:
             raise RuntimeError(run(process)[1])
@@ -257,7 +277,7 @@ CASES = (
     prepare_killed,
     bytes_of_a_store,
     bytes_of_a_run,
-    prepare_mends,
+    prepare_repairs,
     two_at_once,
     *torture_space.CASES,
 )

@@ -1,4 +1,4 @@
-"""Captions, presets, weights, feature maps, archives and models from strangers under torture."""
+"""Cases of untrusted files: captions, presets, vocabularies, weights, feature maps, archives and exports."""
 
 import io
 import json
@@ -27,13 +27,19 @@ from flaxcap.inference import export
 FUZZED = 5000  # of each kind of record
 BROKEN = 1000  # weights, feature maps, archives
 MODELS = 200
-A_PROCESS = 100  # files that one process reads
+FILES_A_PROCESS = 100
 KINDS = [kind for kind in torture_images.MUTATIONS if kind not in ("sizes", "none")]
-READING_MB = 1000  # that a process may take to read broken files, beside what it takes for sound ones
+READING_MB = 1000  # memory that broken files may take, in addition to that for a sound file
 
 
 def fuzzed(name: str, count: int, *kinds: tuple[SearchStrategy, Callable[[Any], str]]) -> dict:
-    """A case that draws `count` of each strategy, and has each judged."""
+    """Draws examples of strategies and judges each.
+
+    Args:
+      name: of the case.
+      count: examples of each strategy.
+      kinds: strategies with their judges. A judge returns a mistake, or "".
+    """
     lost: dict[str, str] = {}
     tried = 0
     for strategy, judge in kinds:
@@ -50,7 +56,7 @@ def fuzzed(name: str, count: int, *kinds: tuple[SearchStrategy, Callable[[Any], 
         def each(made):
             nonlocal tried
             tried += 1
-            if wrong := judge(made):  # noqa: B023  # it is called before there is another one
+            if wrong := judge(made):  # noqa: B023  # called before the loop's next turn
                 lost.setdefault(wrong, repr(made)[:500])
 
         each()  # pyright: ignore[reportCallIssue]
@@ -59,7 +65,7 @@ def fuzzed(name: str, count: int, *kinds: tuple[SearchStrategy, Callable[[Any], 
 
 
 def captions_fuzzed(scratch: pathlib.Path, scale: float) -> dict:
-    """Captions come back as they were written, or the error names file, record and field."""
+    """Reads caption files. Captions come back as they were written, or the error names file, record and field."""
     torture_records.write_images(scratch)
     made = (
         torture_records.sound_files(),
@@ -72,7 +78,7 @@ def captions_fuzzed(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def presets_and_vocabularies_fuzzed(scratch: pathlib.Path, scale: float) -> dict:
-    """Presets, vocabularies and predictions that are not what they should be are named."""
+    """Reads broken presets, vocabularies and predictions. The error names the file and the field."""
     return fuzzed(
         "presets_and_vocabularies_fuzzed",
         max(1, round(FUZZED * scale)),
@@ -95,7 +101,7 @@ READERS = {
         "    for examples in builder._split_generators(None).values():\n"
         "        list(examples)"
     ),
-    "models": "from flaxcap.inference import loading\nread = loading.load_export",
+    "models": "from flaxcap.inference import loading\nread = lambda path: loading.load_export(path)",
 }
 READ_ALL = """
 import pathlib, sys
@@ -113,10 +119,17 @@ for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 
 
 def read_all(name: str, reader: str, broken: Iterator[Callable[[pathlib.Path], object]], scratch: pathlib.Path) -> dict:
-    """A case whose files, each written by a function, are read by processes; the first is sound."""
+    """Reads broken files in processes of their own, and compares their memory with that for the first, sound file.
+
+    Args:
+      name: of the case.
+      reader: a key of `READERS`.
+      broken: functions that write one file each.
+      scratch: where the files are written.
+    """
     lost, counts, memory, first = [], {"read": 0, "refused": 0}, 0.0, 0.0
     tried = 0
-    while some := [write for _, write in zip(range(A_PROCESS if first else 1), broken, strict=False)]:
+    while some := [write for _, write in zip(range(FILES_A_PROCESS if first else 1), broken, strict=False)]:
         folder = scratch / "broken"
         folder.mkdir()
         for number, write in enumerate(some, tried):
@@ -125,11 +138,11 @@ def read_all(name: str, reader: str, broken: Iterator[Callable[[pathlib.Path], o
         ended = torture_programs.run(sys.executable, "-c", READERS[reader] + READ_ALL, folder, within_s=1800)
         shutil.rmtree(folder)
         lines = [line.partition(" ")[::2] for line in ended.out.splitlines() if line[:5].isdecimal()]
-        for path, said in lines:
-            if said in counts:
-                counts[said] += 1
+        for path, outcome in lines:
+            if outcome in counts:
+                counts[outcome] += 1
             else:
-                lost.append(f"{path}: {said or 'its reader died'}")
+                lost.append(f"{path}: {outcome or 'its reader died'}")
         if ended.status:
             lost.append(f"{lines[-1][0] if lines else 'none'}: status {ended.status}: {ended.err[-300:]}")
         first = first or ended.memory
@@ -140,16 +153,24 @@ def read_all(name: str, reader: str, broken: Iterator[Callable[[pathlib.Path], o
     return {"case": name, "tried": tried, "survived": counts["read"] + counts["refused"], "lost": lost, **figures}
 
 
-def broken_copies(whole: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """The file itself, and `count` - 1 broken ones."""
-    yield whole
+def broken_copies(sound: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Yields the file itself, then `count` - 1 broken copies."""
+    yield sound
     for number in range(1, count):
         draw = np.random.default_rng([seed, number])
-        yield torture_images.MUTATIONS[KINDS[number % len(KINDS)]](whole, draw)
+        yield torture_images.MUTATIONS[KINDS[number % len(KINDS)]](sound, draw)
 
 
 def write_weights(file: pathlib.Path | io.BytesIO, **options: Any) -> h5py.File:
-    """InceptionV3's weights up to mixed0, kernel N all N; `options`: how HDF5 keeps the first kernel."""
+    """Writes InceptionV3's weights up to mixed0. Every number of kernel N is N.
+
+    Args:
+      file: a path, or a buffer.
+      options: of HDF5, for the first kernel.
+
+    Returns:
+      The open file.
+    """
     found = h5py.File(file, "w")
     for number, shape in enumerate(network.kernel_shapes("mixed0").values(), 1):
         kernel = np.full(shape, number, np.float32)
@@ -160,29 +181,29 @@ def write_weights(file: pathlib.Path | io.BytesIO, **options: Any) -> h5py.File:
 
 
 def weights_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """Weight files are read as data, or refused."""
+    """Reads broken weights. They are read as data, or refused."""
     out = io.BytesIO()
     write_weights(out, compression="gzip").close()
-    whole = out.getvalue()
+    sound = out.getvalue()
     count = max(1, round(BROKEN * scale))
 
     def copies():
-        yield whole
-        # What describes the data is little of the file: two of three changes are made there.
-        described = [found.start() for found in re.finditer(b"TREE|HEAP|SNOD|OHDR", whole)]
+        yield sound
+        # HDF5's structures are a small part of the file. Two of three changes are made there.
+        structures = [found.start() for found in re.finditer(b"TREE|HEAP|SNOD|OHDR", sound)]
         for number in range(1, count):
             draw = np.random.default_rng([1, number])
-            changed = bytearray(whole)
-            near = draw.choice(described, 4) + draw.integers(0, 600, 4)
-            for place in near if number % 3 else draw.integers(0, len(whole), 4):
-                changed[place % len(whole)] = draw.integers(256)
-            yield bytes(changed) if number % 10 else bytes(changed[: draw.integers(len(whole))])
+            changed = bytearray(sound)
+            near = draw.choice(structures, 4) + draw.integers(0, 600, 4)
+            for byte in near if number % 3 else draw.integers(0, len(sound), 4):
+                changed[byte % len(sound)] = draw.integers(256)
+            yield bytes(changed) if number % 10 else bytes(changed[: draw.integers(len(sound))])
 
     return read_all("weights_broken", "weights", ((lambda path, d=d: path.write_bytes(d)) for d in copies()), scratch)
 
 
 def maps_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """Feature maps made elsewhere are read as numbers, or refused."""
+    """Reads broken feature maps. They are read as numbers, or refused."""
     out = io.BytesIO()
     np.save(out, np.ones((64, 16), np.float32))
     copies = broken_copies(out.getvalue(), max(1, round(BROKEN * scale)), 2)
@@ -190,8 +211,8 @@ def maps_broken(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def archives_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """COCO's zips are read without being unpacked, or refused."""
-    wholes = {name: coco_zip(name) for name in COCO_ZIPS}
+    """Reads broken zips of COCO. They are read without being unpacked, or refused."""
+    sound = {name: coco_zip(name) for name in COCO_ZIPS}
     count = max(1, round(BROKEN * scale))
 
     def writers():
@@ -199,8 +220,8 @@ def archives_broken(scratch: pathlib.Path, scale: float) -> dict:
             name = COCO_ZIPS[number % len(COCO_ZIPS)]
             draw = np.random.default_rng([3, number])
             kind = KINDS[number % len(KINDS)] if number else "none"
-            broken = torture_images.MUTATIONS[kind](wholes[name], draw)
-            yield lambda path, files=wholes | {name: broken}: write_files(path, files)
+            broken = torture_images.MUTATIONS[kind](sound[name], draw)
+            yield lambda path, files=sound | {name: broken}: write_files(path, files)
 
     return read_all("archives_broken", "archives", writers(), scratch)
 
@@ -209,23 +230,23 @@ COCO_ZIPS = ("train2014.zip", "val2014.zip", "annotations_trainval2014.zip", "ca
 
 
 def coco_zip(name: str) -> bytes:
-    """One of COCO's archives, with two pictures a year."""
-    pictures = {year: [f"{year}_{n}.jpg" for n in range(2)] for year in ("train2014", "val2014")}
+    """Returns one of COCO's archives, with two images of each part."""
+    names = {year: [f"{year}_{n}.jpg" for n in range(2)] for year in ("train2014", "val2014")}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        if (year := name.removesuffix(".zip")) in pictures:
-            for picture in pictures[year]:
-                archive.writestr(f"{year}/{picture}", torture_images.sound()["plain.jpg"])
+        if (part := name.removesuffix(".zip")) in names:
+            for file in names[part]:
+                archive.writestr(f"{part}/{file}", torture_images.sound()["plain.jpg"])
         elif name == "annotations_trainval2014.zip":
-            for first, (year, names) in enumerate(pictures.items()):
+            for first, (part, files) in enumerate(names.items()):
                 ids = range(10 * first, 10 * first + 2)
-                images = [{"id": n, "file_name": picture} for n, picture in zip(ids, names, strict=True)]
+                images = [{"id": n, "file_name": file} for n, file in zip(ids, files, strict=True)]
                 captions = [{"id": n, "image_id": n, "caption": "a dog"} for n in ids]
                 tree = json.dumps({"images": images, "annotations": captions})
-                archive.writestr(f"annotations/captions_{year}.json", tree)
+                archive.writestr(f"annotations/captions_{part}.json", tree)
         else:
-            splits = dict(zip(pictures, ("train", "val"), strict=True))
-            images = [{"filename": name, "split": splits[year]} for year, names in pictures.items() for name in names]
+            splits = dict(zip(names, ("train", "val"), strict=True))
+            images = [{"filename": file, "split": splits[part]} for part, files in names.items() for file in files]
             archive.writestr("dataset_coco.json", json.dumps({"images": images}))
     return out.getvalue()
 
@@ -237,14 +258,14 @@ def write_files(folder: pathlib.Path, files: dict[str, bytes]) -> None:
 
 
 def models_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """An export whose maker has changed it and made its checksums right is read as data, or refused."""
-    whole = torture_programs.model(scratch)
-    about = json.loads((whole / "about.json").read_text())
-    (whole / "about.json").write_text(json.dumps(about | {"files": {}}))
-    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
+    """Reads exports that were changed and have matching checksums. They are read as data, or refused."""
+    sound = torture_programs.model(scratch)
+    about = json.loads((sound / "about.json").read_text())
+    (sound / "about.json").write_text(json.dumps(about | {"files": {}}))
+    names = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
 
     def write(path: pathlib.Path, number: int) -> None:
-        shutil.copytree(whole, path)
+        shutil.copytree(sound, path)
         if number:
             draw = np.random.default_rng([4, number])
             file = path / names[number % len(names)]

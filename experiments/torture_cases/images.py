@@ -1,4 +1,4 @@
-"""Pictures as strangers send them: sound ones of every kind, broken ones made of these, and bombs. All from seeds."""
+"""Untrusted images, made from seeds: sound ones of every format, and broken ones made from these."""
 
 import functools
 import io
@@ -16,8 +16,8 @@ from PIL import Image, ImageCms
 SIZES = ((0, 0), (0, 7), (7, 0), (1, 65_000), (9_000, 9_000), (16_383, 16_383), (65_535, 65_535))
 
 
-def picture(seed: int, height: int = 90, width: int = 120, channels: int = 3) -> np.ndarray:
-    """Coloured patches with some noise, uint8 [height, width, channels]."""
+def pattern(seed: int, height: int = 90, width: int = 120, channels: int = 3) -> np.ndarray:
+    """Returns coloured patches with noise, uint8 `[height, width, channels]`."""
     draw = np.random.default_rng(seed)
     patches = Image.fromarray(draw.integers(0, 256, (4, 5, channels), np.uint8))
     smooth = np.asarray(patches.resize((width, height), Image.Resampling.BICUBIC), int)
@@ -33,17 +33,17 @@ def encoded(image: Image.Image | np.ndarray, format: str, **options) -> bytes:
 
 @functools.cache
 def sound(seed: int = 0) -> dict[str, bytes]:
-    """{file name: file}: what Pillow writes of each format and mode; any of them can be captioned."""
-    rgb, other = Image.fromarray(picture(seed)), Image.fromarray(picture(seed + 1))
-    rgba = Image.fromarray(picture(seed, channels=4))
+    """Returns {file name: file} with every format and mode that Pillow writes. Each file can be captioned."""
+    rgb, other = Image.fromarray(pattern(seed)), Image.fromarray(pattern(seed + 1))
+    rgba = Image.fromarray(pattern(seed, channels=4))
     grey, palette = rgb.convert("L"), rgb.quantize(64)
     deep = Image.fromarray((np.asarray(grey, np.uint16) * 257)[:, ::-1].copy())
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    turned = [Image.Exif() for _ in range(9)]
-    for orientation, exif in enumerate(turned):
+    rotated = [Image.Exif() for _ in range(9)]
+    for orientation, exif in enumerate(rotated):
         exif[0x0112] = orientation
         exif[0x010E] = "a\0description"
-    moving = {"save_all": True, "append_images": [other, rgb], "duration": 50}
+    animated = {"save_all": True, "append_images": [other, rgb], "duration": 50}
     found = {
         "plain.jpg": encoded(rgb, "JPEG"),
         "progressive.jpg": encoded(rgb, "JPEG", progressive=True, quality=95, subsampling=0),
@@ -57,30 +57,30 @@ def sound(seed: int = 0) -> dict[str, bytes]:
         "deep.png": encoded(deep, "PNG"),
         "bits.png": encoded(Image.fromarray(np.asarray(grey) > 99), "PNG"),
         "profile.png": encoded(rgb, "PNG", icc_profile=profile),
-        "moving.png": encoded(rgb, "PNG", **moving),
+        "moving.png": encoded(rgb, "PNG", **animated),
         "lossy.webp": encoded(rgb, "WEBP"),
         "lossless.webp": encoded(rgba, "WEBP", lossless=True),
-        "profile.webp": encoded(rgb, "WEBP", icc_profile=profile, exif=turned[6]),
-        "moving.webp": encoded(rgb, "WEBP", **moving),
+        "profile.webp": encoded(rgb, "WEBP", icc_profile=profile, exif=rotated[6]),
+        "moving.webp": encoded(rgb, "WEBP", **animated),
         "plain.gif": encoded(palette, "GIF"),
         "clear.gif": encoded(palette, "GIF", transparency=3, interlace=1),
-        "moving.gif": encoded(palette, "GIF", **moving | {"append_images": [other.quantize(16)]}),
+        "moving.gif": encoded(palette, "GIF", **animated | {"append_images": [other.quantize(16)]}),
         "plain.bmp": encoded(rgb, "BMP"),
         "plain.ppm": encoded(rgb, "PPM"),
         "strips.tif": encoded(rgb, "TIFF"),
         "packed.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
     }
-    return found | {f"turned{n}.jpg": encoded(rgb, "JPEG", exif=exif) for n, exif in enumerate(turned)}
+    return found | {f"turned{n}.jpg": encoded(rgb, "JPEG", exif=exif) for n, exif in enumerate(rotated)}
 
 
 def photographs(most: int = 20) -> dict[str, bytes]:
-    """Some JPEGs of the directory that $FLAXCAP_PHOTOS names, if it names one."""
+    """Returns JPEG files of the directory `$FLAXCAP_PHOTOS`. Returns none if the variable is not set."""
     folder = os.environ.get("FLAXCAP_PHOTOS")
     files = sorted(pathlib.Path(folder).glob("*.jpg"))[:most] if folder else []
     return {f"photo{n}.jpg": file.read_bytes() for n, file in enumerate(files)}
 
 
-# Mutations: each takes a file and a source of chance, and gives a broken one.
+# Mutations. Each takes a file and a random generator, and returns a broken file.
 
 
 def _cut(data: bytes, draw: np.random.Generator) -> bytes:
@@ -89,8 +89,8 @@ def _cut(data: bytes, draw: np.random.Generator) -> bytes:
 
 def _flip(data: bytes, draw: np.random.Generator) -> bytes:
     changed = np.frombuffer(data, np.uint8).copy()
-    places = draw.integers(len(data), size=draw.integers(1, 30))
-    changed[places] ^= (1 << draw.integers(8, size=len(places))).astype(np.uint8)
+    positions = draw.integers(len(data), size=draw.integers(1, 30))
+    changed[positions] ^= (1 << draw.integers(8, size=len(positions))).astype(np.uint8)
     return changed.tobytes()
 
 
@@ -99,14 +99,14 @@ def _flip_header(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _nulls(data: bytes, draw: np.random.Generator) -> bytes:
-    place, length = draw.integers(len(data)), int(draw.integers(1, 64))
-    after = place if draw.random() < 0.5 else place + length  # put in, or written over
-    return data[:place] + bytes(length) + data[after:]
+    start, length = draw.integers(len(data)), int(draw.integers(1, 64))
+    end = start if draw.random() < 0.5 else start + length  # inserted, or written over
+    return data[:start] + bytes(length) + data[end:]
 
 
 def _drop(data: bytes, draw: np.random.Generator) -> bytes:
-    place = draw.integers(len(data))
-    return data[:place] + data[place + draw.integers(1, 64) :]
+    start = draw.integers(len(data))
+    return data[:start] + data[start + draw.integers(1, 64) :]
 
 
 def _repeat(data: bytes, draw: np.random.Generator) -> bytes:
@@ -115,8 +115,8 @@ def _repeat(data: bytes, draw: np.random.Generator) -> bytes:
 
 
 def _noise(data: bytes, draw: np.random.Generator) -> bytes:
-    place, length = draw.integers(len(data)), int(draw.integers(1, 200))
-    return data[:place] + draw.bytes(length) + data[place + length :]
+    start, length = draw.integers(len(data)), int(draw.integers(1, 200))
+    return data[:start] + draw.bytes(length) + data[start + length :]
 
 
 def _sizes(data: bytes, draw: np.random.Generator) -> bytes:
@@ -143,23 +143,24 @@ MUTATIONS: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
 
 
 def mutations(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` files and their names, NUMBER-MUTATION-ORIGIN; those of the mutation "none" are sound."""
+    """Yields `count` files with names NUMBER-MUTATION-ORIGIN. A file with the mutation "none" is sound."""
     originals = sound(seed) | photographs()
     pairs = list(itertools.product(MUTATIONS, originals))
     draw = np.random.default_rng(seed)
-    # Each run through all pairs has an order of its own, so that few tries meet many kinds.
+    # Each pass over all pairs is shuffled, so that few tries meet many kinds.
     order = itertools.chain.from_iterable(draw.permutation(len(pairs)) for _ in itertools.count())
-    for number, place in zip(range(count), order, strict=False):
-        kind, name = pairs[place]
+    for number, pair in zip(range(count), order, strict=False):
+        kind, name = pairs[pair]
         yield f"{number:05d}-{kind}-{name}", MUTATIONS[kind](originals[name], np.random.default_rng([seed, number]))
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """Returns a chunk of a PNG file with its length and checksum."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def with_size(data: bytes, width: int, height: int) -> bytes:
-    """The file with another size in its header; formats that hold it elsewhere stay as they are."""
+    """Returns the file with another size in its header. Other formats than those below stay unchanged."""
     if data.startswith(b"\x89PNG"):
         header = struct.pack(">2I", width, height) + data[24:29]
         return data[:8] + png_chunk(b"IHDR", header) + data[33:]

@@ -1,4 +1,4 @@
-"""Programs run as users run them, with their peak memory; and a small trained model, made by them."""
+"""Programs run as users run them, with their peak memory, and a small trained model that they make."""
 
 import os
 import pathlib
@@ -16,34 +16,40 @@ ENCODER = Encoder(weights="random", block="mixed0", image_size=160, batch_size=8
 
 
 class Ended(NamedTuple):
-    """A program that has ended."""
+    """The result of a program."""
 
-    status: int  # as Popen has it: negative for a signal
+    status: int  # as Popen has it, negative for a signal
     out: str
     err: str
-    memory: float  # its largest, in MB
+    memory: float  # peak, in MB
     seconds: float
 
 
 def run(*command: object, within_s: float = 3600, **environment: str) -> Ended:
-    """Runs a command in a process of its own; killed, and so with status -9, if it takes longer."""
+    """Runs a command in a process of its own.
+
+    Args:
+      command: program and arguments.
+      within_s: seconds after which the process is killed. Its status is then -9.
+      environment: further environment variables.
+    """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "1"} | environment
     begin = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(list(map(str, command)), env=env, stdout=out, stderr=err)
         memory = 0.0
         while process.poll() is None:
-            # Not what wait4 tells: that counts the memory of the process it was forked from, too.
+            # wait4's ru_maxrss would not do: on Linux it includes the memory of the parent before exec.
             memory = max(memory, peak_mb(process.pid))
             if time.monotonic() - begin > within_s:
                 process.kill()
             time.sleep(0.02)
-        said, complained = (_all_of(file) for file in (out, err))
-    return Ended(process.returncode, said, complained, memory, time.monotonic() - begin)
+        output, errors = (_all_of(file) for file in (out, err))
+    return Ended(process.returncode, output, errors, memory, time.monotonic() - begin)
 
 
 def peak_mb(pid: int | str = "self") -> float:
-    """The most memory that a process has had, as Linux tells; 0 of one that has ended."""
+    """Returns the peak memory of a running process, as Linux reports it. Returns 0 if the process has ended."""
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
@@ -57,12 +63,16 @@ def _all_of(file: IO[bytes]) -> str:
 
 
 def flaxcap(*args: object, within_s: float = 3600, **environment: str) -> Ended:
-    """The program itself."""
+    """Runs flaxcap."""
     return run(sys.executable, "-m", "flaxcap", *args, within_s=within_s, **environment)
 
 
 def succeed(*args: object) -> Ended:
-    """The program, which must end well."""
+    """Runs flaxcap.
+
+    Raises:
+      RuntimeError: it failed.
+    """
     ended = flaxcap(*args)
     if ended.status:
         raise RuntimeError(f"flaxcap {' '.join(map(str, args))}: status {ended.status}\n{ended.err[-2000:]}")
@@ -75,7 +85,7 @@ def write_preset(file: pathlib.Path, config: Config) -> pathlib.Path:
 
 
 def model(scratch: pathlib.Path) -> pathlib.Path:
-    """An export of a decoder that learned for a few seconds what a caption sounds like."""
+    """Makes an export of a decoder that was trained for a few seconds."""
     config = Config(
         dataset="shapes",
         data=Data(shapes=Shapes(num_train=32, num_val=8, num_test=0), test_split=""),

@@ -1,6 +1,6 @@
-"""Captions files, presets, vocabularies and predictions as strangers write them: hypothesis's strategies, and judges.
+"""Untrusted caption files, presets, vocabularies and predictions: strategies of hypothesis, and judges.
 
-A judge takes what a strategy made, and says what is wrong with what flaxcap did with it, or nothing.
+A judge gives an example to flaxcap. It returns "" if flaxcap handled it correctly, and else the mistake.
 """
 
 import csv
@@ -21,7 +21,8 @@ from flaxcap.inference import coco_results
 from flaxcap.text import vocabulary
 
 IMAGES = ("a.jpg", "deep/b c.png", "é.gif")
-# Emoji of several characters, right to left, marks without letters, long, control characters, what CSV and JSON quote.
+# Emoji of several characters, right-to-left text, accents without letters, long text, control characters, and what CSV
+# and JSON quote.
 HARD = (
     "👩🏽‍🚒 ❤️",
     "كلب يجري بسرعة",
@@ -31,9 +32,8 @@ HARD = (
 )
 texts = st.text(max_size=60) | st.sampled_from(HARD)
 captions = texts.filter(str.strip)
-HALF = "\ud83d"  # half a character
+HALF = "\ud83d"  # half of a surrogate pair
 
-# Any JSON, as text.
 numbers = st.integers() | st.integers(-(10**40), 10**40) | st.floats()
 values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
@@ -48,12 +48,12 @@ HUGE = st.integers(2**63, 10**40) | st.integers(-(10**40), -(2**63) - 1)
 
 
 class File(NamedTuple):
-    """A captions file, and what its error must name; of a sound one the captions by image."""
+    """A caption file."""
 
     name: str
     content: str
-    named: tuple[str, ...] = ()
-    sound: dict[str, list[str]] | None = None
+    named: tuple[str, ...] = ()  # what the error must name
+    sound: dict[str, list[str]] | None = None  # of a sound file, the captions by image
 
 
 def write_images(folder: pathlib.Path) -> None:
@@ -63,7 +63,7 @@ def write_images(folder: pathlib.Path) -> None:
 
 
 def _file(kind: str, records: list[tuple[str, Any]]) -> str:
-    """`records`: (image, caption) of each, in the file's order."""
+    """Returns a file of this kind with records (image, caption)."""
     if kind == "captions.jsonl":
         return "".join(json.dumps({"image": image, "caption": caption}) + "\n" for image, caption in records)
     if kind == "captions.csv":
@@ -99,10 +99,10 @@ def sound_files(draw) -> File:
 
 @st.composite
 def broken_lines(draw) -> File:
-    """JSON lines of which one has one field that is wrong."""
+    """Draws JSON lines with one wrong field."""
     records = [{"image": image, "caption": caption} for image, caption in draw(_records)]
-    place = draw(st.integers(0, len(records) - 1))
-    record: dict[str, Any] = records[place]
+    number = draw(st.integers(0, len(records) - 1))
+    record: dict[str, Any] = records[number]
     match draw(st.sampled_from(("image", "missing", "caption", "blank", "half", "captions", "split", "none", "all"))):
         case "image":
             field, record["image"] = "image", draw(NO_STRINGS)
@@ -119,7 +119,7 @@ def broken_lines(draw) -> File:
             field, record["captions"] = "captions", draw(NO_STRINGS.filter(lambda v: not isinstance(v, list)))
             del record["caption"]
         case "split":
-            # The first record's split is what the others must have too.
+            # A wrong type, a wrong name, or a split in one record alone.
             field, record["split"] = (
                 "split",
                 draw(NO_STRINGS | st.sampled_from(("", "all", "../x", "a b", "x" * 100_000))),
@@ -128,20 +128,20 @@ def broken_lines(draw) -> File:
             field = draw(st.sampled_from(("image", "caption")))
             del record[field]
         case _:
-            field, records[place] = "", draw(values.filter(lambda v: not isinstance(v, dict)))  # pyright: ignore
-    named = (f"line {place + 1}", f"'{field}'") if field else (f"line {place + 1}",)
+            field, records[number] = "", draw(values.filter(lambda v: not isinstance(v, dict)))  # pyright: ignore
+    named = (f"line {number + 1}", f"'{field}'") if field else (f"line {number + 1}",)
     return File("captions.jsonl", "".join(json.dumps(record) + "\n" for record in records), named)
 
 
 @st.composite
 def broken_trees(draw) -> File:
-    """COCO's annotations with one field that is wrong."""
+    """Draws COCO's annotations with one wrong field."""
     records = draw(_records)
     tree: dict[str, Any] = _coco(records)
-    place = draw(st.integers(0, len(records) - 1))
+    number = draw(st.integers(0, len(records) - 1))
     image = draw(st.integers(0, len(IMAGES) - 1))
-    annotation, listed = tree["annotations"][place], tree["images"][image]
-    in_images, in_annotations = f"images[{image}]", f"annotations[{place}]"
+    annotation, listed = tree["annotations"][number], tree["images"][image]
+    in_images, in_annotations = f"images[{image}]", f"annotations[{number}]"
     twice = len(records) > 1
     match draw(
         st.sampled_from(("image_id", "id", "caption", "half", "images.id", "file_name", "unknown", "twice", "same"))
@@ -165,7 +165,7 @@ def broken_trees(draw) -> File:
             annotation["image_id"] = draw(st.integers(len(IMAGES), 2**63 - 1))
             named = (in_annotations, "'image_id'", str(annotation["image_id"]))
         case "twice" if twice:
-            annotation["id"] = tree["annotations"][place - 1]["id"]
+            annotation["id"] = tree["annotations"][number - 1]["id"]
             named = ("annotations[", "'id'", "second time")
         case _:
             listed["id"] = tree["images"][image - 1]["id"]
@@ -175,7 +175,7 @@ def broken_trees(draw) -> File:
 
 @st.composite
 def junk_files(draw) -> File:
-    """Any text, any JSON, any table: what comes of it is known only to be an error that names the file, or captions."""
+    """Draws any text, JSON or table. The result must be captions, or an error that names the file."""
     kind = draw(st.sampled_from(KINDS))
     tables = st.lists(st.lists(texts | st.sampled_from((*IMAGES, "image", "caption")), max_size=4), max_size=4)
     content = draw(texts | values.map(json.dumps) | tables.map(_csv))
@@ -192,13 +192,13 @@ files = sound_files() | broken_lines() | broken_trees() | junk_files()
 
 
 def judge_file(folder: pathlib.Path, file: File) -> str:
-    """What is wrong with how the data set `folder` takes a captions file. `folder` has IMAGES."""
+    """Gives a caption file to the data set `folder`. The directory holds `IMAGES`."""
     path = folder / file.name
     path.write_bytes(file.content.encode())
     try:
         builder = FolderBuilder(manual_dir=folder, data_dir=folder / "data")
-        nothing: Any = None  # to download
-        splits: Any = builder._split_generators(nothing)  # as TFDS calls it: what is wrong is found here
+        manager: Any = None  # nothing is downloaded
+        splits: Any = builder._split_generators(manager)  # TFDS calls this method; it reads the file
         found = {e["image/filename"]: [c["text"] for c in e["captions"]] for made in splits.values() for _, e in made}
     except DataError as error:
         message = str(error)
@@ -218,10 +218,10 @@ def judge_file(folder: pathlib.Path, file: File) -> str:
 
 
 class Preset(NamedTuple):
-    """A saved preset, and the field that its error must name."""
+    """A saved preset."""
 
     content: str
-    named: str = ""
+    named: str = ""  # the field that the error must name
 
 
 _LEAVES = {name: field.value for name, field in fields.flatten(config_lib.Config()).items()}
@@ -249,14 +249,14 @@ def presets_(draw) -> Preset:
 
 
 def judge_preset(file: pathlib.Path, preset: Preset) -> str:
-    """What is wrong with how a preset is read. The range of a value is named as the flag that would set it."""
+    """Reads a preset. An error of a value's range names the flag instead of the file."""
     file.write_bytes(preset.content.encode())
     try:
         config_lib.check(presets.load(str(file)))
     except config_lib.ConfigError as error:
         message = str(error)
         if not (message.startswith((f"{file}: ", "--config."))) or preset.named not in message or len(message) > 1000:
-            return f"{preset.named!r} not well named in {message[:300]}"
+            return f"{preset.named!r} is not named in {message[:300]}"
         return ""
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -269,7 +269,7 @@ vocabularies = (texts | values.map(json.dumps)) | st.lists(texts | values, max_s
 
 
 def judge_vocabulary(content: str) -> str:
-    """None of these is a vocabulary: the chance that a hash is right is none."""
+    """Reads a vocabulary. Each must be refused, since no drawn hash is right."""
     try:
         vocabulary.Vocabulary.from_json(content, "some/vocabulary.json")
     except vocabulary.VocabularyError as error:
@@ -287,7 +287,7 @@ results = texts | values.map(json.dumps) | st.lists(_records_of_results | values
 
 
 def judge_results(file: pathlib.Path, content: str) -> str:
-    """What is wrong with how someone's captions are read."""
+    """Reads predictions."""
     file.write_bytes(content.encode())
     try:
         found = coco_results.read(file, ROWS)

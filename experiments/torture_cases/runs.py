@@ -194,7 +194,7 @@ def pairs_preempted(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def host_dies(scratch: pathlib.Path, scale: float) -> dict:
-    """Kills one of two processes. The other one ends with an error in bounded time, and both resume when started again."""
+    """Kills one of two processes. The other one fails in bounded time, and both resume when started again."""
     bench, rng, lost = Workbench(scratch), random.Random(3), []
     tries, worst = times(scale, 5), 0.0
     for n in range(tries):

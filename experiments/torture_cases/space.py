@@ -1,6 +1,6 @@
-"""Disks that are full, read-only, or do not answer, under prepare, train and export.
+"""Cases of disks that are full, read-only or frozen, under `prepare`, `train` and `export`.
 
-They need root, for a small file system of their own; without it they try nothing, and say so.
+They mount small file systems, which takes root. Without root they try nothing and say so.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ SIZE = 64 << 20  # bytes of a small file system
 
 
 def program(*args: str) -> subprocess.Popen:
-    """A command that takes no preset."""
+    """Starts a command of flaxcap that takes no preset."""
     line = [sys.executable, "-m", "flaxcap", *args]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(process: subprocess.Popen) -> tuple[int, str]:
-    """Its status and what it said."""
+    """Waits for a process. Returns its status and its output."""
     out, _ = process.communicate()
     return process.returncode, out
 
@@ -46,9 +46,9 @@ def store_of(bench: Workbench, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def other_store(bench: Workbench, data_dir: pathlib.Path, label: str) -> list[str]:
-    """What is not bit-equal to the store that was left alone, and what lies about in the data directory."""
+    """Returns what is not bit-equal to an undisturbed store, and files left in the data directory."""
     ours, theirs = (store_of(bench, d) for d in (data_dir, bench.data_dir))
-    # Orbax's own files hold the time and random names: of them the parameters are compared.
+    # Orbax's files hold the time and random names, so of the encoder the parameters are compared.
     found, expected = (
         {str(f.relative_to(d)): f.read_bytes() for f in d.rglob("*") if f.is_file() and "encoder" not in f.parts}
         for d in (ours, theirs)
@@ -62,14 +62,14 @@ def other_store(bench: Workbench, data_dir: pathlib.Path, label: str) -> list[st
 
 
 def command(*args: object) -> bool:
-    """Whether a command of the system is there and succeeds."""
+    """Runs a command of the system. Returns true if it exists and succeeds."""
     line = list(map(str, args))
     return bool(shutil.which(line[0])) and not subprocess.run(line, capture_output=True).returncode
 
 
 @contextlib.contextmanager
 def small_disk(path: pathlib.Path) -> Iterator[bool]:
-    """A tmpfs of SIZE at `path`; False where none can be mounted."""
+    """Mounts a tmpfs of `SIZE` bytes at `path`. Yields false if none can be mounted."""
     path.mkdir()
     mounted = os.geteuid() == 0 and command("mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", path)
     try:
@@ -81,7 +81,7 @@ def small_disk(path: pathlib.Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def real_disk(scratch: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """An ext4 in a file, which can be made to stand still; None where none can be mounted."""
+    """Mounts an ext4 file system, which can be frozen. Yields its path, or None if none can be mounted."""
     image, path = scratch / "disk.img", scratch / "disk"
     path.mkdir()
     with image.open("wb") as f:
@@ -96,21 +96,28 @@ def real_disk(scratch: pathlib.Path) -> Iterator[pathlib.Path | None]:
 
 
 def not_tried(name: str) -> dict:
-    return result(name, 0, []) | {"not_tried": "no file system can be mounted here: it takes root"}
+    return result(name, 0, []) | {"not_tried": "no file system can be mounted without root"}
 
 
 def fill(disk: pathlib.Path, left: int) -> pathlib.Path:
-    """A file that leaves only so many bytes free."""
+    """Writes a file that leaves `left` bytes free, and returns its path."""
     ballast = disk / "ballast"
     with ballast.open("wb") as f:
         os.posix_fallocate(f.fileno(), 0, max(1, shutil.disk_usage(disk).free - left))
     return ballast
 
 
-def said_well(status: int, out: str, name: str, place: pathlib.Path) -> list[str]:
-    """What is wrong with how a full disk is told: in a line that names the place, not by a traceback."""
+def badly_reported(status: int, out: str, name: str, path: pathlib.Path) -> list[str]:
+    """Returns nothing if a command ended with a line that names the path, and else the mistake.
+
+    Args:
+      status: exit status, expected to be 1.
+      out: all output.
+      name: of the command.
+      path: of the disk.
+    """
     last = out.strip().splitlines()[-1] if out.strip() else ""
-    if status != 1 or not last.startswith(f"flaxcap {name}: ") or str(place) not in last:
+    if status != 1 or not last.startswith(f"flaxcap {name}: ") or str(path) not in last:
         return [f"status {status}: {out[-400:]}"]
     return ["a traceback"] if "Traceback" in out else []
 
@@ -119,8 +126,18 @@ Start = Callable[[pathlib.Path], subprocess.Popen]
 
 
 def _full(name: str, scratch: pathlib.Path, tries: int, need: int, start: Start, after: Callable) -> tuple[list, int]:
-    """Runs `start(disk)` on disks with up to `need` bytes free, then with all, and looks with `after(disk, label,
-    done)`; what was lost, and how often the disk was really too full.
+    """Runs a command on disks with too little space, then with all their space.
+
+    Args:
+      name: of the command.
+      scratch: where the disks are mounted.
+      tries: number of disks.
+      need: at most so many bytes are free at first.
+      start: `start(disk)` starts the command.
+      after: `after(disk, label, done)` returns mistakes, after the failure and after the success.
+
+    Returns:
+      All mistakes, and the number of disks that were too full.
     """
     rng, lost, full = random.Random(14), [], 0
     for n in range(tries):
@@ -131,15 +148,15 @@ def _full(name: str, scratch: pathlib.Path, tries: int, need: int, start: Start,
             ballast.unlink()
             if status:
                 full += 1
-                lost += [f"{label}: {what}" for what in said_well(status, out, name, disk)]
+                lost += [f"{label}: {mistake}" for mistake in badly_reported(status, out, name, disk)]
                 lost += after(disk, label, False)
                 status, out = run(start(disk))
-            lost += after(disk, label, True) if status == 0 else [f"{label}: and later: {out[-400:]}"]
+            lost += after(disk, label, True) if status == 0 else [f"{label}: with space again: {out[-400:]}"]
     return lost, full
 
 
 def full_under_prepare(scratch: pathlib.Path, scale: float) -> dict:
-    """No space at any point of prepare: a line says so, and with space the same command ends bit-equal."""
+    """Fills the disk at any point of `prepare`. A line says so. With space again the same command ends bit-equal."""
     bench, tries = Workbench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
@@ -156,21 +173,22 @@ def full_under_prepare(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
-    """No space at any point of a run: a line says so, the last good checkpoint is sound and captions, and with space
-    the same command ends bit-equal.
+    """Fills the disk at any point of a run. A line says so, and the last checkpoint is intact and can caption.
+
+    With space again the same command ends bit-equal.
     """
     bench, tries = Workbench(scratch), times(scale, 6)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_train")
-    bench.finish(scratch / "whole")
-    need = 3 * sum(f.stat().st_size for f in (scratch / "whole").rglob("*") if f.is_file())
+    bench.finish(scratch / "undisturbed")
+    need = 3 * sum(f.stat().st_size for f in (scratch / "undisturbed").rglob("*") if f.is_file())
     restored = 0
 
     def after(disk: pathlib.Path, label: str, done: bool) -> list[str]:
         nonlocal restored
         if done:
-            return differences(disk / "run", scratch / "whole", label)
+            return differences(disk / "run", scratch / "undisturbed", label)
         if not checkpoints.steps(disk / "run" / "checkpoints"):
             return []
         restored += 1
@@ -182,35 +200,38 @@ def full_under_train(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def full_under_export(scratch: pathlib.Path, scale: float) -> dict:
-    """No space at any point of an export: a line says so, nothing half-made is loaded, and the same command goes on."""
+    """Fills the disk at any point of an export. A line says so, and no half-written export can be loaded.
+
+    With space again the same command finishes.
+    """
     bench, tries = Workbench(scratch), times(scale, 3)
     with small_disk(scratch / "probe") as mounted:
         if not mounted:
             return not_tried("full_under_export")
     bench.finish(scratch / "run", "--config.train.epochs=1", "--config.train.cider_epochs=0")
-    place = f"--workdir={scratch / 'run'}"
+    workdir = f"--workdir={scratch / 'run'}"
 
     def after(disk: pathlib.Path, label: str, done: bool) -> list[str]:
         if (disk / "model" / "config.json").exists():
             loading.load_export(disk / "model")
             return []
-        return [f"{label}: it is not there"] if done else []
+        return [f"{label}: there is no export"] if done else []
 
     def start(disk: pathlib.Path) -> subprocess.Popen:
-        return program("export", place, f"--data_dir={bench.data_dir}", f"--out={disk / 'model'}")
+        return program("export", workdir, f"--data_dir={bench.data_dir}", f"--out={disk / 'model'}")
 
     lost, full = _full("export", scratch, tries, 4 << 20, start, after)
     return result("full_under_export", tries, lost, was_full=full)
 
 
 def read_only(scratch: pathlib.Path, scale: float) -> dict:
-    """prepare, train and export on a read-only disk: a line says so; what is on it is read as ever."""
+    """Runs `prepare`, `train` and `export` on a read-only disk. A line says so. `evaluate` and `verify` succeed."""
     bench, lost = Workbench(scratch), []
     with small_disk(scratch / "disk") as mounted:
         if not mounted:
             return not_tried("read_only")
         disk = scratch / "disk"
-        bench.finish(scratch / "whole")
+        bench.finish(scratch / "undisturbed")
         run(bench.train(disk / "run", "--config.train.epochs=2", "--config.train.cider_epochs=0"))
         shutil.copytree(bench.data_dir, disk / "data")
         command("mount", "-o", "remount,ro", disk)
@@ -220,7 +241,7 @@ def read_only(scratch: pathlib.Path, scale: float) -> dict:
             "train": lambda: bench.train(disk / "run", data),
             "export": lambda: program("export", f"--workdir={disk / 'run'}", data, f"--out={disk / 'model'}"),
         }.items():
-            lost += [f"{name}: {what}" for what in said_well(*run(start()), name, disk)]
+            lost += [f"{name}: {mistake}" for mistake in badly_reported(*run(start()), name, disk)]
         for name in ("evaluate", "verify"):
             more = [f"--out_dir={scratch / 'scores'}"] if name == "evaluate" else []
             status, out = run(program(name, f"--workdir={disk / 'run'}", data, *more))
@@ -229,9 +250,9 @@ def read_only(scratch: pathlib.Path, scale: float) -> dict:
 
 
 def stands_still(scratch: pathlib.Path, scale: float) -> dict:
-    """A disk that takes seconds to answer, again and again, under prepare and train: both end as if it had not."""
+    """Freezes the disk for seconds, repeatedly, under `prepare` and `train`. Both end as on a disk that answers."""
     bench, lost, tries = Workbench(scratch), [], times(scale, 2)
-    bench.finish(scratch / "whole")
+    bench.finish(scratch / "undisturbed")
     with real_disk(scratch) as disk:
         if disk is None or not (command("fsfreeze", "-f", disk) and command("fsfreeze", "-u", disk)):
             return not_tried("stands_still")
@@ -254,7 +275,7 @@ def stands_still(scratch: pathlib.Path, scale: float) -> dict:
             lost += [f"try {n}: {out[-300:]}" for status, out in ends if status]
             if not any(status for status, _ in ends):
                 lost += other_store(bench, disk / "data", f"try {n}")
-                lost += differences(disk / "run", scratch / "whole", f"try {n}")
+                lost += differences(disk / "run", scratch / "undisturbed", f"try {n}")
             for name in ("data", "run"):
                 shutil.rmtree(disk / name)
     return result("stands_still", 2 * tries, lost, stood_still=stopped)

@@ -1,4 +1,4 @@
-"""The web under torture: answers that are broken, and downloads that break off."""
+"""Cases of the web: broken answers of servers, and interrupted downloads."""
 
 import contextlib
 import hashlib
@@ -20,12 +20,12 @@ from flaxcap.images import fetch
 
 ANSWERS = 2000
 DOWNLOADS = 60
-GIVEN_UP_S = 2  # instead of fetch's minute
+TOTAL_S = 2  # instead of the 60 s that a download may take
 
 
 @contextlib.contextmanager
 def serving(answer) -> Iterator[str]:
-    """An address whose every request gets what `answer(request, write)` writes, until that returns."""
+    """Serves HTTP on this machine and yields the address. `answer(request, write)` writes each response."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
@@ -36,7 +36,7 @@ def serving(answer) -> Iterator[str]:
         daemon_threads = allow_reuse_address = True
 
         def handle_error(self, request, client_address):
-            """A client that is killed, or has enough."""
+            """Ignores clients that are killed or close the connection."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -66,7 +66,7 @@ HEADS = (
 
 
 def answers_broken(scratch: pathlib.Path, scale: float) -> dict:
-    """Whatever a server answers is a body of bounded size, or an error that names the address, in bounded time."""
+    """Reads broken answers. Each gives a body of bounded size or an error that names the address, in bounded time."""
     del scratch
     kinds = [kind for kind in torture_images.MUTATIONS if kind != "sizes"]
     count = max(1, round(ANSWERS * scale))
@@ -80,7 +80,7 @@ def answers_broken(scratch: pathlib.Path, scale: float) -> dict:
         write(head + BODY)
 
     lost, read, limit = [], 0, fetch.TOTAL_S
-    fetch.TOTAL_S = GIVEN_UP_S
+    fetch.TOTAL_S = TOTAL_S
     try:
         with serving(answer) as address:
             for number in range(count):
@@ -89,10 +89,10 @@ def answers_broken(scratch: pathlib.Path, scale: float) -> dict:
                     read += len(fetch.read(url, private=True)) <= fetch.MAX_BYTES
                 except fetch.FetchError as error:
                     if url not in str(error) or plain(error) != str(error) or len(str(error)) > 500:
-                        lost.append(f"{number}: not well named: {str(error)!r}")
+                        lost.append(f"{number}: an unclear message: {str(error)!r}")
                 except Exception as error:
                     lost.append(f"{number}: {type(error).__name__}: {error}")
-                if time.monotonic() - begin > 5 * GIVEN_UP_S:
+                if time.monotonic() - begin > 5 * TOTAL_S:
                     lost.append(f"{number}: {time.monotonic() - begin:.0f} s")
     finally:
         fetch.TOTAL_S = limit
@@ -101,30 +101,29 @@ def answers_broken(scratch: pathlib.Path, scale: float) -> dict:
 
 FETCH = """
 import sys
-from flaxcap.encoders import download
-from flaxcap.encoders.base import WeightsError
+from flaxcap.encoders import base, download
 try:
     print(download.fetch(*sys.argv[1:]))
-except WeightsError as e:
+except base.WeightsError as e:
     print(e, file=sys.stderr)
     sys.exit(1)
 """
 
 
 def downloads_broken_off(scratch: pathlib.Path, scale: float) -> dict:
-    """A download that breaks off, or whose process is killed, goes on; what has the file's name is the file."""
+    """Interrupts downloads, or kills their process. They resume, and only a complete file gets the file's name."""
     body = np.random.default_rng(6).bytes(3_000_000)
     md5 = hashlib.md5(body, usedforsecurity=False).hexdigest()
     draw = np.random.default_rng(7)
-    chances: dict[str, int] = {"send": 0}
+    limit: dict[str, int] = {"send": 0}  # bytes of a response
 
     def answer(request: bytes, write) -> None:
         found = re.search(rb"\r\nRange: bytes=(\d+)-", request)
         start = int(found[1]) if found else 0
         rest = body[start:]
         write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n" % (b"206 Partial" if found else b"200 OK", len(rest)))
-        for place in range(0, min(len(rest), chances["send"]), 100_000):
-            write(rest[place : min(place + 100_000, chances["send"])])
+        for first in range(0, min(len(rest), limit["send"]), 100_000):
+            write(rest[first : min(first + 100_000, limit["send"])])
             time.sleep(0.005)
 
     lost, count, resumed = [], max(1, round(DOWNLOADS * scale)), 0
@@ -133,29 +132,29 @@ def downloads_broken_off(scratch: pathlib.Path, scale: float) -> dict:
             cache = scratch / f"cache{number}"
             path = cache / "weights.h5"
             for attempt in range(40):
-                chances["send"] = int(draw.integers(len(body))) if attempt < 3 else len(body)
+                limit["send"] = int(draw.integers(len(body))) if attempt < 3 else len(body)
                 killed = number % 2 and attempt < 3
                 command = [sys.executable, "-c", FETCH, f"{address}/weights.h5", md5, str(cache)]
                 process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
                 if killed:
-                    _when_there_is_some(cache / "weights.h5.part", process)
+                    _wait_for_data(cache / "weights.h5.part", process)
                     time.sleep(draw.uniform(0, 0.1))
                     process.send_signal(signal.SIGKILL)
                 _, error = process.communicate(timeout=300)
                 if path.exists() and path.read_bytes() != body:
-                    lost.append(f"{number}: another file has its name")
+                    lost.append(f"{number}: an incomplete file has the file's name")
                 if process.returncode == 0:
                     break
                 resumed += 1
                 if not killed and not all(words in error for words in ("by hand", str(path))):
                     lost.append(f"{number}: {error}")
             else:
-                lost.append(f"{number}: not whole after 40 tries")
+                lost.append(f"{number}: incomplete after 40 tries")
     figures = {"tried": count, "survived": count - len(lost), "lost": lost, "resumed": resumed}
     return {"case": "downloads_broken_off", **figures}
 
 
-def _when_there_is_some(part: pathlib.Path, process: subprocess.Popen) -> None:
+def _wait_for_data(part: pathlib.Path, process: subprocess.Popen) -> None:
     while process.poll() is None and not (part.exists() and part.stat().st_size):
         time.sleep(0.005)
 

@@ -16,7 +16,7 @@ from flaxcap.training import logs
 
 
 def small_config() -> Config:
-    """Returns the preset of a run of a few seconds that uses an average, noise, and a schedule that follows the score."""
+    """Returns the preset of a short run with an average, noise, and a schedule that follows the score."""
     return Config(
         dataset="shapes",
         data=Data(shapes=Shapes(num_train=96, num_val=16, num_test=8)),

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 from command import ROOT
+from peers import meter, workload
 
 from flaxcap.bench import synthetic
 from flaxcap.config import Config, Data, Model
@@ -17,14 +18,7 @@ PEERS = ROOT / "experiments" / "peers"
 DOCUMENTS = [ROOT / "experiments" / "throughput.md", PEERS / "README.md"]
 
 
-@pytest.fixture
-def peers(monkeypatch):
-    monkeypatch.syspath_prepend(str(PEERS))
-
-
-def test_their_captions_have_the_lengths_of_ours(peers):
-    import workload
-
+def test_their_captions_have_the_lengths_of_ours():
     tokens, lengths = workload.captions()
     ours = np.diff(synthetic.captions(workload.IMAGES, Data(vocab_size=5000, max_length=50)).starts)
     assert (workload.START, workload.END, workload.VOCABULARY) == (START, END, 5001)
@@ -35,9 +29,7 @@ def test_their_captions_have_the_lengths_of_ours(peers):
     assert ((tokens > 0).sum(1) == lengths).all()
 
 
-def test_their_models_have_the_default_sizes(peers):
-    import workload
-
+def test_their_models_have_the_default_sizes():
     model = Model()
     assert {model.image_dim, model.embedding_dim} == {workload.EMBEDDING}
     assert {model.attention_dim, model.hidden_dim, model.head_dim} == {workload.UNITS}
@@ -45,9 +37,7 @@ def test_their_models_have_the_default_sizes(peers):
 
 
 @pytest.mark.parametrize(("pad", "width"), [("batch", None), ("20", 20), ("50", 50)])
-def test_batches_are_padded_as_named(peers, pad, width):
-    import workload
-
+def test_batches_are_padded_as_named(pad, width):
     for tokens, lengths, images in workload.batches(pad, 3, size=8, longest_first=True):
         assert tokens.shape == (8, width or lengths.max())
         assert (np.diff(lengths) <= 0).all()
@@ -55,9 +45,7 @@ def test_batches_are_padded_as_named(peers, pad, width):
         assert images.max() < workload.IMAGES
 
 
-def test_the_meter_prints_what_baselines_are_read_by(peers, monkeypatch, capsys):
-    import meter
-
+def test_the_meter_prints_what_baselines_are_read_by(monkeypatch, capsys):
     clock = iter([0, 1, 1, 3, 3, 13, 13])
     fake = types.SimpleNamespace(perf_counter=lambda: next(clock), strftime=lambda _: "now")
     monkeypatch.setattr(meter, "time", fake)
