@@ -25,6 +25,7 @@ from small_step import (
 )
 
 from flaxcap.config import Train
+from flaxcap.models import output_layer
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import PAD, START
 from flaxcap.training import objective
@@ -138,13 +139,14 @@ def test_several_steps_a_dispatch_are_the_steps_one_by_one():
 
 def test_the_loss_is_the_mean_over_real_tokens_of_the_whole_batch(one_device):
     feats_IPF, tokens_ICT = batch()
-    captioner = BIND(init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
+    decoder = BIND(init_state(INIT, optax.identity(), 0, sharding.make_mesh(jax.devices()[:1])).params)
     losses = []
     for i, c in np.ndindex(I, C):
         length = int((tokens_ICT[i, c] != PAD).sum())
         if length:  # each caption alone, cut to its own length
             caption = jnp.asarray(tokens_ICT[i : i + 1, c : c + 1, :length])
-            logits_TV = captioner.logits(captioner(feats_IPF[i : i + 1], caption[..., :-1])[0])[:, 0, 0]
+            states_TICS, _ = decoder(jnp.asarray(feats_IPF[i : i + 1]), caption[..., :-1])
+            logits_TV = output_layer.logits(decoder.output_weights(), states_TICS)[:, 0, 0]
             losses += (-jax.nn.log_softmax(logits_TV)[np.arange(length - 1), caption[0, 0, 1:]]).tolist()
     metrics = one_device[1][0]
     assert metrics["tokens"] == len(losses)

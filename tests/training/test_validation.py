@@ -50,8 +50,8 @@ class Captioner:
         self.run = generate.Generator(self.bind, Decode(**{"max_length": 8, **options}))
 
     def captions(self, batch_size: int = 16, seed: int = 0) -> validation.Captions:
-        folded, rows = self.run.fold(self.params), self.split.present()
-        return validation.captions_of(self.run, folded, self.vocabulary, rows, self.split.read, batch_size, seed)
+        frozen, rows = self.run.freeze(self.params), self.split.present()
+        return validation.captions_of(self.run, frozen, self.vocabulary, rows, self.split.read, batch_size, seed)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_every_image_with_features_has_its_own_caption(captioner):
     assert present == [row for row in range(40) if row not in (3, 17)]
     found = captioner.captions()
     feats_IPF = captioner.split.read(present)
-    alone = jax.device_get(captioner.run(captioner.run.fold(captioner.params), feats_IPF, jax.random.key(0)))
+    alone = jax.device_get(captioner.run(captioner.run.freeze(captioner.params), feats_IPF, jax.random.key(0)))
     assert found.texts == [captioner.vocabulary.decode(t) for t in alone.tokens_IT]
     np.testing.assert_allclose(found.log_probs, alone.log_prob_I, rtol=1e-4)
     assert len(set(found.texts)) > 10
