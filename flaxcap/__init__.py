@@ -8,14 +8,30 @@
 `load`, `Captioner`, `Config`, `prepare`, `train` and `evaluate` are imported at first use: `import flaxcap` does not
 import JAX.
 
-Shape letters, used in array names (`feats_IPF`, `tokens_ICT`), einsums and docstrings:
+The capital letters at the end of a name are the array's axes, in order: `feats_IPF` is `[I, P, F]`. They are also the
+letters of einsums. A digit is a fixed size: `images_IYX3`. A letter has one meaning, and one source of its size:
 
-    I  images in a batch               E  embedding width
-    C  captions an image               H  hidden (recurrent state) width
-    B  captions in a batch, I·C        A  attention width
-    P  positions of the grid, 8·8      T  time: tokens in a caption
-    F  feature width of the encoder    V  vocabulary
-    N  rows of a store or data set     Y, X  image height, width
+    I     images in a batch                      train.batch_images, decode.batch_size; a device has a part
+    C     captions an image                      train.captions_per_image; in decoding the K hypotheses
+    B     captions of all images, I·C            in decoding I·K
+    J     batches in a dispatch                  train.steps_per_dispatch
+    P     positions of an image                  the store
+    F     feature width                          the store
+    D     width that features are projected to   model.image_dim
+    E     word embedding width                   model.embedding_dim
+    H     hidden width                           model.hidden_dim
+    A     attention width                        model.attention_dim
+    G     width of all gates                     3·H for model.cell="gru", 4·H for "lstm"
+    R     width of the recurrent product         A + G
+    S     width of a decoder's states            H, or H + D + E for model.output="deep"
+    T     time: tokens of a caption              the longest caption of a batch; decode.max_length
+    V     vocabulary                             the store; decoding pads it to a multiple of 32
+    K     hypotheses an image, in decoding       decode.beam_width; in sampling the captions
+    M     tokens of all captions, flattened      T·I·C; losses pack them to fewer
+    N     rows of a store or data set            the store; a device has a part
+    L     batches in an epoch                    U / I, rounded up
+    U     entries                                an entry is an image with at most C of its captions
+    Y, X  image height, width                    the encoder's Preprocess
 """
 
 import importlib

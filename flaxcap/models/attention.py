@@ -75,12 +75,12 @@ def _scores_on_cpu(exp_keys_IPA: jax.Array, score_A: jax.Array, query_ICA: jax.A
     """Returns the scores of `_scores_by_caption`. Summed in vectors of 32, XLA:CPU writes no part of r to memory."""
     operands = exp_keys_IPA[:, None], score_A[None, None, None], _exp2(query_ICA)[:, :, None]
     lanes = math.gcd(score_A.size, 32)
-    total_ICPA = jnp.zeros(())
+    total = jnp.zeros(())  # [I, C, P, lanes]
     for n in range(0, score_A.size, lanes):
         keys, score, query = (x[..., n : n + lanes].astype(jnp.float32) for x in operands)
-        total_ICPA += score / (1 + keys * query)
+        total += score / (1 + keys * query)
     # A product with ones: XLA:CPU (jaxlib 0.10) would compute a plain sum's terms in a loop of their own.
-    return jnp.einsum("icpa,a->icp", total_ICPA, jnp.ones(lanes))
+    return jnp.einsum("icpa,a->icp", total, jnp.ones(lanes))
 
 
 def _reciprocals(exp_keys_IPA: jax.Array, query_ICA: jax.Array) -> list[jax.Array]:

@@ -104,9 +104,9 @@ class Cell(nnx.Module):
         if c.attention_gate:
             self.gate = nnx.Linear(c.hidden_dim, 1, **options)
 
-    def split(self, gates_ICG: jax.Array) -> list[jax.Array]:
-        """Returns `[..., H]` for each gate."""
-        return jnp.split(gates_ICG, self.gates // self.config.hidden_dim, -1)
+    def split(self, gates: jax.Array) -> list[jax.Array]:
+        """Returns `[..., H]` for each gate, from `[..., G]`."""
+        return jnp.split(gates, self.gates // self.config.hidden_dim, -1)
 
     def __call__(
         self,
@@ -202,15 +202,15 @@ def _scan(
     def bound() -> Cell:
         return nnx.merge(graph, nnx.State(weights))
 
-    def body(carry: Carry, token: tuple) -> tuple[Carry, CellOutputs]:
+    def body(carry: Carry, token: tuple) -> tuple[Carry, tuple[jax.Array, ...]]:
         word_gates, alpha_ICP, gumbel_ICP, probe_ICR = token
         of_token = StepNoise(noise.hidden_ICH, alpha_ICP, gumbel_ICP, noise.hard_I)
         carry, alpha_ICP, context_ICD = bound()(memory, carry, word_gates, of_token, probe_ICR)
-        return carry, CellOutputs(carry.hidden_ICH, alpha_ICP, context_ICD)
+        return carry, (carry.hidden_ICH, alpha_ICP, context_ICD)
 
     # Split before the loop: XLA:CPU (jaxlib 0.10) has slow code for a slice of what a loop has sliced.
     tokens = bound().split(words_TICG), noise.alpha_TICP, noise.gumbel_TICP, probes_TICR
-    return jax.lax.scan(body, carry, tokens)[1]
+    return CellOutputs(*jax.lax.scan(body, carry, tokens)[1])
 
 
 def _unroll(graph, dtype, weights, memory, carry, words_TICG, noise):

@@ -27,10 +27,10 @@ def draw(keys_I: jax.Array, time: int, captions: int, positions: int) -> Draws:
     return Draws(jax.vmap(gumbel, out_axes=1)(keys_I), hard_I)
 
 
-def choose(alpha_P: jax.Array, gumbel_P: jax.Array) -> jax.Array:
-    """Returns a one-hot vector, over the last axis: a position drawn with the probabilities alpha (Gumbel 1954)."""
-    best = jnp.argmax(jnp.log(alpha_P) + gumbel_P, -1)
-    return jax.nn.one_hot(best, alpha_P.shape[-1], dtype=alpha_P.dtype)
+def choose(alpha: jax.Array, gumbel: jax.Array) -> jax.Array:
+    """Returns one-hot vectors `[..., P]`: positions drawn with the probabilities alpha (Gumbel 1954)."""
+    best = jnp.argmax(jnp.log(alpha) + gumbel, -1)
+    return jax.nn.one_hot(best, alpha.shape[-1], dtype=alpha.dtype)
 
 
 def weights(alpha_ICP: jax.Array, gumbel_ICP: jax.Array, hard_I: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ def dot_general(dtype: str) -> Callable:
 
 
 def product(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """Returns `x [..., X] @ kernel [X, Y]` of numbers rounded to `dtype`, summed in the dtype of x."""
+    """Returns `x [..., inputs] @ kernel [inputs, outputs]` of numbers rounded to `dtype`, summed in the dtype of x."""
     return _product(x, kernel, dtype)
 
 
@@ -45,13 +45,13 @@ _product.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x: jax.Array, d_y: jax.Array, dtype: str) -> jax.Array:
-    """Returns the gradient of a kernel, float32 `[X, Y]`.
+    """Returns the gradient of a kernel, float32 `[inputs, outputs]`.
 
-    JAX's own gradient is a product `[Y, X]` and a transpose. XLA:CPU (jaxlib 0.10) has no fast code for that product.
+    JAX's own gradient is a product `[outputs, inputs]` and a transpose. XLA:CPU (jaxlib 0.10) has no fast code for that product.
 
     Args:
-      x: inputs `[..., X]`.
-      d_y: gradients of the outputs, `[..., Y]`.
+      x: the layer's inputs, `[..., inputs]`.
+      d_y: gradients of its outputs, `[..., outputs]`.
       dtype: both are rounded to it.
     """
     leading = tuple(range(x.ndim - 1))

@@ -1,4 +1,4 @@
-"""Beam search against a plain one, against all captions there are, and against the model's own account of a caption."""
+"""Beam search against a plain beam search, against all possible captions, and against teacher forcing."""
 
 import functools
 import itertools
@@ -11,22 +11,23 @@ import pytest
 
 from flaxcap.config import Config, Decode, Model, Train
 from flaxcap.decoding import beam_search, generate
-from flaxcap.decoding.step import FIRST_WORD
+from flaxcap.decoding.step import FIRST_WORD, Decoded
 from flaxcap.models import decoder as decoder_lib
+from flaxcap.models import output_layer
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 
 F, V, I, T = 12, 20, 8, 9
-SIZES: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
+WIDTHS: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
 FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
 
 
 class Small:
-    """A decoder far enough from its start that its captions differ and end at various lengths."""
+    """A decoder with large random parameters: its captions differ, and have different lengths."""
 
     def __init__(self, vocabulary: int, seed: int = 26, end: float = 1.0, **options: Any):
         precision = {name: options.pop(name) for name in ("dtype", "matmul_dtype") if name in options}
-        config = Config(model=Model(**SIZES | options), train=Train(**precision))
+        config = Config(model=Model(**WIDTHS | options), train=Train(**precision))
         self.bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, vocabulary))
         leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
         keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -37,33 +38,36 @@ class Small:
 
         @jax.jit
         def forced(params: decoder_lib.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-            captioner = self.bind(params)
-            states_TICS, alpha_TICP = captioner(feats_PF[None], tokens_T[None, None])
-            return jax.nn.log_softmax(captioner.logits(states_TICS[:, 0, 0])), alpha_TICP[:, 0, 0]
+            decoder = self.bind(params)
+            states_TICS, alpha_TICP = decoder(feats_PF[None], tokens_T[None, None])
+            logits_TV = output_layer.logits(decoder.output_weights(), states_TICS[:, 0, 0])
+            return jax.nn.log_softmax(logits_TV), alpha_TICP[:, 0, 0]
 
         self.forced = forced
 
     def biased(self, **bias: float) -> decoder_lib.Params:
-        """The parameters with biases added: `PAD=3.0`."""
+        """Returns the parameters with numbers added to special tokens' biases, as in `PAD=3.0`."""
         ids = {"PAD": PAD, "UNK": UNK, "START": START, "END": END}
         bias_V = self.params["vocabulary"]["bias"]
         for name, value in bias.items():
             bias_V = bias_V.at[ids[name]].add(value)
         return self.params | {"vocabulary": self.params["vocabulary"] | {"bias": bias_V}}
 
-    def run(
-        self, feats_IPF: Any = FEATS_IPF, params: decoder_lib.Params | None = None, **options: Any
-    ) -> generate.Decoded:
+    def run(self, feats_IPF: Any = FEATS_IPF, params: decoder_lib.Params | None = None, **options: Any) -> Decoded:
         config = Decode(**{"max_length": T, "method": "beam", "beam_width": 3, **options})
         name = str(config)
         if name not in self.runs:
             self.runs[name] = generate.Generator(self.bind, config)
         params = self.params if params is None else params
-        decoded = self.runs[name]
-        return jax.device_get(decoded(decoded.fold(params), feats_IPF, jax.random.key(0)))
+        generator = self.runs[name]
+        return jax.device_get(generator(generator.freeze(params), feats_IPF, jax.random.key(0)))
 
     def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
-        """Teacher forcing: log-probabilities [tokens + 1, V] of what follows each prefix, attention [tokens + 1, P]."""
+        """Runs teacher forcing.
+
+        Returns:
+          The log-probabilities `[tokens + 1, V]` after each prefix, and the attention weights `[tokens + 1, P]`.
+        """
         padded = np.full(length, PAD)
         padded[: len(tokens) + 1] = START, *tokens
         log_probs, alpha = self.forced(self.params, FEATS_IPF[image], padded)
@@ -76,15 +80,16 @@ def small(**options: Any) -> Small:
 
 
 class Ensemble:
-    """Several that decide together, each word's probability being the mean of theirs."""
+    """An ensemble of decoders: a word's probability is the mean of the members' probabilities."""
 
     def __init__(self, *members: Small):
         self.members = members
 
-    def run(self, **options: Any) -> generate.Decoded:
+    def run(self, **options: Any) -> Decoded:
         config = Decode(**{"max_length": T, "method": "beam", **options})
-        decoded = generate.Generator([m.bind for m in self.members], config)
-        return jax.device_get(decoded(decoded.fold(*(m.params for m in self.members)), FEATS_IPF, jax.random.key(0)))
+        generator = generate.Generator([m.bind for m in self.members], config)
+        frozen = generator.freeze(*(m.params for m in self.members))
+        return jax.device_get(generator(frozen, FEATS_IPF, jax.random.key(0)))
 
     def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
         log_probs, alphas = zip(*(m.follow(image, tokens, length) for m in self.members), strict=True)
@@ -92,7 +97,7 @@ class Ensemble:
 
 
 def caption(tokens_T: Any) -> tuple[int, ...]:
-    """The tokens with the first <end>."""
+    """Returns the tokens up to and including the first <end>."""
     return tuple(tokens_T[: int(np.argmax(tokens_T == END)) + 1].tolist())
 
 
@@ -104,7 +109,18 @@ def repeats(tokens: tuple[int, ...], n: int) -> bool:
 def plain_beam_search(
     of: Small | Ensemble, image: int, width: int, penalty: float = 0.0, n: int = 0
 ) -> tuple[tuple[int, ...], float]:
-    """One image and one hypothesis at a time, to the end: the best caption and its log-probability."""
+    """Searches for one image, one hypothesis at a time.
+
+    Args:
+      of: the decoder or ensemble.
+      image: the index of the image.
+      width: hypotheses.
+      penalty: the length penalty.
+      n: no run of n words may occur twice; 0: any run may.
+
+    Returns:
+      The best caption and its log-probability.
+    """
     live, ended = [((), 0.0)], []
     for t in range(T):
         after = []
@@ -125,11 +141,11 @@ MODELS = [{}, {"cell": "lstm", "initial_state": "mean", "attention_gate": True, 
 
 
 @pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}])
-def test_a_beam_of_one_is_greedy(options):
+def test_a_beam_of_width_one_equals_greedy_decoding(options):
     of = small(**options)
     greedy = of.run(method="greedy")
     found = of.run(beam_width=1, length_penalty=1.5)
-    assert len({len(caption(t)) for t in greedy.tokens_IT}) > 2  # or the test would show little
+    assert len({len(caption(t)) for t in greedy.tokens_IT}) > 2  # the captions have different lengths
     assert (found.tokens_IT == greedy.tokens_IT).all()
     np.testing.assert_allclose(found.log_prob_I, greedy.log_prob_I, rtol=1e-5)
     np.testing.assert_allclose(found.alpha_ITP, greedy.alpha_ITP, atol=1e-6)
@@ -137,7 +153,7 @@ def test_a_beam_of_one_is_greedy(options):
 
 @pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize(("width", "penalty", "n"), [(2, 0.0, 0), (5, 0.6, 2)])
-def test_it_finds_what_a_plain_beam_search_finds(options, width, penalty, n):
+def test_it_finds_the_captions_of_a_plain_beam_search(options, width, penalty, n):
     of = small(**options)
     found = of.run(beam_width=width, length_penalty=penalty, no_repeat_ngram=n)
     for i in range(I):
@@ -146,8 +162,8 @@ def test_it_finds_what_a_plain_beam_search_finds(options, width, penalty, n):
         np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
 
 
-def test_an_ensemble_finds_what_a_plain_beam_search_over_the_mean_probabilities_finds():
-    """And its attention is the mean of its members', on the way of the caption that is best."""
+def test_an_ensemble_finds_the_captions_of_a_plain_beam_search_over_mean_probabilities():
+    """Its attention weights are the means of its members' weights along the best caption."""
     of = Ensemble(*(small(**options) for options in MODELS))
     found = of.run(beam_width=3, length_penalty=1.0)
     for i in range(I):
@@ -159,7 +175,7 @@ def test_an_ensemble_finds_what_a_plain_beam_search_over_the_mean_probabilities_
     assert all((found.tokens_IT != tokens_IT).any() for tokens_IT in alone)
 
 
-def test_a_deep_and_tied_model_finds_what_a_plain_beam_search_finds():
+def test_a_deep_and_tied_decoder_finds_the_captions_of_a_plain_beam_search():
     of = small(output="deep", tied=True, head_dim=5, seed=4)
     found = of.run(beam_width=3)
     for i in range(I):
@@ -170,7 +186,7 @@ def test_a_deep_and_tied_model_finds_what_a_plain_beam_search_finds():
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7])
-def test_a_beam_as_wide_as_all_captions_finds_the_best_of_all(penalty):
+def test_a_beam_as_wide_as_the_number_of_captions_finds_the_best_caption(penalty):
     length, words = 4, range(END + 1, 7)
     of = Small(7, seed=22, end=0.0)
     every = [(*some, END) for n in range(length) for some in itertools.product(words, repeat=n)]
@@ -197,7 +213,7 @@ def test_a_greater_length_penalty_finds_longer_captions():
 
 
 @pytest.mark.parametrize("options", [{}, {"beam_width": 6, "length_penalty": 1.0, "no_repeat_ngram": 2}])
-def test_a_batch_is_its_images_one_by_one_and_over_devices(options):
+def test_an_images_caption_does_not_depend_on_the_batch_or_the_devices(options):
     together = small().run(**options)
     assert len({len(caption(t)) for t in together.tokens_IT}) > 1
     for i in range(I):
@@ -214,7 +230,7 @@ def test_a_batch_is_its_images_one_by_one_and_over_devices(options):
 
 
 @pytest.mark.parametrize("options", MODELS)
-def test_attention_and_log_probability_are_those_of_the_caption(options):
+def test_attention_and_log_probability_equal_teacher_forcing(options):
     of = small(**options)
     found = of.run(beam_width=4, length_penalty=1.0)
     assert found.alpha_ITP.shape == (I, T, 64)
@@ -225,7 +241,7 @@ def test_attention_and_log_probability_are_those_of_the_caption(options):
         np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], alpha, atol=1e-5)
         np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)].sum(-1), 1, rtol=1e-5)
         assert not found.alpha_ITP[i, len(tokens) :].any()
-    # The beams of an image look in different places: its attention is not that of whatever beam is first.
+    # Every image has different weights: the comparison above is not of constants.
     assert len({alpha.tobytes() for alpha in found.alpha_ITP[:, 1]}) == I
 
 
@@ -235,10 +251,10 @@ def test_no_run_of_words_occurs_twice(n):
     free, blocked = (small().run(params=longer, max_length=16, no_repeat_ngram=k) for k in (0, n))
     assert any(repeats(caption(t), n) for t in free.tokens_IT)
     assert not any(repeats(caption(t), n) for t in blocked.tokens_IT)
-    assert {len(caption(t)) for t in blocked.tokens_IT} == {16}  # not for being short
+    assert {len(caption(t)) for t in blocked.tokens_IT} == {16}  # no caption is short
 
 
-def test_where_every_word_would_repeat_the_caption_ends():
+def test_a_caption_ends_when_every_word_would_repeat():
     of = Small(6)
     found = of.run(params=of.biased(END=-50.0), beam_width=1, no_repeat_ngram=1)
     assert {len(caption(t)) for t in found.tokens_IT} == {3}  # both words, <end>
@@ -259,24 +275,25 @@ def test_captions_hold_words_then_one_end_then_padding(width, bias, length):
         (end,) = np.flatnonzero(tokens_T == END)
         assert (tokens_T[end + 1 :] == PAD).all()
         assert not set(tokens_T[:end].tolist()) & {PAD, UNK, START}
-        if "END" in bias and width < V - 4:  # a wider beam holds the empty caption, which is no worse than the others
+        # A wider beam holds the empty caption, whose log-probability is no lower than the others'.
+        if "END" in bias and width < V - 4:
             assert end == length - 1
     assert np.isfinite(found.log_prob_I).all()
 
 
 @pytest.mark.parametrize("method", ["beam", "greedy", "sample"])
-def test_a_broken_models_captions_hold_known_ids(method):
+def test_captions_hold_known_ids_even_if_parameters_are_nan(method):
     found = small().run(params=jax.tree.map(lambda x: x * jnp.nan, small().params), method=method)
     assert 0 <= found.tokens_IT.min() <= found.tokens_IT.max() < V
 
 
 @pytest.mark.parametrize("size", [16, 64, 304])
 @pytest.mark.parametrize("k", [1, 2, 5, 12])
-def test_the_best_words_by_blocks_are_those_of_top_k(size, k):
-    for x_NV in (jax.random.normal(jax.random.key(1), (50, size)), jnp.full((2, size), -jnp.inf)):
-        # Rounded: many are equal, and of these the first are asked for.
-        for x in (x_NV, jnp.round(2 * x_NV)):
+def test_the_best_words_by_blocks_equal_top_k(size, k):
+    for x_BV in (jax.random.normal(jax.random.key(1), (50, size)), jnp.full((2, size), -jnp.inf)):
+        # Many rounded numbers are equal: the first of them must be found.
+        for x in (x_BV, jnp.round(2 * x_BV)):
             values, ids = beam_search._top_words(x, k, block=8)
-            expected, places = jax.lax.top_k(x[:, FIRST_WORD:], k)
+            expected, index = jax.lax.top_k(x[:, FIRST_WORD:], k)
             np.testing.assert_array_equal(values, expected)
-            np.testing.assert_array_equal(ids, places + FIRST_WORD)
+            np.testing.assert_array_equal(ids, index + FIRST_WORD)

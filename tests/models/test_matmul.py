@@ -1,4 +1,4 @@
-"""A linear layer's product and its gradients are those of JAX's own."""
+"""A linear layer with `matmul.dot_general` gives the outputs and gradients of JAX's own product."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from flaxcap.models.matmul import dot_general, kernel_gradient, product
 SHAPES = st.tuples(st.lists(st.integers(1, 4), max_size=3), st.integers(1, 9), st.integers(1, 9))
 
 
-@settings(max_examples=8)  # each four programs to compile
+@settings(max_examples=8)  # each example compiles four programs
 @given(SHAPES, st.sampled_from(["float32", "bfloat16"]))
-def test_a_layer_is_the_same_function_with_the_same_gradients(shape, dtype):
+def test_outputs_and_gradients_equal_those_of_jax(shape, dtype):
     *leading, inner, columns = *shape[0], *shape[1:]
     rng = np.random.default_rng(inner)
     x = rng.standard_normal((*leading, inner)).astype(np.float32)
@@ -34,8 +34,8 @@ def test_a_layer_is_the_same_function_with_the_same_gradients(shape, dtype):
 
 @settings(max_examples=8)
 @given(SHAPES, st.integers(0, 2**32))
-def test_what_is_rounded_is_multiplied_and_summed_in_float32(shape, seed):
-    """Products of bfloat16 numbers are exact in float32: only the order of a sum is free."""
+def test_rounded_numbers_are_multiplied_and_summed_in_float32(shape, seed):
+    """Products of bfloat16 numbers are exact in float32. Only the order of the sum may differ."""
     *leading, inner, columns = *shape[0], *shape[1:]
     rng = np.random.default_rng(seed)
     x, kernel, d_y = (
@@ -53,7 +53,7 @@ def test_what_is_rounded_is_multiplied_and_summed_in_float32(shape, seed):
 
 
 def test_a_kernels_gradient_is_summed_in_float32():
-    """In bfloat16, 1 added to 256 is 256."""
+    """In bfloat16, 256 + 1 is 256."""
     ones = jnp.ones((4, 1000, 1), jnp.bfloat16)
     found = kernel_gradient(ones, ones, "bfloat16")
     assert found.dtype == jnp.float32

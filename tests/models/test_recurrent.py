@@ -1,4 +1,4 @@
-"""The decoder against a plain reference, and what teacher forcing must and must not see."""
+"""The recurrent decoder equals tests/reference.py, and logits depend on no later token and no other caption."""
 
 import dataclasses
 import functools
@@ -13,11 +13,11 @@ from jax.test_util import check_grads
 
 from flaxcap.config import Config, Model
 from flaxcap.models import decoder as decoder_lib
-from flaxcap.models import output_layer
+from flaxcap.models import output_layer, recurrent
 from flaxcap.text.vocabulary import START
 
 F, V, P = 12, 30, 64
-# Each option with each value, and with each cell.
+# Each value of each option occurs with both cells.
 OPTIONS = [
     {"cell": cell, "attention_gate": gate, "initial_state": state, "positions": gate != (state == "mean")}
     | {"output": output, "tied": tied}
@@ -33,6 +33,10 @@ OPTIONS = [
 ]
 
 
+def logits(decoder: decoder_lib.CaptionDecoder, states: jax.Array) -> jax.Array:
+    return output_layer.logits(decoder.output_weights(), states)
+
+
 def small(**options: Any) -> Config:
     sizes: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
     if options.get("tied"):
@@ -42,7 +46,7 @@ def small(**options: Any) -> Config:
 
 @pytest.fixture(params=OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def case(request):
-    """A small decoder with every parameter away from zero, and inputs for it."""
+    """Returns config, bind, parameters that are all different from zero, feats_IPF and tokens_ICT."""
     config = small(**request.param)
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     params = init(jax.random.key(0))
@@ -54,10 +58,10 @@ def case(request):
     return config, bind, jax.tree.unflatten(tree, noisy), feats_IPF, tokens_ICT
 
 
-def test_logits_are_the_papers_formulas(case):
+def test_logits_equal_the_reference(case):
     config, bind, params, feats_IPF, tokens_ICT = case
-    captioner = bind(params)
-    logits_TICV = captioner.logits(captioner(feats_IPF, tokens_ICT)[0])
+    decoder = bind(params)
+    logits_TICV = logits(decoder, decoder(feats_IPF, tokens_ICT)[0])
     for i, c in np.ndindex(2, 3):
         expected = reference.in_float64(
             functools.partial(reference.logits, config.model), params, feats_IPF[i], tokens_ICT[i, c]
@@ -67,28 +71,29 @@ def test_logits_are_the_papers_formulas(case):
 
 def test_teacher_forced_logits_equal_stepwise_logits(case):
     _, bind, params, feats_IPF, tokens_ICT = case
-    captioner = bind(params)
-    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
-    memory = captioner.remember(feats_IPF)
-    carry = captioner.start(memory, 3)
-    for t in range(tokens_ICT.shape[-1]):
-        words_ICE = captioner.embedding(tokens_ICT[..., t])
-        carry, alpha_ICP, context_ICE = captioner.cell(memory, carry, captioner.word(words_ICE))
-        states_ICS = captioner.deep(carry.hidden_ICH, context_ICE, words_ICE)
-        np.testing.assert_allclose(states_ICS, states_TICS[t], atol=1e-6)
-        np.testing.assert_allclose(alpha_ICP, alpha_TICP[t], atol=1e-6)
+    decoder = bind(params)
+    states_TICS, alpha_TICP = decoder(feats_IPF, tokens_ICT)
+    logits_TICV = logits(decoder, states_TICS)
+    time = tokens_ICT.shape[-1]
+    memory, tables = decoder.remember(feats_IPF), decoder.tables()
+    carry = decoder.start(memory, 3, time)
+    for t in range(time):
+        carry, states_IKS, alpha_IKP = decoder.step(tables, memory, carry, tokens_ICT[..., t], jnp.int32(t))
+        np.testing.assert_allclose(states_IKS, states_TICS[t], atol=1e-6)
+        np.testing.assert_allclose(alpha_IKP, alpha_TICP[t], atol=1e-6)
+        np.testing.assert_allclose(logits(decoder, states_IKS), logits_TICV[t], atol=1e-5)
 
 
 def test_logits_ignore_later_tokens_and_other_captions(case):
-    """By gradient: the logits at (image 0, caption 1, t) depend on the embeddings of tokens 0 … t of that caption."""
+    """The logits at (image 0, caption 1, token t) have gradients for the embeddings of tokens 0 … t of that caption."""
     _, bind, params, feats_IPF, _ = case
     distinct_ICT = jnp.arange(30).reshape(2, 3, 5)
 
     def logits_at(params, t):
-        captioner = bind(params)
-        # Tied, the embedding is also the output layer's: that is not what is asked.
-        output = jax.lax.stop_gradient(captioner.output_weights())
-        return output_layer.logits(output, captioner(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
+        decoder = bind(params)
+        # A tied output layer would have gradients for all words.
+        output = jax.lax.stop_gradient(decoder.output_weights())
+        return output_layer.logits(output, decoder(feats_IPF, distinct_ICT)[0])[t, 0, 1].sum()
 
     gradient = jax.jit(jax.grad(logits_at))
     for t in range(5):
@@ -97,18 +102,18 @@ def test_logits_ignore_later_tokens_and_other_captions(case):
 
 
 def test_the_state_carries_from_step_to_step(case):
-    """TensorFlow's tutorial calls its GRU without the state: there, the same token always gives the same logits."""
+    """TensorFlow's tutorial calls its GRU without the state. There, the same token always gives the same logits."""
     _, bind, params, feats_IPF, _ = case
-    captioner = bind(params)
+    decoder = bind(params)
     same = jnp.full((2, 1, 4), 7)
-    states_TICS, _ = captioner(feats_IPF, same)
+    states_TICS, _ = decoder(feats_IPF, same)
     steps = np.abs(np.diff(np.asarray(states_TICS), axis=0)).max((1, 2, 3))
     assert (steps > 1e-3).all()
-    changed = captioner(feats_IPF, same.at[..., 0].set(8))[0]
+    changed = decoder(feats_IPF, same.at[..., 0].set(8))[0]
     assert np.abs(changed[-1] - states_TICS[-1]).max() > 1e-4
 
 
-def test_attention_weights_sum_to_one_and_follow_the_image(case):
+def test_attention_weights_sum_to_one_and_depend_on_the_image(case):
     _, bind, params, feats_IPF, tokens_ICT = case
     _, alpha_TICP = bind(params)(feats_IPF, tokens_ICT)
     np.testing.assert_allclose(alpha_TICP.sum(-1), 1, atol=1e-5)
@@ -118,14 +123,14 @@ def test_attention_weights_sum_to_one_and_follow_the_image(case):
 
 @pytest.mark.parametrize("output", ["state", "deep"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
-    """It keeps a bias of its own; what the output layers take is as wide as `states` says."""
+def test_a_tied_output_has_the_embeddings_kernel_and_its_own_bias(output, tied):
+    """S, the width of the states, is the number of inputs of the output layers."""
     config = small(output=output, tied=tied)
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
     params = init(jax.random.key(0))
     sizes = config.model
     width = sizes.hidden_dim + (sizes.image_dim + sizes.embedding_dim if output == "deep" else 0)
-    assert bind(params).states == width == params["head"]["kernel"].shape[0]
+    assert recurrent._states(sizes) == width == params["head"]["kernel"].shape[0]
     assert set(params["vocabulary"]) == ({"bias"} if tied else {"kernel", "bias"})
     assert params["vocabulary"]["bias"].shape == (V,)
     weights = bind(params).output_weights()
@@ -134,18 +139,18 @@ def test_a_tied_output_has_the_embeddings_weights_and_no_others(output, tied):
     assert np.array_equal(weights.vocabulary["kernel"], params["embedding"]["embedding"].T) == tied
 
 
-def test_a_deep_output_sees_the_word_and_the_place_as_well_as_the_state():
-    """Show, Attend and Tell, equation 7: what the output takes is the state, the context and the word side by side."""
+def test_a_deep_output_takes_the_state_the_context_and_the_word():
+    """Show, Attend and Tell, equation 7: the three are concatenated."""
     config = small(output="deep")
     bind, init = decoder_lib.create(config, decoder_lib.Sizes(P, F, V))
-    captioner = bind(init(jax.random.key(0)))
+    decoder: Any = bind(init(jax.random.key(0)))
     feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
     tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
-    states_TICS, alpha_TICP = captioner(feats_IPF, tokens_ICT)
+    states_TICS, alpha_TICP = decoder(feats_IPF, tokens_ICT)
     hidden, image = config.model.hidden_dim, config.model.image_dim
-    context_TICE = jnp.einsum("ticp,ipe->tice", alpha_TICP, captioner.remember(feats_IPF).values_IPE)
-    np.testing.assert_allclose(states_TICS[..., hidden : hidden + image], context_TICE, atol=1e-5)
-    words_ICTE = captioner.embedding(tokens_ICT)
+    context_TICD = jnp.einsum("ticp,ipd->ticd", alpha_TICP, decoder.remember(feats_IPF).values_IPD)
+    np.testing.assert_allclose(states_TICS[..., hidden : hidden + image], context_TICD, atol=1e-5)
+    words_ICTE = decoder.embedding(tokens_ICT)
     np.testing.assert_array_equal(states_TICS[..., hidden + image :], jnp.moveaxis(words_ICTE, 2, 0))
 
 
@@ -157,25 +162,25 @@ def test_bf16_stays_near_f32_and_keeps_f32_parameters_and_logits(options):
     half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
     feats_IPF = jax.random.normal(jax.random.key(2), (2, P, F))
     tokens_ICT = jax.random.randint(jax.random.key(3), (2, 3, 5), 4, V)
-    logits = []
+    found = []
     for c in (config, half):
         bind, init_c = decoder_lib.create(c, decoder_lib.Sizes(P, F, V))
         assert {x.dtype for x in jax.tree.leaves(init_c(jax.random.key(0)))} == {jnp.dtype("float32")}
-        captioner = bind(params)
-        states_TICS, _ = captioner(feats_IPF, tokens_ICT)
+        decoder = bind(params)
+        states_TICS, _ = decoder(feats_IPF, tokens_ICT)
         assert states_TICS.dtype == c.train.dtype
-        logits.append(captioner.logits(states_TICS))
-    assert logits[1].dtype == jnp.float32
-    np.testing.assert_allclose(logits[0], logits[1], atol=0.03)
-    assert np.abs(logits[0] - logits[1]).max() > 0
+        found.append(logits(decoder, states_TICS))
+    assert found[1].dtype == jnp.float32
+    np.testing.assert_allclose(found[0], found[1], atol=0.03)
+    assert np.abs(found[0] - found[1]).max() > 0
 
 
-def test_gradients_are_those_of_finite_differences(case):
-    """Also through the attention, whose forward pass is computed again for them."""
+def test_gradients_equal_finite_differences(case):
+    """The gradients of attention and of the cell are written by hand."""
     _, bind, params, feats_IPF, tokens_ICT = case
 
     def loss(params):
-        captioner = bind(params)
-        return (captioner.logits(captioner(feats_IPF, tokens_ICT)[0]) ** 2).mean()
+        decoder = bind(params)
+        return (logits(decoder, decoder(feats_IPF, tokens_ICT)[0]) ** 2).mean()
 
     check_grads(loss, (params,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2, eps=1e-2)

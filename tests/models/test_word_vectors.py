@@ -1,4 +1,4 @@
-"""Word vectors of a text file become the embedding's first rows; a bad file is named with its line."""
+"""Word vectors from a text file replace the embeddings of known words. Errors name the file and the line."""
 
 import pathlib
 
@@ -24,7 +24,7 @@ def write(path: pathlib.Path, text: str) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("header", ["", "4 3\n"])
-def test_vectors_of_known_words_are_found(tmp_path, header):
+def test_the_vectors_of_known_words_are_read(tmp_path, header):
     file = write(tmp_path, header + "the 9 9 9\ndog 1 2.5 -3e-1\ncafé 0 0 1\n. 1 1 1\n")
     found = word_vectors.read(file, WORDS, 3)
     assert {WORDS.tokens[i]: v.tolist() for i, v in found.items()} == {
@@ -43,14 +43,14 @@ def test_vectors_of_known_words_are_found(tmp_path, header):
         ("", "has none"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, text, message):
+def test_an_error_names_the_file_and_the_line(tmp_path, text, message):
     file = write(tmp_path, text)
     with pytest.raises(EmbeddingsError, match=message) as error:
         word_vectors.read(file, WORDS, 3)
     assert str(file) in str(error.value)
 
 
-def test_a_missing_or_binary_file_is_named(tmp_path):
+def test_an_error_names_a_missing_or_binary_file(tmp_path):
     with pytest.raises(EmbeddingsError, match=r"model\.embeddings=.*nothere.*cannot be read"):
         word_vectors.read(tmp_path / "nothere", WORDS, 3)
     (tmp_path / "binary").write_bytes(b"dog 1 2 3\n\xff\xfe 1 2 3\n")
@@ -58,7 +58,7 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
         word_vectors.read(tmp_path / "binary", WORDS, 3)
 
 
-def test_a_run_starts_with_them(tmp_path, capsys):
+def test_a_run_starts_with_the_vectors(tmp_path, capsys):
     config = tiny_config(epochs=1, learning_rate=1e-9, warmup_steps=0)
     config.model.embeddings = str(write(tmp_path, "dog 1 2 3 4 5\nelsewhere 1 1 1 1 1\ncat 5 4 3 2 1\n"))
     prepared = write_store(tmp_path, config)

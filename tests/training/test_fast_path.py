@@ -81,6 +81,10 @@ def config_of(case: Case, **train: Any) -> Config:
     return Config(model=Model(cell=case.cell, **sizes, **options), train=Train(**terms | train))
 
 
+def sizes_of(case: Case) -> decoder_lib.Sizes:
+    return decoder_lib.Sizes(64 if case.positions else case.grid, case.features, case.vocabulary)
+
+
 def batch(case: Case) -> tuple[Any, Any]:
     """feats_IPF and tokens_ICT."""
     rng = np.random.default_rng(case.seed)
@@ -89,8 +93,8 @@ def batch(case: Case) -> tuple[Any, Any]:
         length = {"any": rng.integers(2, case.longest + 1), "shortest": 2, "same": case.longest}[case.lengths]
         if case.lengths != "any" or rng.random() < 0.7 or (i, c) == (0, 0):
             tokens_ICT[i, c, :length] = [START, *rng.integers(4, case.vocabulary, length - 2), END]
-    grid = 64 if case.positions else case.grid
-    return rng.standard_normal((case.images, grid, case.features)).astype(np.float32), tokens_ICT
+    positions = sizes_of(case).positions
+    return rng.standard_normal((case.images, positions, case.features)).astype(np.float32), tokens_ICT
 
 
 def parameters(init: Any, case: Case) -> Any:
@@ -114,7 +118,7 @@ def mean_loss(bind: Any, config: Config, params: Any, feats_IPF: Any, tokens_ICT
 
 
 def fast(config: Config, case: Case, params: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    bind, _ = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
+    bind, _ = decoder_lib.create(config, sizes_of(case))
 
     def run(params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
         return jax.value_and_grad(mean_loss, 2, has_aux=True)(bind, config, params, feats_IPF, tokens_ICT)
@@ -135,7 +139,7 @@ def test_loss_and_every_gradient_are_the_plain_models(case):
     Of the layer, not of each array: the gate has one bias, whose gradient is a sum that may come near to nothing.
     """
     config = config_of(case)
-    _, init = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
+    _, init = decoder_lib.create(config, sizes_of(case))
     params = parameters(init, case)
     losses, grads = fast(config, case, params)
 
@@ -168,12 +172,12 @@ def layers_of(params: Any) -> dict[str, dict[str, Any]]:
 def test_attention_does_saturate_in_the_case_of_that_name():
     """Some energies are beyond float32's tanh, and some are not: else it would be no test of both."""
     config = config_of(SATURATED)
-    bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, SATURATED.features, SATURATED.vocabulary))
-    captioner = bind(parameters(init, SATURATED))
+    bind, init = decoder_lib.create(config, sizes_of(SATURATED))
+    decoder: Any = bind(parameters(init, SATURATED))
     feats_IPF, tokens_ICT = batch(SATURATED)
-    keys_IPA = jnp.log(captioner.remember(feats_IPF).keys_IPA) / 2
-    hidden_TICH, _ = captioner(feats_IPF, tokens_ICT)
-    query_TICA = captioner.cell.recurrent(hidden_TICH)[..., : config.model.attention_dim]
+    keys_IPA = jnp.log(decoder.remember(feats_IPF).exp_keys_IPA) / 2
+    hidden_TICH, _ = decoder(feats_IPF, tokens_ICT)
+    query_TICA = decoder.cell.recurrent(hidden_TICH)[..., : config.model.attention_dim]
     energies = np.abs(keys_IPA[None, :, None] + query_TICA[..., None, :])
     assert (energies > 9).mean() > 0.2
     assert (energies < 3).mean() > 0.1
@@ -190,7 +194,7 @@ def test_bfloat16_gradients_point_where_those_of_float32_do(cell, output, rounde
     """
     case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0, output)
     config = config_of(case)
-    _, init = decoder_lib.create(config, decoder_lib.Sizes(64, case.features, case.vocabulary))
+    _, init = decoder_lib.create(config, sizes_of(case))
     # Weights as wide layers have them, so that nothing saturates.
     params = jax.tree.map(lambda x: 2 * x / np.sqrt(x.shape[0]), parameters(init, case))
     found = []

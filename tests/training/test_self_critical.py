@@ -1,4 +1,4 @@
-"""Self-critical training: captions that the model draws, weighed by their worth, teach it to draw better ones."""
+"""Self-critical training: sampled captions, weighted by their CIDEr-D, train the decoder to sample better captions."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 
 class Run:
-    """What a run has at hand, on so many devices."""
+    """The parts of a self-critical run on `devices` devices. `run`: batches in a dispatch."""
 
     def __init__(self, data_dir: pathlib.Path, config: Config = CONFIG, devices: int = 2, run: int = 2):
         prepared = Store.finished(data_dir, config)
@@ -48,17 +48,17 @@ class Run:
         schedule = learning_rate(config.train, 10)
         optimizer = make_optimizer(config.train)
         self.state = init_state(init, optimizer, 0, self.mesh)
-        self.draw = self_critical.SelfCritical(bind, config, self.mesh, self.feed, self.vocabulary, self.captions)
+        self.sample = self_critical.SelfCritical(bind, config, self.mesh, self.feed, self.vocabulary, self.captions)
         self.step = self_critical.make_train_step(bind, optimizer, schedule, self.mesh, config.train)
         self.plain_step = step_lib.make_train_step(bind, optimizer, schedule, self.mesh, CONFIG.train, 1)
 
     def dispatches(self, first: int, last: int) -> Any:
         return self.feed.ahead(self.plan.dispatches(first, last))
 
-    def drawn(self) -> tuple[Any, Inputs, Inputs]:
-        """An epoch's only dispatch: its batches, what was fed, and what the model made of it."""
+    def sampled(self) -> tuple[Any, Inputs, Inputs]:
+        """Returns the batches of an epoch's only dispatch, its inputs, and the inputs with sampled captions."""
         batches, inputs = next(iter(self.dispatches(0, self.plan.steps_per_epoch)))
-        return batches, inputs, self.draw(self.state, inputs, batches)[0]
+        return batches, inputs, self.sample(self.state, inputs, batches)[0]
 
     def texts(self, tokens_ICT: Any) -> list[str]:
         return [self.vocabulary.decode(t[1:]) for t in np.asarray(tokens_ICT).reshape(-1, np.shape(tokens_ICT)[-1])]
@@ -70,7 +70,7 @@ def two(data_dir) -> Run:
 
 
 def encoded(run: Run, texts: list[str], length: int = 10) -> np.ndarray:
-    """Captions as the model draws them: words, <end>, <pad>."""
+    """Returns captions as they are sampled: words, <end>, <pad>."""
     tokens_BT = np.full((len(texts), length), PAD, np.int32)
     for tokens_T, text in zip(tokens_BT, texts, strict=True):
         ids = run.vocabulary.encode(text, length + 1)[1:]
@@ -78,18 +78,18 @@ def encoded(run: Run, texts: list[str], length: int = 10) -> np.ndarray:
     return tokens_BT
 
 
-def test_a_captions_weight_is_its_reward_above_the_mean_of_its_images_others(two):
-    """So an image's weights add up to nothing, and its better captions have positive ones."""
+def test_a_captions_weight_is_its_reward_above_the_mean_of_the_images_other_captions(two):
+    """An image's weights sum to 0, and its better captions have positive weights."""
     rows_I = np.array([3, 7])
     texts = [[two.captions[row][0], "a", f"{two.captions[row][0]} mat mat", "under under big"] for row in rows_I]
     tokens_ICT = np.stack([encoded(two, some) for some in texts])
-    weight_IC, mean = two.draw._advantages(tokens_ICT, rows_I)
+    weight_IC, mean = two.sample._advantages(tokens_ICT, rows_I)
     np.testing.assert_allclose(weight_IC.sum(1), 0, atol=1e-6)
     assert (weight_IC.argmax(1) == 0).all()
     assert (weight_IC[:, 0] > 0.5).all()
     assert (weight_IC[:, 3] < 0).all()
 
-    # CIDEr-D of the captions with their ends, which are a word of each here.
+    # <end> counts as a word: "theend" stands for it here.
     scorer = scorer_lib.Scorer([[f"{text} theend" for text in some] for some in two.captions])
     flat = [f"{text} theend" for some in texts for text in some]
     rewards_IC = scorer.cider(flat, np.repeat(rows_I, 4)).reshape(2, 4)
@@ -98,30 +98,30 @@ def test_a_captions_weight_is_its_reward_above_the_mean_of_its_images_others(two
     np.testing.assert_allclose(mean, rewards_IC.mean(), rtol=1e-5)
 
 
-def test_a_caption_that_breaks_off_is_worth_less_than_one_that_ends(two):
-    """Its end is a word: without, the one that stops before its last word would lose little."""
+def test_a_caption_without_its_last_word_has_a_lower_reward(two):
+    """<end> counts as a word. Otherwise a caption that stops before its last word would lose little."""
     row = max(range(11), key=lambda row: len(two.captions[row][0].split()))
-    whole = two.captions[row][0].split()
-    assert len(whole) > 3
-    tokens_1CT = encoded(two, [" ".join(whole), " ".join(whole[:-1])])[None]
-    assert np.diff(two.draw._advantages(tokens_1CT, np.array([row]))[0])[0, 0] < -0.5
+    words = two.captions[row][0].split()
+    assert len(words) > 3
+    tokens_1CT = encoded(two, [" ".join(words), " ".join(words[:-1])])[None]
+    assert np.diff(two.sample._advantages(tokens_1CT, np.array([row]))[0])[0, 0] < -0.5
 
 
-def test_captions_that_are_alike_and_empty_places_have_no_weight(two):
+def test_equal_captions_and_padding_have_no_weight(two):
     tokens_ICT = np.stack([encoded(two, ["a dog runs"] * 4), encoded(two, ["a dog", "a", "a cat", "mat"])])
-    np.testing.assert_array_equal(two.draw._advantages(tokens_ICT, np.array([2, -1]))[0], 0)
+    np.testing.assert_array_equal(two.sample._advantages(tokens_ICT, np.array([2, -1]))[0], 0)
 
 
-def test_drawn_captions_take_the_place_of_the_true_ones(two):
-    """<start>, words, <end>, <pad>, to one of few lengths; an image's differ; weights add up to nothing."""
-    batches, inputs, found = two.drawn()
+def test_sampled_captions_replace_the_true_captions(two):
+    """They are <start>, words, <end> and <pad>, of few lengths. An image's captions differ; its weights sum to 0."""
+    batches, inputs, found = two.sampled()
     assert len(batches) == 2 == two.plan.steps_per_epoch
     tokens_JICT, weight_JIC = np.asarray(found.tokens_JICT), np.asarray(found.weight_JIC)
     assert tokens_JICT.shape[:3] == inputs.tokens_JICT.shape[:3] == (2, 8, 4)
     assert tokens_JICT.shape[-1] in [*two.plan.buckets, 11]
     assert (tokens_JICT != PAD).sum(-1).max() <= tokens_JICT.shape[-1]
     rows_JI = np.stack([batch.rows_I for batch in batches])
-    assert (rows_JI < 0).sum() == 5  # empty places, which have no weight
+    assert (rows_JI < 0).sum() == 5  # padding, which has no weight
     for j, i in zip(*np.nonzero(rows_JI >= 0), strict=True):
         assert len(np.unique(tokens_JICT[j, i], axis=0)) == 4
         for tokens_T in tokens_JICT[j, i]:
@@ -132,7 +132,7 @@ def test_drawn_captions_take_the_place_of_the_true_ones(two):
     np.testing.assert_allclose(weight_JIC.sum(-1), 0, atol=1e-5)
     assert (weight_JIC[rows_JI < 0] == 0).all()
     assert np.abs(weight_JIC[rows_JI >= 0]).max() > 0.05
-    # Each caption is weighed as one of its own image.
+    # Each caption is compared with the true captions of its own image.
     scorer = scorer_lib.Scorer([[f"{text} theend" for text in some] for some in two.captions])
     for j, i in zip(*np.nonzero(rows_JI >= 0), strict=True):
         texts = [f"{text} theend" for text in two.texts(tokens_JICT[j, i])]
@@ -144,29 +144,29 @@ def test_drawn_captions_take_the_place_of_the_true_ones(two):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_any_number_of_devices_draws_the_same_captions(data_dir, two, devices):
-    batches, _, expected = two.drawn()
-    *_, found = Run(data_dir, devices=devices).drawn()
+def test_any_number_of_devices_samples_the_same_captions(data_dir, two, devices):
+    batches, _, expected = two.sampled()
+    *_, found = Run(data_dir, devices=devices).sampled()
     present_JI = np.stack([batch.rows_I for batch in batches]) >= 0
     ours, others = (np.asarray(x.tokens_JICT)[present_JI] for x in (found, expected))
     np.testing.assert_array_equal(ours, others)
     np.testing.assert_allclose(found.weight_JIC, expected.weight_JIC)
 
 
-def test_each_step_and_each_batch_draws_anew(two):
-    batches, inputs, found = two.drawn()
-    again, _ = two.draw(two.state, inputs, batches)
+def test_each_step_and_each_batch_samples_different_captions(two):
+    batches, inputs, found = two.sampled()
+    again, _ = two.sample(two.state, inputs, batches)
     np.testing.assert_array_equal(again.tokens_JICT, found.tokens_JICT)
-    later, _ = two.draw(two.state._replace(step=two.state.step + 1), inputs, batches)
+    later, _ = two.sample(two.state._replace(step=two.state.step + 1), inputs, batches)
     assert later.tokens_JICT.shape != found.tokens_JICT.shape or (later.tokens_JICT != found.tokens_JICT).any()
     same = inputs._replace(index_JI=jax.device_put(np.zeros_like(inputs.index_JI), inputs.index_JI.sharding))
-    first, second = np.asarray(two.draw(two.state, same, batches[:1] * 2)[0].tokens_JICT)
-    assert (first != second).any()  # of the same images
+    first, second = np.asarray(two.sample(two.state, same, batches[:1] * 2)[0].tokens_JICT)
+    assert (first != second).any()  # the images are the same
 
 
-def test_a_batch_that_is_not_meant_has_no_weight(two):
-    batches, inputs, _ = two.drawn()
-    found, cider_J = two.draw(two.state, inputs, batches[:1])
+def test_a_batch_of_padding_has_no_weight(two):
+    batches, inputs, _ = two.sampled()
+    found, cider_J = two.sample(two.state, inputs, batches[:1])
     assert np.abs(found.weight_JIC[0]).max() > 0
     assert len(cider_J) == 1
     assert (np.asarray(found.weight_JIC[1]) == 0).all()
@@ -181,21 +181,21 @@ NOISY: dict[str, Any] = {
 
 
 def words_only(params: Any, temperature: float = 1.0) -> Any:
-    """What is never drawn has no probability; logits are divided by the temperature."""
+    """Gives tokens that are never sampled no probability, and divides the logits by the temperature."""
     kernel, bias_V = (params["vocabulary"][name] for name in ("kernel", "bias"))
     return params | {"vocabulary": {"kernel": kernel / temperature, "bias": bias_V.at[:END].set(-1e9) / temperature}}
 
 
-def test_captions_are_drawn_and_learned_at_the_temperature(data_dir, two):
+def test_captions_are_sampled_and_learned_at_the_temperature(data_dir, two):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, cider_temperature=0.5))
     cool, plain = Run(data_dir, config), Run(data_dir)
     cooled = plain.state._replace(params=words_only(plain.state.params, 0.5))
     batches, inputs = next(iter(plain.dispatches(0, plain.plan.steps_per_epoch)))
-    ours, expected = cool.draw(cool.state, inputs, batches)[0], plain.draw(cooled, inputs, batches)[0]
+    ours, expected = cool.sample(cool.state, inputs, batches)[0], plain.sample(cooled, inputs, batches)[0]
     assert (np.asarray(ours.tokens_JICT) == expected.tokens_JICT).all()
     assert (
-        ours.tokens_JICT.shape != two.drawn()[2].tokens_JICT.shape
-        or (np.asarray(ours.tokens_JICT) != two.drawn()[2].tokens_JICT).any()
+        ours.tokens_JICT.shape != two.sampled()[2].tokens_JICT.shape
+        or (np.asarray(ours.tokens_JICT) != two.sampled()[2].tokens_JICT).any()
     )
     _, found = cool.step(cool.state, ours)
     _, of_plain = plain.plain_step(cooled, ours)
@@ -203,13 +203,13 @@ def test_captions_are_drawn_and_learned_at_the_temperature(data_dir, two):
     assert abs(float(found["loss"][0])) > 1e-3
 
 
-def test_the_step_has_nothing_of_a_recipe_but_the_weighted_cross_entropy(data_dir, two):
-    """Neither masks nor terms: the gradient is the reward's."""
-    _, _, found = two.drawn()
+def test_the_step_has_no_dropout_and_no_additional_terms(data_dir, two):
+    """Its gradient is that of the reward alone."""
+    _, _, found = two.sampled()
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **NOISY))
     noisy = Run(data_dir, config)
     ours, metrics_of_ours = as_for_users(noisy.step, noisy.state, found)
-    # What is never drawn has none of the gradient.
+    # Tokens that are never sampled have no gradient.
     state = Run(data_dir).state
     state = state._replace(params=words_only(state.params))
     expected, expected_metrics = as_for_users(noisy.plain_step, state, found)
@@ -218,16 +218,19 @@ def test_the_step_has_nothing_of_a_recipe_but_the_weighted_cross_entropy(data_di
 
 
 def as_for_users(step: Any, *args: Any) -> Any:
-    """Not quick to compile (see command.py): that would round two programs of the same sums differently."""
+    """Runs a step with the compiler options that users have.
+
+    With the tests' options (see command.py) XLA:CPU (jaxlib 0.10) rounds two programs of equal sums differently.
+    """
     return step.lower(*args).compile({"xla_cpu_use_fusion_emitters": True})(*args)
 
 
 @pytest.mark.parametrize("attention", ["soft", "hard"])
-def test_captions_without_weight_teach_nothing(data_dir, attention):
-    """Whatever is drawn: where no caption is better than the others, the parameters stay as they are."""
+def test_captions_without_weight_change_no_parameter(data_dir, attention):
+    """If no caption is better than the image's others, the gradient is 0."""
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, attention=attention))
     run = Run(data_dir, config)
-    _, _, found = run.drawn()
+    _, _, found = run.sampled()
     before = jax.device_get(run.state.params)
     weight_JIC = jax.device_put(np.zeros_like(found.weight_JIC), found.weight_JIC.sharding)
     state, step_metrics = run.step(run.state, found._replace(weight_JIC=weight_JIC))
@@ -235,10 +238,10 @@ def test_captions_without_weight_teach_nothing(data_dir, attention):
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
-def test_what_stands_in_empty_places_is_not_counted(data_dir):
-    """Neither as a caption nor among the tokens that the gradient is divided by."""
+def test_captions_of_padding_are_not_counted(data_dir):
+    """They are neither among the captions nor among the tokens that the gradient is divided by."""
     run = Run(data_dir)
-    batches, _, found = run.drawn()
+    batches, _, found = run.sampled()
     _, step_metrics = run.step(run.state, found)
     present_JI = np.stack([batch.rows_I for batch in batches]) >= 0
     words_JIC = (np.asarray(found.tokens_JICT)[..., 1:] != PAD).sum(-1)
@@ -246,19 +249,19 @@ def test_what_stands_in_empty_places_is_not_counted(data_dir):
     np.testing.assert_array_equal(step_metrics["tokens"], (words_JIC.sum(-1) * present_JI).sum(1))
 
 
-def test_a_model_learns_to_draw_captions_of_greater_reward(data_dir):
-    """From nothing, by its own captions alone: the mean CIDEr-D of those that it draws doubles."""
+def test_a_decoder_learns_to_sample_captions_of_higher_reward(data_dir):
+    """From random parameters, with sampled captions alone, the mean CIDEr-D doubles."""
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, learning_rate=5e-3))
     run = Run(data_dir, config)
     scorer = scorer_lib.Scorer(run.captions)
-    state, rewards, told = run.state, [], []
+    state, rewards, logged = run.state, [], []
     for batches, inputs in run.dispatches(0, 600):
-        found, cider_J = run.draw(state, inputs, batches)
+        found, cider_J = run.sample(state, inputs, batches)
         for j, batch in enumerate(batches):
             present = batch.rows_I >= 0
             texts = run.texts(np.asarray(found.tokens_JICT)[j, present])
             rewards.append(scorer.cider(texts, np.repeat(batch.rows_I[present], 4)).mean())
-            told.append(cider_J[j])
+            logged.append(cider_J[j])
         state, _ = run.step(state, found)
     assert np.mean(rewards[-40:]) > 2 * np.mean(rewards[:4]) > 0.2
-    assert np.mean(told[-40:]) > 2 * np.mean(told[:4]) > 0
+    assert np.mean(logged[-40:]) > 2 * np.mean(logged[:4]) > 0
