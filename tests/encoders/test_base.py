@@ -25,7 +25,9 @@ def test_an_encoder_is_made_from_its_preset(monkeypatch):
 
 
 def test_an_unknown_encoder_is_refused_with_a_hint():
-    with pytest.raises(ConfigError, match=r"--config\.encoder\.name=inception_v2: expected one of inception_v3; did you"):
+    with pytest.raises(
+        ConfigError, match=r"--config\.encoder\.name=inception_v2: expected one of inception_v3; did you"
+    ):
         base.make(Encoder("inception_v2"))
 
 
