@@ -1,4 +1,4 @@
-"""A COCO 2014 of a few small pictures: zips with the layout, member names and JSON keys of the real ones."""
+"""COCO 2014 in small: a few images, in zips with the real layout, member names and JSON keys."""
 
 import io
 import json
@@ -22,8 +22,18 @@ def write_coco_zips(
 ) -> dict[str, list[str]]:
     """Writes train2014.zip, val2014.zip, annotations_trainval2014.zip and caption_datasets.zip.
 
-    Returns the file names of each split. Image `i`, counted from 0 through train, restval, val and test, has
-    the id `id_of(i)`, the picture `jpeg_of(i)` and the captions `captions_of(i)`.
+    Images are numbered from 0 through train, restval, val and test. Image `number` has the id `id_of(number)`, the file
+    `jpeg_of(number)` and the captions `captions_of(number)`.
+
+    Args:
+      directory: for the zips.
+      n_train: images of the split train.
+      n_restval: images of the split restval.
+      n_val: images of the split val.
+      n_test: images of the split test.
+
+    Returns:
+      The file names of each split.
     """
     numbers = iter(range(n_train + n_restval + n_val + n_test))
     splits: dict[str, list[str]] = {}
@@ -57,9 +67,9 @@ def write_coco_zips(
         archive.close()
     with zipfile.ZipFile(directory / "annotations_trainval2014.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for year, tree in annotated.items():
-            tree["annotations"].reverse()  # the real ones are in no order either
+            tree["annotations"].reverse()  # the real annotations are not in order
             archive.writestr(f"annotations/captions_{year}.json", json.dumps(tree))
-    karpathy = karpathy[1::2] + karpathy[::2]  # the real one is not in the order of the splits
+    karpathy = karpathy[1::2] + karpathy[::2]  # the real file is not in the order of the splits
     with zipfile.ZipFile(directory / "caption_datasets.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("dataset_flickr8k.json", json.dumps({"images": [], "dataset": "flickr8k"}))
         archive.writestr("dataset_coco.json", json.dumps({"images": karpathy, "dataset": "coco"}))

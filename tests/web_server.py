@@ -1,4 +1,4 @@
-"""A web server on the loopback whose paths are the ways in which servers behave."""
+"""A web server on the loopback interface; each path is a way in which servers behave."""
 
 import http.server
 import threading
@@ -13,7 +13,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []  # paths
-        self.sent = 0  # bytes of /endless that were taken
+        self.sent = 0  # bytes of /endless that clients received
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01})
 
     def __enter__(self):
@@ -26,7 +26,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is what some tests are about."""
+        """Ignores clients that close the connection, as some tests do."""
 
     @property
     def url(self) -> str:
@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._headers(302, Location=query)
         elif path == "/round":
             self._headers(302, Location=f"/round?{query}x")
-        elif path == "/endless":  # no length said: it goes on until the client has enough
+        elif path == "/endless":  # no Content-Length: the body ends when the client closes the connection
             self._headers(200)
             while self.server.sent < 1 << 26:
                 self.server.sent += self.wfile.write(bytes(1 << 16))

@@ -1,1 +1,1 @@
-"""Image files: fetched, checked and decoded to pixels."""
+"""Image files: fetched, checked, and decoded to pixels."""

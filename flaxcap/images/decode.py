@@ -1,4 +1,4 @@
-"""From an image file's bytes, whoever sent them, to the square of pixels that an encoder takes."""
+"""Decoding: an image file from an untrusted source becomes the square of pixels that an encoder takes."""
 
 import contextlib
 import ctypes
@@ -19,15 +19,16 @@ from flaxcap.images import headers
 from flaxcap.images.headers import ImageError
 from flaxcap.images.preprocess import Preprocess, centre
 
-# Decoders that are part of Pillow; of the others some start programs (EPS), and all are rare.
+# Formats that Pillow 13 decodes itself. Others are rare, and EPS starts an external program.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-# The decoding of an image, for the manifest of a store: features of another decoding would not match.
+# Written to a store's manifest and to exports: features match only images that were decoded in the same way.
 DECODING = (
     "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored; large JPEG reduced;"
     " Pillow's antialiased resize"
 )
 
+# By EXIF orientation, the operation that turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,43 +38,44 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_FILTERS = threading.Lock()
+_FILTERS_LOCK = threading.Lock()
 
 MAX_PIXELS = 64_000_000
-BYTES_A_PIXEL = 17  # that decoding may take: WebP; others take 14
-MAX_MEMORY = MAX_PIXELS * BYTES_A_PIXEL  # of all pictures that are decoded at once
-_LARGE = MAX_MEMORY // 16  # a picture's memory that is given back at once
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+BYTES_A_PIXEL = 17  # memory of decoding: 17 bytes for WebP, up to 14 for other formats
+MAX_MEMORY = MAX_PIXELS * BYTES_A_PIXEL  # of all images that are being decoded
+_LARGE = MAX_MEMORY // 16  # from this size on, an image's memory is returned to the system at once
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 
-class _Memory:
-    """Lets pictures be decoded side by side as long as they take so many bytes together; the others wait."""
+class _MemoryBudget:
+    """Bounds the memory of images that are decoded concurrently; further threads wait."""
 
-    def __init__(self, most: int):
-        self._most = self._free = most
+    def __init__(self, total: int):
+        self._total = self._free = total
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def take(self, wanted: int) -> Iterator[None]:
-        wanted = min(wanted, self._most)  # what takes more than all goes alone
+    def reserve(self, size: int) -> Iterator[None]:
+        """Waits for `size` free bytes and reserves them. An image larger than the budget is decoded alone."""
+        size = min(size, self._total)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= wanted)
-            self._free -= wanted
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
         try:
             yield
         finally:
-            if wanted >= _LARGE and _TRIM is not None:
-                _TRIM(0)  # glibc keeps what a thread has freed for that thread: the next one's would come on top
+            if size >= _LARGE and _TRIM is not None:
+                _TRIM(0)  # glibc keeps freed memory for the thread that freed it: other threads could not use it
             with self._changed:
-                self._free += wanted
+                self._free += size
                 self._changed.notify_all()
 
 
-_MEMORY = _Memory(MAX_MEMORY)
+_MEMORY = _MemoryBudget(MAX_MEMORY)
 
 
 def describe(preprocess: Preprocess) -> dict[str, Any]:
-    """Returns JSON of what happens to an image before the encoder."""
+    """Returns the decoding and the preprocessing as JSON, for manifests."""
     fields = {name: list(x) if isinstance(x, tuple) else x for name, x in preprocess._asdict().items()}
     return {"decoding": DECODING} | fields
 
@@ -116,24 +118,44 @@ def _of_array(pixels: np.ndarray) -> Image.Image:
 def to_square(
     data: bytes, size: int, *, crop: float = 0.0, resample: str = "bilinear", max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """An image file's bytes -> uint8 `[size, size, 3]`; any thread may call it.
+    """Decodes an image file to a square. Thread-safe.
 
-    Transparent pixels are laid over white, the usual page behind such drawings. A JPEG at least four times as
-    large as needed is decoded at a half, a quarter or an eighth of its size, still twice as large as needed:
-    four times faster for a camera's picture, and within half a grey level of a full decoding on average.
-    ImageError if the bytes are empty, more than `size_limits.IMAGE`, cut off, damaged, not an image of `FORMATS`, one
-    of over `max_pixels`, or with a header that `headers.check` refuses; all but damage is seen before pixels are
-    unpacked. Memory: up to BYTES_A_PIXEL, and MAX_MEMORY (1.1 GB) for all threads together, beside at most 3 bytes
-    for each byte of the files in their hands.
+    Transparent pixels are composited over white, the usual background of such drawings. A JPEG at least four times as
+    large as needed is decoded at a half, a quarter or an eighth of its size, and at least twice as large as needed.
+    For a camera's image this takes a quarter of the time, and differs from a full decoding by less than half a grey
+    level on average.
+
+    Everything except damaged pixels is refused before pixels are unpacked. One image takes up to BYTES_A_PIXEL bytes
+    a pixel, and all threads together MAX_MEMORY (1.1 GB). Three bytes for each byte of the files come on top.
+
+    Args:
+      data: the bytes of the file.
+      size: pixels a side.
+      crop: share of the shorter side that a centre crop keeps; 0: the complete image, without its aspect.
+      resample: "bilinear" or "bicubic"; Pillow's, with antialiasing.
+      max_pixels: largest number of pixels in the file.
+
+    Returns:
+      uint8 [size, size, 3].
+
+    Raises:
+      ImageError: the file is empty, larger than `size_limits.IMAGE`, truncated, damaged, in none of `FORMATS`, has
+        more than `max_pixels` pixels, or has a header that `headers.check` refuses.
     """
     frame_of = functools.partial(_square, size, crop)
     return _decode(data, max_pixels, frame_of, Image.Resampling[resample.upper()])
 
 
 def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The picture to look at, uint8 `[Y, X, 3]`: its aspect is kept, and no side is over `longest`, or enlarged.
+    """Decodes an image file for display, with its aspect. Limits and errors are those of `to_square`.
 
-    All else is as in `to_square`.
+    Args:
+      data: the bytes of the file.
+      longest: pixels of the longer side. A smaller image is not enlarged.
+      max_pixels: largest number of pixels in the file.
+
+    Returns:
+      uint8 [Y, X, 3].
     """
 
     def frame(width: int, height: int) -> _Frame:
@@ -145,7 +167,7 @@ def to_thumbnail(data: bytes, longest: int = 480, *, max_pixels: int = MAX_PIXEL
 
 
 class _Frame(NamedTuple):
-    """The part of an image that is kept, and its size afterwards, before the image is turned upright."""
+    """The part of an image that is kept, and its size after resizing. The image is turned upright later."""
 
     width: int
     height: int
@@ -160,7 +182,7 @@ def _square(size: int, crop: float, width: int, height: int) -> _Frame:
 def _decode(
     data: bytes, max_pixels: int, frame_of: Callable[[int, int], _Frame], resample: Image.Resampling
 ) -> np.ndarray:
-    """Returns the frame's pixels. `frame_of(width, height)`: of a file of this size."""
+    """Decodes the part of an image file that `frame_of(width, height)` keeps, uint8 [Y, X, 3]."""
     if not data:
         raise ImageError("the file is empty")
     if len(data) > size_limits.IMAGE:
@@ -174,24 +196,24 @@ def _decode(
             if image.width * image.height > max_pixels:
                 raise ImageError(f"{image.width}x{image.height} pixels are more than the {max_pixels} allowed")
             frame, full = frame_of(*image.size), image.size
-            whole = image.width * image.height
+            full_pixels = image.width * image.height
             left, top, right, bottom = frame.box
             scales = frame.width / (right - left), frame.height / (bottom - top)
             drafted = image.draft(None, (math.ceil(2 * full[0] * scales[0]), math.ceil(2 * full[1] * scales[1])))
-            # libjpeg keeps all coefficients until the last scan; of a single scan it keeps a few rows.
-            kept = whole if scans > 1 or "progressive" in image.info else image.width * image.height
-            # Closed, it gives its pixels back first: else they would count as free while somebody holds its error.
-            with _MEMORY.take(kept * BYTES_A_PIXEL), contextlib.closing(image):
+            # libjpeg keeps all coefficients of several scans, but only a few rows of a single scan.
+            kept = full_pixels if scans > 1 or "progressive" in image.info else image.width * image.height
+            # Closed before its bytes are free for others: an exception's traceback would otherwise keep the pixels.
+            with _MEMORY.reserve(kept * BYTES_A_PIXEL), contextlib.closing(image):
                 return _resized(image, frame, _scaled(frame.box, full, drafted and drafted[1]), resample)
     except ImageError as error:
         reason = str(error)
     except UnidentifiedImageError:
-        reason = f"not an image, or a damaged header (read here: {', '.join(FORMATS)})"
+        reason = f"not an image, or a damaged header (expected {', '.join(FORMATS)})"
     except Image.DecompressionBombError as error:
         reason = f"too many pixels: {error}"
-    except Exception as error:  # for damaged files Pillow's decoders raise nearly every kind of exception
+    except Exception as error:  # Pillow 13's decoders raise many kinds for damaged files
         reason = f"damaged: {str(error) or type(error).__name__}"
-    raise ImageError(reason)  # a new one: what was raised holds the decoder, and with it the pixels
+    raise ImageError(reason)  # without the cause: its traceback holds the decoder with the pixels
 
 
 def _scaled(box: tuple, full: tuple[int, int], covered: tuple | None) -> tuple[float, float, float, float] | None:
@@ -215,7 +237,7 @@ def _resized(
 ) -> np.ndarray:
     image.load()
     orientation = _orientation(image)
-    # It is turned upright and laid over white after it was resized, when its pixels are few.
+    # Compositing and turning come after resizing, because the image then has fewer pixels.
     small = _eight_bit(image).resize((frame.width, frame.height), resample, box)
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
@@ -226,13 +248,13 @@ def _resized(
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image as L, RGB or RGBA."""
+    """Returns the image as L, RGB or RGBA."""
     if image.mode == "F":
-        raise ImageError("floating-point pixels, whose range is not known")
-    if image.mode.startswith("I"):  # 16 bits, also where Pillow keeps them in 32
+        raise ImageError("found floating-point pixels, whose range is unknown; expected 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow stores in 32 for some formats
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
-            raise ImageError("32-bit pixels, expected 8 or 16 bits")
+            raise ImageError("found 32-bit pixels, expected 8 or 16 bits")
         wide = pixels.astype(np.uint32) + 128
         wide //= 257  # 65535 / 255, rounded
         return Image.fromarray(wide.astype(np.uint8))
@@ -241,7 +263,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none, or damaged metadata on a sound picture."""
+    """Returns EXIF's orientation, 1 to 8; 1 if there is none or the metadata are damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -249,11 +271,11 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _silence_pillow() -> None:
-    """Has Python ignore, from now on, the warnings that Pillow's modules give about odd files.
+    """Makes Python ignore Pillow's warnings about odd files from now on.
 
-    `warnings.catch_warnings` swaps a list that all threads share, so it cannot be put around each image.
+    warnings.catch_warnings() around each image is not thread-safe: Python 3.11 replaces a list that all threads share.
     """
     entry = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-    with _FILTERS:
+    with _FILTERS_LOCK:
         if entry not in warnings.filters:
             warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -1,4 +1,4 @@
-"""Pictures from wherever a user names them: files, directories, web addresses."""
+"""Image files from the user's sources: files, directories and web addresses."""
 
 import concurrent.futures
 import http.client
@@ -19,19 +19,23 @@ from flaxcap.errors import UserError, cut, plain
 from flaxcap.files import integrity, size_limits
 
 MAX_BYTES = size_limits.IMAGE
-TIMEOUT_S = 20  # that a server may be silent
-TOTAL_S = 60  # that a whole download may take
+TIMEOUT_S = 20  # without data from the server
+TOTAL_S = 60  # for a complete download
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as an IPv6 network alone reaches them
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses, as an IPv6-only network reaches them
 
 
 class FetchError(UserError):
-    """A picture that cannot be had, and why."""
+    """An image file that cannot be read or downloaded; the message is the reason."""
 
 
 def names(sources: list[str]) -> Iterator[str]:
-    """Files and addresses as they stand, a directory's pictures by name. FetchError for what there is not."""
+    """Yields files and addresses unchanged, and for a directory its image files, sorted by name.
+
+    Raises:
+      FetchError: a file or directory does not exist, or a directory contains no image file.
+    """
     for source in sources:
         if integrity.is_remote(source):
             yield source
@@ -41,19 +45,24 @@ def names(sources: list[str]) -> Iterator[str]:
             folder = pathlib.Path(path)
             found = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not found:
-                raise FetchError(f"{source}: the directory holds no picture ({', '.join(sorted(SUFFIXES))})")
+                raise FetchError(f"{source}: found no image in the directory, expected {', '.join(sorted(SUFFIXES))}")
             yield from found
         elif os.path.isfile(path):
             yield path
         else:
-            raise FetchError(f"{source}: no such file or directory, and no http(s) address")
+            raise FetchError(f"{source}: no such file or directory, and not an http(s) address")
 
 
 def read(name: str, *, private: bool = False) -> bytes:
-    """The bytes of a file or address, at most MAX_BYTES. FetchError says why not.
+    """Reads a file or downloads an address.
 
-    Addresses of this machine and of local networks are read, and the environment's proxies used, only if `private`:
-    they show what is not for everyone, and whoever wrote the list of pictures may not be who runs the program.
+    Args:
+      name: a path or an http(s) address.
+      private: allows addresses of this machine and of local networks, and the environment's proxies. These give access
+        to data that are not public, and the list of images may come from somebody else.
+
+    Raises:
+      FetchError: the file cannot be read, the download fails, or the file has more than MAX_BYTES.
     """
     if integrity.is_remote(name):
         return _download(name, private)
@@ -64,7 +73,7 @@ def read(name: str, *, private: bool = False) -> bytes:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet, not to this machine, a local network or no one."""
+    """Tells whether an IP address is on the public internet: not this machine's, a local network's or reserved."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.is_site_local:
@@ -75,16 +84,16 @@ def is_public(address: str) -> bool:
 
 
 def _connect(host: str, port: int) -> socket.socket:
-    """A connection to one of a host's public addresses; FetchError if it has none.
+    """Returns a connection to one of a host's public addresses; FetchError if it has none.
 
-    The name is looked up once: asked again, it could by then mean another address than the one that was checked.
+    The name is resolved once, and the checked address is used. A second lookup could return another address.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     public = [item for item in found if is_public(str(item[4][0]))]
     if not public:
         where = ", ".join(sorted({str(item[4][0]) for item in found}))
         meant = host if host == where else f"{host} ({where})"
-        raise FetchError(f"{meant} is no public address; --allow_private_urls would allow it")
+        raise FetchError(f"{meant} is not a public address; --allow_private_urls allows it")
     failed: OSError | None = None
     for family, kind, protocol, _, address in public:
         connection = socket.socket(family, kind, protocol)
@@ -98,28 +107,30 @@ def _connect(host: str, port: int) -> socket.socket:
     raise failed or OSError("no address")
 
 
-class _HTTP(http.client.HTTPConnection):
+class _PublicHTTP(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = _connect(self.host, self.port)
 
 
-class _HTTPS(http.client.HTTPSConnection):
+class _PublicHTTPS(http.client.HTTPSConnection):
     def connect(self) -> None:
         self.sock = ssl.create_default_context().wrap_socket(_connect(self.host, self.port), server_hostname=self.host)
 
 
-class _Handler(urllib.request.AbstractHTTPHandler):
+class _PublicHandler(urllib.request.AbstractHTTPHandler):
+    """Opens http and https addresses, on public hosts only."""
+
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HTTP, req)
+        return self.do_open(_PublicHTTP, req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_HTTPS, req)
+        return self.do_open(_PublicHTTPS, req)
 
 
 class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """A redirection may not leave the web either."""
+    """Follows redirections to http and https addresses only."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         try:
@@ -133,16 +144,16 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
 def _check_scheme(url: str) -> None:
     scheme = urllib.parse.urlsplit(url).scheme.lower()
     if scheme not in ("http", "https"):
-        raise FetchError(f"addresses start with http:// or https://, not {scheme}://")
+        raise FetchError(f"found {scheme}://, expected http:// or https://")
 
 
 def _opener(private: bool) -> urllib.request.OpenerDirector:
     if private:
         return urllib.request.build_opener(_WebOnly())
-    # Neither proxies, which look names up themselves, nor handlers of anything but the web.
+    # Without proxies, which resolve names themselves, and without handlers for files, FTP or data URLs.
     opener = urllib.request.OpenerDirector()
     for handler in (
-        _Handler(),
+        _PublicHandler(),
         _WebOnly(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
@@ -152,8 +163,8 @@ def _opener(private: bool) -> urllib.request.OpenerDirector:
 
 
 def _download(url: str, private: bool) -> bytes:
-    # Every wait is bounded only from outside: a look-up, a handshake, headers that come byte by byte. The thread is
-    # left behind when its time is over, and does not keep the program from ending.
+    # Socket timeouts bound neither name resolution nor headers that arrive byte by byte, so a thread downloads and this
+    # one waits. A thread that runs longer is abandoned; as a daemon it does not delay the program's end.
     future: concurrent.futures.Future[bytes] = concurrent.futures.Future()
     end = time.monotonic() + TOTAL_S
 
@@ -167,25 +178,25 @@ def _download(url: str, private: bool) -> bytes:
     try:
         return future.result(TOTAL_S)
     except TimeoutError:
-        raise FetchError(f"{url}: cannot be fetched: not whole after the {TOTAL_S} s allowed") from None
+        raise FetchError(f"{url}: cannot be fetched: not complete after the {TOTAL_S} s allowed") from None
 
 
 def _get(url: str, end: float, private: bool) -> bytes:
-    """The body, as long as `time.monotonic()` is not beyond `end`."""
+    """Downloads the body; FetchError if that fails, or is not complete when `time.monotonic()` reaches `end`."""
     found = bytearray()
     try:
         _check_scheme(url)
-        # Spaces and letters beyond ASCII, which browsers show and take, are not sent as they are.
+        # Browsers accept spaces and non-ASCII letters, HTTP does not.
         quoted = urllib.parse.quote(url, safe=string.punctuation)
         request = urllib.request.Request(quoted, headers={"User-Agent": "flaxcap"})
         with _opener(private).open(request, timeout=TIMEOUT_S) as response:
-            # A server may say any length or none: what counts is what comes.
-            while some := response.read1(1 << 16):
-                found += some
+            # The bytes are counted as they arrive: the server's Content-Length may be wrong or missing.
+            while block := response.read1(1 << 16):
+                found += block
                 if len(found) > MAX_BYTES:
                     raise FetchError(f"more than the {MAX_BYTES} bytes allowed")
                 if time.monotonic() > end:
-                    raise TimeoutError(f"not whole after the {TOTAL_S} s allowed")
+                    raise TimeoutError(f"not complete after the {TOTAL_S} s allowed")
     except FetchError as e:
         raise FetchError(f"{url}: {e}") from None
     except urllib.error.HTTPError as e:

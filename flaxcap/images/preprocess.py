@@ -1,10 +1,10 @@
-"""The preprocessing of an encoder: data that travel with its weights."""
+"""The preprocessing of an encoder, which is stored with its weights."""
 
 from typing import NamedTuple
 
 
 class Preprocess(NamedTuple):
-    """From an image of any size to an encoder's input, as timm's pretrained configurations describe it."""
+    """The steps from an image of any size to an encoder's input; the fields are those of timm's configurations."""
 
     size: int  # pixels a side
     crop: float = 0.0  # share of the shorter side that a centre crop keeps; 0: resize to a square, aspect not kept

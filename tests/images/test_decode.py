@@ -1,3 +1,5 @@
+"""Decoding: formats, colour modes, orientation, size limits, and damaged files."""
+
 import io
 import warnings
 import zlib
@@ -15,7 +17,7 @@ SIZE = 32
 
 
 def picture(height=48, width=64) -> np.ndarray:
-    """A smooth picture that differs under every flip and turn, uint8 [height, width, 3]."""
+    """Returns a smooth image that every flip and turn changes, uint8 [height, width, 3]."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x * y, 255 * y, 255 * (1 - x)], -1).round().astype(np.uint8)
 
@@ -76,7 +78,7 @@ def test_formats(format, options, tolerance):
     ],
 )
 def test_modes(mode, format, expected, tolerance):
-    if mode == "LAB":  # Pillow has no plain conversion to it
+    if mode == "LAB":  # Pillow 13 cannot convert RGB to it
         image = Image.new("LAB", (64, 48), (128, 0, 0))
         expected = np.full((SIZE, SIZE, 3), to_square(encode(image, format), SIZE)[0, 0])
     else:
@@ -105,15 +107,15 @@ def test_palettes():
         (Image.new("L", (8, 8), 9), {"transparency": 9}),
     ],
 )
-def test_what_is_transparent_becomes_white(image, options):
+def test_transparent_pixels_become_white(image, options):
     assert (to_square(encode(image, "PNG", **options), 4) == 255).all()
 
 
-def test_what_is_half_transparent_is_mixed_with_white_and_keeps_no_hidden_colour():
+def test_half_transparent_pixels_are_mixed_with_white_and_hidden_colours_do_not_show():
     assert close(to_square(encode(Image.new("RGBA", (8, 8), (200, 0, 0, 128)), "PNG"), 4)[0, 0], [227, 127, 127], 1)
     half = np.zeros((8, 8, 4), np.uint8)
     half[:, :4] = 0, 0, 255, 255
-    half[:, 4:] = 255, 0, 0, 0  # red, but not to be seen: it must not bleed into blue
+    half[:, 4:] = 255, 0, 0, 0  # invisible red, which must not bleed into the blue
     red, green, _ = to_square(encode(half, "PNG"), 7).reshape(-1, 3).T
     assert (red == green).all()
 
@@ -147,14 +149,14 @@ def test_pixels_without_a_known_range_are_refused(image, reason):
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_an_animation_the_first_frame_is_taken(format):
+def test_the_first_frame_of_an_animation_is_decoded(format):
     frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "lime", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     data = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     assert close(to_square(data, 4), np.full((4, 4, 3), (255, 0, 0)), 1)
 
 
-TURNS = {  # EXIF's orientation -> what brings such a picture upright
+TURNS = {  # EXIF's orientation -> the operation that turns the image upright
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -178,10 +180,10 @@ def test_exif_orientation(format, orientation):
     assert close(to_square(data, SIZE), expected, 12)
 
 
-def test_damaged_metadata_do_not_spoil_a_sound_picture():
+def test_an_image_with_damaged_metadata_is_decoded():
     exif = Image.Exif()
     exif[0x0112] = 6
-    exif[0x010E] = "a long description of the picture"
+    exif[0x010E] = "a long description of the image"
     good = exif.tobytes()
     for damaged in (good[:20], good[:-20], good[:8] + b"\xff" * 40, b"Exif\0\0" + b"\0" * 50):
         data = encode(picture(), "JPEG", quality=95, exif=damaged, icc_profile=b"not a profile")
@@ -189,19 +191,19 @@ def test_damaged_metadata_do_not_spoil_a_sound_picture():
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8, 16])
-def test_large_jpegs_are_decoded_small_and_look_the_same(scale):
+def test_reduced_decoding_of_large_jpegs_is_close_to_full_decoding(scale):
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), np.uint8))
     image = coarse.resize((scale * 40 + 3, scale * SIZE + 1), Image.Resampling.BICUBIC)
     data = encode(image, "JPEG", quality=95)
-    whole = Image.open(io.BytesIO(data)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    difference = np.abs(to_square(data, SIZE).astype(int) - np.asarray(whole, int))
+    full = Image.open(io.BytesIO(data)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    difference = np.abs(to_square(data, SIZE).astype(int) - np.asarray(full, int))
     assert difference.mean() < 1
     assert difference.max() <= 8
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a hundred bytes that says it has that many pixels."""
+    """Returns a PNG of a hundred bytes whose header declares that many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -236,7 +238,7 @@ TIFF = encode(picture(), "TIFF", compression="tiff_lzw")
         (bomb(0, 10), "no pixels|damaged|not an image"),
     ],
 )
-def test_rubbish_is_refused_with_a_reason(data, reason):
+def test_damaged_files_are_refused_with_a_reason(data, reason):
     with pytest.raises(ImageError, match=reason):
         to_square(data, SIZE)
 
@@ -247,8 +249,8 @@ def test_the_pixel_limit_is_exact():
         to_square(PNG, 4, max_pixels=64 * 48 - 1)
 
 
-def test_pillow_keeps_quiet_in_every_thread_and_other_warnings_are_heard():
-    """Files that make Pillow warn, in many threads; warnings are errors in these tests."""
+def test_warnings_of_pillow_are_ignored_in_every_thread_and_other_warnings_are_not():
+    """Decodes files that make Pillow warn in many threads; in these tests a warning is an error."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0e\x01\x02\0\xff\0\0\0\x1a\0\0\0"
     odd = encode(picture(), "JPEG", exif=exif)
     with pytest.warns(UserWarning, match="Tag|EXIF"), Image.open(io.BytesIO(odd)) as image:
@@ -284,9 +286,9 @@ def assert_decoded_or_refused(data: bytes):
 )
 def test_mutated_files_are_decoded_or_refused(data, edits, end):
     mutated = bytearray(data)
-    for place, replacement in edits:
-        place %= len(mutated)
-        mutated[place : place + len(replacement)] = replacement
+    for position, replacement in edits:
+        position %= len(mutated)
+        mutated[position : position + len(replacement)] = replacement
     if end % 3 == 0:
         del mutated[end:]
     assert_decoded_or_refused(bytes(mutated))

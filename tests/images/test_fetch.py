@@ -1,4 +1,4 @@
-"""Pictures from files, directories and the web: what is read, what is refused, and when it is given up."""
+"""Image files from files, directories and the web: reading, refusals and time limits."""
 
 import ipaddress
 import os
@@ -44,15 +44,15 @@ def test_sources_are_files_directories_and_addresses(tmp_path, server):
     ("source", "message"),
     [
         ("nothere", "no such file or directory"),
-        ("", "holds no picture (.bmp, "),
+        ("", "found no image in the directory, expected .bmp, "),
         ("here.png/x", "no such file"),
         ("x" * 5000, "no such file"),
         ("a\0b", "no such file"),
         ("fifo.png", "no such file"),
     ],
 )
-def test_what_is_no_source_is_named(source, message, tmp_path):
-    os.mkfifo(tmp_path / "fifo.png")  # to open it would wait for ever
+def test_the_error_of_a_bad_source_names_it(source, message, tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")  # opening it would block forever
     path = str(tmp_path / source)
     with pytest.raises(FetchError) as error:
         list(fetch.names([path]))
@@ -60,12 +60,12 @@ def test_what_is_no_source_is_named(source, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_no_ones_home_is_no_source():
+def test_the_home_of_an_unknown_user_is_refused():
     with pytest.raises(FetchError, match=r"^~nobody-of-this-name/a\.png: no such file"):
         list(fetch.names(["~nobody-of-this-name/a.png"]))
 
 
-def test_too_large_a_file_is_not_read(tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 100)
     (tmp_path / "a.png").write_bytes(bytes(101))
     (tmp_path / "b.png").write_bytes(bytes(100))
@@ -82,11 +82,11 @@ def test_too_large_a_file_is_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("file:///etc/hostname", "start with http:// or https://, not file://"),
-        ("ftp://127.0.0.1/a.png", "start with http:// or https://, not ftp://"),
-        ("data://image", "start with http:// or https://, not data://"),
+        ("file:///etc/hostname", "found file://, expected http:// or https://"),
+        ("ftp://127.0.0.1/a.png", "found ftp://, expected http:// or https://"),
+        ("data://image", "found data://, expected http:// or https://"),
         ("{server}/redirect?file:///etc/hostname", "cannot be fetched|the server answers 302 .*file:///etc/hostname"),
-        ("{server}/redirect?ftp://127.0.0.1/a.png", "redirected to ftp://127.0.0.1/a.png: .* not ftp://"),
+        ("{server}/redirect?ftp://127.0.0.1/a.png", "redirected to ftp://127.0.0.1/a.png: found ftp://, expected http"),
         ("{server}/redirect?/redirect?/redirect?/nothere", "the server answers 404 Not Found"),
         ("{server}/round?", "the server answers 302 .*infinite loop"),
         ("{server}/nothere.jpg", "the server answers 404 Not Found"),
@@ -98,47 +98,47 @@ def test_too_large_a_file_is_not_read(tmp_path, monkeypatch):
         ("http://" + "x" * 70 + ".example/a.png", "cannot be fetched: "),
     ],
 )
-def test_an_address_that_gives_nothing_says_why(url, message, server):
+def test_the_error_of_an_address_gives_the_reason(url, message, server):
     url = url.format(server=server.url)
     with pytest.raises(FetchError, match=message) as error:
         read(url)
     assert url.rpartition("?")[2] in str(error.value)
 
 
-def test_a_redirection_on_the_web_is_followed(server):
+def test_a_redirection_to_a_web_address_is_followed(server):
     assert read(f"{server.url}/redirect?{server.url}/a.png") == BODY
 
 
 @pytest.mark.parametrize("path", ["escape", "rubbish"])
-def test_what_a_server_says_moves_no_cursor(path, server):
+def test_control_characters_of_a_server_are_escaped(path, server):
     with pytest.raises(FetchError, match=r"\\x1b") as error:
         read(f"{server.url}/{path}")
     assert str(error.value).isprintable()
 
 
-def test_too_large_a_body_is_not_read_to_its_end(server, monkeypatch):
+def test_a_body_that_is_too_large_is_not_read_to_its_end(server, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 1 << 20)
     with pytest.raises(FetchError, match=r"/endless: more than the 1048576 bytes allowed"):
         read(f"{server.url}/endless")
-    assert server.sent < 1 << 25  # what the sockets hold comes on top
+    assert server.sent < 1 << 25  # the limit, and the buffers of the sockets
 
 
 @pytest.mark.parametrize(
     ("path", "limit", "message"),
     [
         ("silent", "TIMEOUT_S", "timed out"),
-        ("drip", "TOTAL_S", "not whole after the 0.3 s allowed"),
-        ("drip-header", "TOTAL_S", "not whole after the 0.3 s allowed"),
-        ("continue", "TOTAL_S", "not whole after the 0.3 s allowed"),
+        ("drip", "TOTAL_S", "not complete after the 0.3 s allowed"),
+        ("drip-header", "TOTAL_S", "not complete after the 0.3 s allowed"),
+        ("continue", "TOTAL_S", "not complete after the 0.3 s allowed"),
     ],
 )
-def test_a_slow_server_is_given_up(path, limit, message, server, monkeypatch):
+def test_a_slow_server_is_abandoned(path, limit, message, server, monkeypatch):
     monkeypatch.setattr(fetch, limit, 0.3)
     with pytest.raises(FetchError, match=message):
         read(f"{server.url}/{path}")
 
 
-# What is not for everyone
+# Private addresses
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_slow_server_is_given_up(path, limit, message, server, monkeypatch):
         *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a00:1", "2002:7f00:1::"),
     ],
 )
-def test_addresses_that_are_not_public(address):
+def test_private_and_reserved_addresses(address):
     assert not fetch.is_public(address)
 
 
@@ -159,7 +159,7 @@ def test_addresses_that_are_not_public(address):
     "address",
     ["8.8.8.8", "93.184.215.14", "172.15.0.1", "2606:2800:21f:cb07::1", "::ffff:8.8.8.8", "64:ff9b::808:808"],
 )
-def test_addresses_that_are_public(address):
+def test_public_addresses(address):
     assert fetch.is_public(address)
     ipaddress.ip_address(address)
 
@@ -168,17 +168,25 @@ def test_addresses_that_are_public(address):
     "host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f.1", "0", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1"]
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_no_way_to_write_a_private_address_gets_through(host, scheme, server):
+def test_every_notation_of_a_private_address_is_refused(host, scheme, server):
     before = len(server.asked)
     url = f"{scheme}://{host}:{server.server_port}/a.png"
-    with pytest.raises(FetchError, match=r"is no public address; --allow_private|cannot be") as error:
+    with pytest.raises(FetchError, match=r"is not a public address; --allow_private|cannot be") as error:
         fetch.read(url)
     assert str(error.value).startswith(f"{url}: ")
     assert len(server.asked) == before
 
 
-def looked_up(monkeypatch, answers: dict[str, list[str]]) -> list[str]:
-    """Has names mean these addresses, a list's first at the first look-up; the names that are looked up."""
+def resolve_to(monkeypatch, answers: dict[str, list[str]]) -> list[str]:
+    """Makes names resolve to the given addresses.
+
+    Args:
+      monkeypatch: the fixture.
+      answers: by name, the addresses of its lookups in order; the last one is repeated.
+
+    Returns:
+      The names that are looked up, a list that grows.
+    """
     asked: list[str] = []
     real = socket.getaddrinfo
 
@@ -193,46 +201,46 @@ def looked_up(monkeypatch, answers: dict[str, list[str]]) -> list[str]:
     return asked
 
 
-def test_a_name_is_looked_up_once_and_that_address_is_taken(server, monkeypatch):
-    """The name means a public address when it is checked, and this machine when it is asked for again."""
-    taken = []
+def test_a_name_is_resolved_once_and_its_checked_address_is_used(server, monkeypatch):
+    """The first lookup of the name gives a public address, the second one this machine's."""
+    connected = []
 
     def connect(self, address):
-        taken.append(address[0])
-        raise ConnectionRefusedError("as if nobody listened there")
+        connected.append(address[0])
+        raise ConnectionRefusedError("refused by the test")
 
-    asked = looked_up(monkeypatch, {"rebound.example": ["93.184.215.14", "127.0.0.1"]})
+    asked = resolve_to(monkeypatch, {"rebound.example": ["93.184.215.14", "127.0.0.1"]})
     before = len(server.asked)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    with pytest.raises(FetchError, match="cannot be fetched: as if nobody listened there"):
+    with pytest.raises(FetchError, match="cannot be fetched: refused by the test"):
         fetch.read(f"http://rebound.example:{server.server_port}/a.png")
-    assert (asked, taken) == (["rebound.example"], ["93.184.215.14"])
+    assert (asked, connected) == (["rebound.example"], ["93.184.215.14"])
     assert len(server.asked) == before
-    with pytest.raises(FetchError, match=r"rebound\.example \(127\.0\.0\.1\) is no public address"):
+    with pytest.raises(FetchError, match=r"rebound\.example \(127\.0\.0\.1\) is not a public address"):
         fetch.read(f"http://rebound.example:{server.server_port}/a.png")
 
 
-def test_a_redirection_from_the_open_web_to_a_private_address_is_refused(server, monkeypatch):
-    """A public name (here this server's, judged to be public once) sends to an address of this machine."""
+def test_a_redirection_from_a_public_to_a_private_address_is_refused(server, monkeypatch):
+    """Here the server's own address counts as public, once. It redirects to an address of this machine."""
     public = fetch.is_public
     verdicts = iter([True])
     monkeypatch.setattr(fetch, "is_public", lambda address: next(verdicts, public(address)))
     url = f"{server.url}/redirect?http://localhost:{server.server_port}/a.png"
     before = list(server.asked)
-    with pytest.raises(FetchError, match=r"/redirect\?.*: localhost \(.*127\.0\.0\.1.*\) is no public address"):
+    with pytest.raises(FetchError, match=r"/redirect\?.*: localhost \(.*127\.0\.0\.1.*\) is not a public address"):
         fetch.read(url)
     assert server.asked == [*before, "/redirect"]
 
 
 def test_a_public_address_is_read(server, monkeypatch):
-    """Through the same door as the open web, which tests do not enter."""
+    """Uses the code for public addresses; tests do not use the internet."""
     monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
     assert fetch.read(f"http://localhost:{server.server_port}/a.png") == BODY
     with pytest.raises(FetchError, match=r"cannot be fetched: .*(SSL|ssl)"):
         fetch.read(f"https://localhost:{server.server_port}/a.png")
 
 
-def test_a_proxy_which_looks_names_up_itself_is_used_only_when_private_addresses_are_allowed(server, monkeypatch):
+def test_a_proxy_is_used_only_if_private_addresses_are_allowed(server, monkeypatch):
     monkeypatch.delenv("no_proxy")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.setenv("http_proxy", server.url)

@@ -1,4 +1,4 @@
-"""Pictures from strangers: broken ones and bombs, through the decoder, and through `prepare` and `caption`."""
+"""Images from untrusted sources: damaged files and bombs, in the decoder, in `prepare` and in `caption`."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from flaxcap.inference import loading
 
 
 @pytest.mark.parametrize("name", sorted(torture_images.sound()))
-def test_sound_pictures_of_every_kind_are_decoded(name):
+def test_valid_images_of_every_kind_are_decoded(name):
     data = torture_images.sound()[name]
     assert decode.to_square(data, 40).shape == (40, 40, 3)
     assert decode.to_thumbnail(data, 40).shape in ((30, 40, 3), (40, 30, 3))
 
 
-def test_broken_pictures_are_decoded_or_refused_with_a_reason():
+def test_damaged_images_are_decoded_or_refused_with_a_reason():
     reasons = {name: reason_of(data) for name, data in torture_images.mutations(400, seed=1)}
     refused = [name for name, reason in reasons.items() if reason]
     assert 100 < len(refused) < 300
@@ -41,7 +41,7 @@ def test_broken_pictures_are_decoded_or_refused_with_a_reason():
 
 
 def reason_of(data: bytes) -> str:
-    """Why a picture is refused; empty of one that is decoded."""
+    """Returns the reason why an image is refused, or "" if it is decoded."""
     try:
         assert decode.to_square(data, 16).shape == (16, 16, 3)
     except ImageError as error:
@@ -49,8 +49,8 @@ def reason_of(data: bytes) -> str:
     return ""
 
 
-def test_broken_pictures_get_features_and_captions_or_reasons(trained: Trained, tmp_path):
-    """What `prepare` reads is what `caption` reads, and all is accounted for."""
+def test_damaged_images_get_features_and_captions_or_reasons(trained: Trained, tmp_path):
+    """`prepare` and `caption` read the same images, and give reasons for all others."""
     files = dict(torture_images.mutations(60, seed=2))
     rows = [{"image": name, "caption": "a picture", "split": "train"} for name in files]
     for name, data in (files | {"val.png": torture_images.sound()["plain.png"]}).items():
@@ -77,8 +77,8 @@ def test_broken_pictures_get_features_and_captions_or_reasons(trained: Trained, 
     assert {name: f.reason for name, f in found.items() if f.reason} == skipped
 
 
-def test_names_that_cannot_be_printed_and_private_addresses_through_the_program(trained: Trained, tmp_path, capsys):
-    """A terminal that knows ASCII alone; a name that would clear it, in bytes that are no text."""
+def test_the_program_escapes_names_and_refuses_private_addresses(trained: Trained, tmp_path, capsys):
+    """The terminal is ASCII-only. The file's name is not UTF-8, and its escape sequence would clear the screen."""
     run = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
     name = os.fsencode(tmp_path) + b"/\xff\x1b[2J\xc3\xa9.png"
     with open(name, "wb") as file:
@@ -88,22 +88,22 @@ def test_names_that_cannot_be_printed_and_private_addresses_through_the_program(
         ended = torture_programs.flaxcap("caption", tmp_path, url, *run, PYTHONIOENCODING="ascii", XLA_FLAGS="")
         assert ended.status == 1
         assert re.fullmatch(rf"{tmp_path}/\\udcff\\x1b\[2J\\xe9\.png: [a-z ]+  \(log-probability .*\)\n", ended.out)
-        assert ended.err == f"{url}: 127.0.0.1 is no public address; --allow_private_urls would allow it\n"
+        assert ended.err == f"{url}: 127.0.0.1 is not a public address; --allow_private_urls allows it\n"
         assert server.asked == []
         assert main(["caption", url, *run, "--allow_private_urls"]) == 1
-        assert capsys.readouterr().err.startswith(f"{url}: not an image")  # it was read: this server has no pictures
+        assert capsys.readouterr().err.startswith(f"{url}: not an image")  # downloaded: the server has no images
         assert server.asked == ["/a.png"]
 
 
-SLOW = ("text.png", "tiles.tif", "12000x12000.png", "8000x8001.png")  # to make
+SLOW = ("text.png", "tiles.tif", "12000x12000.png", "8000x8001.png")  # slow to make
 REFUSED_BOMBS = [name for name, (_, read) in torture_bombs.BOMBS.items() if not read and name not in SLOW]
 
 
 @pytest.mark.parametrize("name", REFUSED_BOMBS)
 def test_bombs_are_refused_before_they_are_unpacked(name, monkeypatch):
-    """Pillow's `load`, which unpacks, is not reached."""
+    """Pillow's `load`, which unpacks the pixels, is not called."""
     monkeypatch.setattr(decode, "_resized", lambda *_: pytest.fail("unpacked"))
-    with pytest.raises(ImageError, match=r"pixels|allowed|over|of text|values|too large"):
+    with pytest.raises(ImageError, match=r"pixels|allowed|over|in text form|values|too large"):
         decode.to_square(torture_bombs.BOMBS[name][0](), 299)
 
 
@@ -121,30 +121,29 @@ CUT_OFF = (b"II*\0", b"II*\0\xff\xff\xff\xff", BIG_TIFF[:20], b"\x89PNG", b"GIF8
     [
         (tiff(*SIZE, (322, 4, 1, 40_000), (323, 4, 1, 40_000)), "10x10 pixels in tiles of 40000x40000"),
         (tiff(*SIZE, (322, 3, 1, 40_000), (323, 4, 1, 2), (323, 4, 1, 40_000)), "tiles of 40000x40000"),
-        (tiff((258, 3, 300_000, 8)), "300000 values of its tag 258"),
-        (tiff((273, 1, 300_000, 8)), "300000 values of its tag 273"),
-        (tiff((34675, 3, 300_000, 8)), "300000 values of its tag 34675"),
-        (b"MM\0*\0\0\0\x08\0\x01\x01\x02\0\x03\0\x04\x93\xe0\0\0\0\0", "300000 values of its tag 258"),
+        (tiff((258, 3, 300_000, 8)), "300000 values of tag 258"),
+        (tiff((273, 1, 300_000, 8)), "300000 values of tag 273"),
+        (tiff((34675, 3, 300_000, 8)), "300000 values of tag 34675"),
+        (b"MM\0*\0\0\0\x08\0\x01\x01\x02\0\x03\0\x04\x93\xe0\0\0\0\0", "300000 values of tag 258"),
         (
             b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\x01\x03\0\xe0\x93\x04" + bytes(13),
-            "of its tag 258",
+            "of tag 258",
         ),
     ],
 )
-def test_tiffs_out_of_all_proportion_are_refused(data, reason):
+def test_tiffs_with_huge_tags_are_refused(data, reason):
     with pytest.raises(ImageError, match=reason):
         headers.check(data)
 
 
-def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
-    """What honest files have."""
+def test_large_profiles_tiles_and_many_parts_are_accepted(monkeypatch):
     headers.check(tiff((34675, 7, 3_000_000, 8), (270, 2, 300_000, 8), *SIZE, (322, 3, 1, 512), (323, 3, 1, 512)))
     headers.check(tiff((256, 4, 1, 8000), (257, 4, 1, 8000), (322, 4, 1, 8000), (323, 4, 1, 8000)))
     for cut_off in CUT_OFF:
         assert headers.check(cut_off) == 1
     progressive = torture_images.sound()["progressive.jpg"]
     assert 5 < headers.check(progressive) < 20
-    # After the picture's end anything may follow, as a phone's moving pictures do.
+    # Any data may follow the image's end: phones append a video.
     video = np.random.default_rng(0).bytes(8 << 20)
     assert video.count(b"\xff\xda") > 100
     assert headers.check(progressive + video) == headers.check(progressive)
@@ -155,7 +154,7 @@ def test_large_profiles_tiles_and_many_parts_are_no_bombs(monkeypatch):
                 decode.to_square(torture_images.sound()[name], 299)
 
 
-def test_a_file_may_be_as_large_as_allowed_and_no_larger(monkeypatch):
+def test_the_size_limit_of_files_is_exact(monkeypatch):
     data = torture_images.sound()["plain.png"]
     monkeypatch.setattr(size_limits, "IMAGE", len(data))
     assert decode.to_square(data, 4).shape == (4, 4, 3)
@@ -184,15 +183,15 @@ print(resident_mb() - before)
 """
 
 
-def test_the_error_of_a_damaged_picture_does_not_keep_its_pixels():
-    """In a process of its own: one that has freed gigabytes may take them from there, and does not grow."""
+def test_the_error_of_a_damaged_image_does_not_keep_its_pixels():
+    """Runs in a new process: in this one, memory that other tests freed would hide the growth."""
     done = subprocess.run([sys.executable, "-c", DAMAGED], check=True, capture_output=True, text=True)
     assert float(done.stdout) < 100
 
 
-def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):
-    """Of four threads two at a time decode what takes half of what is allowed; small pictures do not wait."""
-    monkeypatch.setattr(decode, "_MEMORY", decode._Memory(2 * 90 * 120 * decode.BYTES_A_PIXEL))
+def test_large_images_wait_for_free_memory(monkeypatch):
+    """Each image takes half of the budget, so two of four threads decode at a time."""
+    monkeypatch.setattr(decode, "_MEMORY", decode._MemoryBudget(2 * 90 * 120 * decode.BYTES_A_PIXEL))
     resized, inside, most = decode._resized, set(), []
     two = threading.Barrier(2)
     lock = threading.Lock()
@@ -201,7 +200,7 @@ def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):
         with lock:
             inside.add(threading.get_ident())
             most.append(len(inside))
-        two.wait(60)  # both are here, or it breaks
+        two.wait(60)  # raises unless two threads arrive
         with lock:
             inside.discard(threading.get_ident())
         return resized(image, *args)
@@ -216,6 +215,6 @@ def test_pictures_wait_for_one_another_where_they_take_much_memory(monkeypatch):
         thread.join()
     assert len(results) == 4
     assert max(most) == 2
-    with decode._MEMORY.take(10**12):  # what would take more than all goes alone
+    with decode._MEMORY.reserve(10**12):  # more than the budget: alone
         assert decode._MEMORY._free == 0
-    assert decode._MEMORY._free == decode._MEMORY._most
+    assert decode._MEMORY._free == decode._MEMORY._total
