@@ -23,6 +23,7 @@ from flaxcap.features.shards import Row, Split
 from flaxcap.files import integrity
 from flaxcap.inference import coco_results
 from flaxcap.inference.captioner import Captioner
+from flaxcap.metrics.split_scores import score_split
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import SPECIAL
 from flaxcap.text.words import words
@@ -109,7 +110,7 @@ def _report(
 ) -> Report:
     """Scores, written beside the captions."""
     known = [word for word in vocabulary if word not in SPECIAL]
-    more, missing = coco_results.score(rows, texts, known, datasets.caption_truth(config))
+    more, missing = score_split(rows, texts, known, datasets.caption_truth(config))
     found |= more
     out_dir = epath.Path(out_dir)
     integrity.write_atomically(out_dir / "predictions.json", coco_results.to_json(rows, texts))

@@ -1,4 +1,4 @@
-"""Anyone's captions against a split: the scores, and a file that is not what it should be is named."""
+"""Files in COCO's results format: written, read, and refused."""
 
 import json
 
@@ -7,7 +7,6 @@ import pytest
 from flaxcap.features.shards import Row
 from flaxcap.inference import coco_results
 from flaxcap.inference.coco_results import PredictionsError
-from flaxcap.metrics import scorer
 
 ROWS = [
     Row(7, "a.jpg", ("a dog runs on grass", "the dog is running")),
@@ -16,25 +15,9 @@ ROWS = [
     Row(9, "d.jpg", ("a man climbs a rock", "a climber on a steep rock")),
 ]
 TEXTS = ["a dog on grass", "a bus in a street", "two girls with ice cream", "a man on a rock"]
-WORDS = sorted({word for row in ROWS for text in row.captions for word in text.split()})
 
 
-def test_scores_are_those_of_the_metrics_and_swapped_captions_are_worth_less():
-    found, missing = coco_results.score(
-        ROWS, TEXTS, WORDS, is_true=lambda image_id, text: (image_id == 7) == ("dog" in text)
-    )
-    expected = scorer.score(TEXTS, [row.captions for row in ROWS])
-    assert found.items() >= expected.items()
-    assert found["CIDEr_swapped"] < 0.1 * found["CIDEr"]
-    assert (found["true"], found["true_swapped"]) == (1.0, 0.5)
-    assert found["health/unique"] == 1.0
-    assert found["health/function_word_end"] == 0.0
-    # What is not in the scores is told with a reason: nothing is zero for want of a program.
-    assert {"METEOR", "SPICE"} == set(missing) | ({"METEOR", "SPICE"} & set(found))
-    assert not set(missing) & set(found)
-
-
-def test_a_file_comes_back_in_the_order_of_the_images(tmp_path):
+def test_captions_are_read_in_the_order_of_the_images(tmp_path):
     file = tmp_path / "predictions.json"
     file.write_text(coco_results.to_json(ROWS, TEXTS))
     records = json.loads(file.read_text())
@@ -54,13 +37,16 @@ def test_a_file_comes_back_in_the_order_of_the_images(tmp_path):
         ([{"image_id": "7", "caption": "a dog"}], "record 0: found '7' and 'a dog', expected a number and a string"),
         ([{"image_id": True, "caption": "a dog"}], "record 0: found True"),
         ([{"image_id": 7, "caption": None}], "record 0: found 7 and None"),
-        ([{"image_id": 7, "caption": "a dog"}] * 2, "record 1: image_id 7 has a caption already"),
-        ([{"image_id": 8, "caption": "a dog"}], "record 0: image_id 8 is not in the split"),
-        ([{"image_id": 7, "caption": "a dog"}], "no caption for 3 of the split's 4 images, the first is 3"),
+        ([{"image_id": 7, "caption": "a dog"}] * 2, "record 1: found a second caption for image_id 7"),
+        ([{"image_id": 8, "caption": "a dog"}], "record 0: found image_id 8, expected an image of the split"),
+        (
+            [{"image_id": 7, "caption": "a dog"}],
+            "no caption for 3 of the split's 4 images, expected one for each; the first is image_id 3",
+        ),
         ([], "no caption for 4"),
     ],
 )
-def test_a_bad_file_is_named(tmp_path, records, message):
+def test_the_error_of_a_bad_file_names_it(tmp_path, records, message):
     file = tmp_path / "predictions.json"
     file.write_text(records if isinstance(records, str) else json.dumps(records))
     with pytest.raises(PredictionsError, match=message) as error:
@@ -68,6 +54,6 @@ def test_a_bad_file_is_named(tmp_path, records, message):
     assert str(file) in str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_the_error_of_a_missing_file_names_it(tmp_path):
     with pytest.raises(PredictionsError, match=r"--predictions=.*nothere\.json: cannot be read"):
         coco_results.read(tmp_path / "nothere.json", ROWS)
