@@ -1,4 +1,4 @@
-"""Plots of a run: its loss, and the attention weights of a caption's words."""
+"""Plots: the curves of a run, and the attention weights of a caption's words."""
 
 import os
 import textwrap
@@ -15,36 +15,46 @@ from flaxcap.images.preprocess import centre
 
 matplotlib.use("Agg")
 
+_DPI = 110
 _HEAT = matplotlib.colormaps["inferno"]
 
 
 def loss_plot(lines: list[dict], path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """Writes a PNG of the training and validation loss and of CIDEr by step.
+    """Writes a PNG of the training loss, the validation loss and the validation CIDEr by step.
 
     Args:
       lines: of `metrics.jsonl`.
       path: of the PNG.
     """
+    _loss_figure(lines).savefig(path, dpi=_DPI)
+
+
+def _loss_figure(lines: list[dict]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    left = figure.add_subplot()
+    left.set_xlabel("step")
+    left.set_ylabel("cross-entropy, nats a token")
+    left.grid(alpha=0.3)
+    validation = {"lw": 2, "marker": "o", "ms": 3}
+    curves = []
     for name, label, style in (
-        ("train/loss", "training", {"lw": 1, "alpha": 0.7}),
-        ("val/loss", "validation", {"lw": 2, "marker": "o", "ms": 3}),
+        ("train/loss", "training loss", {"lw": 1, "alpha": 0.7}),
+        ("val/loss", "validation loss", validation),
     ):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy, nats a token")
-    axes.grid(alpha=0.3)
-    scores = [(line["step"], line["val/cider"]) for line in lines if "val/cider" in line]
-    if scores:
-        right = axes.twinx()
-        right.plot(*zip(*scores, strict=True), color="tab:green", lw=2, marker="o", ms=3)
-        right.set_ylabel("validation CIDEr", color="tab:green")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.savefig(path, dpi=110)
+        if points := _points(lines, name):
+            curves += left.plot(*zip(*points, strict=True), label=label, **style)
+    if points := _points(lines, "val/cider"):
+        right = left.twinx()
+        label = "validation CIDEr (right)"
+        curves += right.plot(*zip(*points, strict=True), label=label, color="tab:green", **validation)
+        right.set_ylabel("CIDEr", color="tab:green")
+    if curves:  # outside the axes, where it cannot hide a curve
+        figure.legend(handles=curves, loc="outside upper center", ncols=len(curves), frameon=False)
+    return figure
+
+
+def _points(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
 def attention_plot(
@@ -73,7 +83,7 @@ def attention_plot(
     columns = max(count, 3) if count < 7 else min(range(4, 8), key=lambda c: (-count % c, -c))
     rows = -(-count // columns)
     caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
-    # In inches. The sides of a cell differ at most by a factor of 3.3; a longer image is distorted.
+    # In inches. A cell is 0.3 to 2 times as high as wide; an image of another aspect is centred in its cell.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
     top, bottom = 0.2 + 0.25 * len(caption), 0.3
     size = (columns * (width + gap) + gap, top + rows * (height + label) + bottom)
@@ -98,7 +108,7 @@ def attention_plot(
         else:
             axes.bar(range(len(alpha_P)), alpha_P / max(alpha_P.max(), 1e-9), width=1, color=_HEAT(0.6))
             axes.set(xlim=(-0.5, len(alpha_P) - 0.5), ylim=(0, 1))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=_DPI)
 
 
 def _heat(image: Image.Image, alpha: np.ndarray, crop: float) -> np.ndarray:
