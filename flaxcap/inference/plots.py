@@ -1,4 +1,4 @@
-"""Plots of a run: its loss, and the attention weights of a caption's words."""
+"""Plots: the curves of a run, and the attention weights of a caption's words."""
 
 import os
 import textwrap
@@ -45,11 +45,18 @@ def _loss_figure(lines: list[dict]) -> Figure:
             curves += left.plot(*zip(*points, strict=True), label=label, **style)
     if points := _points(lines, "val/cider"):
         right = left.twinx()
+<<<<<<< HEAD
         curves += right.plot(
             *zip(*points, strict=True), label="validation CIDEr (right)", color="tab:green", **validation
         )
         right.set_ylabel("CIDEr", color="tab:green")
     if curves:  # above the axes, where no curve can be
+=======
+        label = "validation CIDEr (right)"
+        curves += right.plot(*zip(*points, strict=True), label=label, color="tab:green", **validation)
+        right.set_ylabel("CIDEr", color="tab:green")
+    if curves:  # outside the axes, where it cannot hide a curve
+>>>>>>> data
         figure.legend(handles=curves, loc="outside upper center", ncols=len(curves), frameon=False)
     return figure
 
@@ -84,7 +91,7 @@ def attention_plot(
     columns = max(count, 3) if count < 7 else min(range(4, 8), key=lambda c: (-count % c, -c))
     rows = -(-count // columns)
     caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
-    # In inches. The sides of a cell differ at most by a factor of 3.3; a longer image is distorted.
+    # In inches. A cell is 0.3 to 2 times as high as wide; an image of another aspect is centred in its cell.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
     top, bottom = 0.2 + 0.25 * len(caption), 0.3
     size = (columns * (width + gap) + gap, top + rows * (height + label) + bottom)
@@ -109,7 +116,7 @@ def attention_plot(
         else:
             axes.bar(range(len(alpha_P)), alpha_P / max(alpha_P.max(), 1e-9), width=1, color=_HEAT(0.6))
             axes.set(xlim=(-0.5, len(alpha_P) - 0.5), ylim=(0, 1))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=_DPI)
 
 
 def _heat(image: Image.Image, alpha: np.ndarray, crop: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Plots of a run show the loss and the attention weights, for any image and any caption."""
+"""Plots show the curves of a run and the attention weights, for any image and any caption."""
 
 import io
 
@@ -38,9 +38,9 @@ def pixels(file) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def cells(picture: np.ndarray) -> list[np.ndarray]:
+def cells(plot: np.ndarray) -> list[np.ndarray]:
     """Returns the images in a plot in reading order, [Y, X, 3] each: the rectangles without white."""
-    dark = np.any(picture < 250, -1)
+    dark = np.any(plot < 250, -1)
     found = []
     for top, bottom in runs(dark.mean(1) > 0.1, 20):
         found += [plot[top:bottom, a:b] for a, b in runs(dark[top:bottom].mean(0) > 0.9, 20)]
@@ -74,6 +74,7 @@ def test_the_legend_names_all_curves_and_is_outside_the_axes():
     figure = plots._loss_figure(lines)
     figure.draw_without_rendering()
     (legend,) = figure.legends
+<<<<<<< HEAD
     assert [text.get_text() for text in legend.get_texts()] == [
         "training loss",
         "validation loss",
@@ -81,6 +82,12 @@ def test_the_legend_names_all_curves_and_is_outside_the_axes():
     ]
     box = legend.get_window_extent()
     assert figure.bbox.y1 >= box.y1
+=======
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["training loss", "validation loss", "validation CIDEr (right)"]
+    box = legend.get_window_extent()
+    assert box.y1 <= figure.bbox.y1
+>>>>>>> data
     for axes in figure.axes:
         assert box.y0 > axes.get_window_extent().y1
         assert axes.get_legend() is None
@@ -95,7 +102,11 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_plot():
 @pytest.mark.parametrize("count", [1, 2, 5, 11, 20])
 def test_every_word_has_an_overlay(count, tmp_path):
     words = (WORDS * 2)[:count]
+<<<<<<< HEAD
     found = panels(attention(tmp_path, IMAGE, words, np.stack([spot(k) for k in range(count)])))
+=======
+    found = cells(attention(tmp_path, IMAGE, words, np.stack([spot(k) for k in range(count)])))
+>>>>>>> data
     assert len(found) == count + 1
     assert (np.abs(found[0] - (200, 30, 30)) <= 2).all()  # the image itself
     for overlay in found[1:]:
@@ -105,7 +116,11 @@ def test_every_word_has_an_overlay(count, tmp_path):
 
 @pytest.mark.parametrize("position", [0, 7, 27, 56, 63])
 def test_the_overlay_is_bright_where_the_attention_weight_is_large(position, tmp_path):
+<<<<<<< HEAD
     _, overlay = panels(attention(tmp_path, IMAGE, ["ring"], spot(position)[None]))
+=======
+    _, overlay = cells(attention(tmp_path, IMAGE, ["ring"], spot(position)[None]))
+>>>>>>> data
     height, width = overlay.shape[:2]
     bright_YX = overlay.sum(-1)
     y, x = np.unravel_index(np.argmax(bright_YX), bright_YX.shape)
@@ -118,7 +133,11 @@ def test_the_overlay_is_bright_where_the_attention_weight_is_large(position, tmp
 def test_the_brightness_is_relative_to_the_largest_weight(tmp_path):
     weak = np.full(64, 0.99 / 64)
     weak[27] *= 3
+<<<<<<< HEAD
     overlays = [panels(attention(tmp_path, IMAGE, ["a"], a[None]))[1] for a in (weak, spot(27))]
+=======
+    overlays = [cells(attention(tmp_path, IMAGE, ["a"], a[None]))[1] for a in (weak, spot(27))]
+>>>>>>> data
     assert overlays[0].sum(-1).max() == pytest.approx(overlays[1].sum(-1).max(), rel=0.05)
 
 
@@ -131,7 +150,11 @@ def test_nothing_is_cut_off_or_overlaps(tmp_path):
     assert not ink[-8:].any()
     assert not ink[:, :8].any()
     assert not ink[:, -8:].any()
+<<<<<<< HEAD
     assert len(panels(plot)) == 26
+=======
+    assert len(cells(plot)) == 26
+>>>>>>> data
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1000, 10), (10, 1000), (480, 480)])
@@ -144,8 +167,13 @@ def test_images_of_any_aspect(size, tmp_path):
 
 
 def test_captions_without_words_and_weights_of_zero(tmp_path):
+<<<<<<< HEAD
     assert len(panels(attention(tmp_path, IMAGE, [], np.zeros((3, 64))))) == 1
     assert len(panels(attention(tmp_path, IMAGE, ["a"], np.zeros((3, 64))))) == 2
+=======
+    assert len(cells(attention(tmp_path, IMAGE, [], np.zeros((3, 64))))) == 1
+    assert len(cells(attention(tmp_path, IMAGE, ["a"], np.zeros((3, 64))))) == 2
+>>>>>>> data
 
 
 def brightest(overlay: np.ndarray) -> tuple[float, float]:
@@ -158,7 +186,7 @@ def brightest(overlay: np.ndarray) -> tuple[float, float]:
 def test_any_grid(grid, tmp_path):
     for position in (0, grid[1] - 1, np.prod(grid) - 1):
         alpha_P = np.eye(np.prod(grid))[position]
-        _, overlay = cells(attention(tmp_path, PICTURE, ["a"], alpha_P[None], grid))
+        _, overlay = cells(attention(tmp_path, IMAGE, ["a"], alpha_P[None], grid))
         y, x = brightest(overlay)
         assert (int(y * grid[0]), int(x * grid[1])) == divmod(position, grid[1])
 
@@ -166,7 +194,7 @@ def test_any_grid(grid, tmp_path):
 @pytest.mark.parametrize("position", [0, 5, 15])
 def test_the_grid_of_a_centre_crop_covers_the_crop_alone(position, tmp_path):
     """The image has 90x60 pixels, the crop is the square of 30 pixels in its centre."""
-    _, overlay = cells(attention(tmp_path, PICTURE, ["a"], np.eye(16)[position][None], (4, 4), 0.5))
+    _, overlay = cells(attention(tmp_path, IMAGE, ["a"], np.eye(16)[position][None], (4, 4), 0.5))
     y, x = brightest(overlay)
     row, column = divmod(position, 4)
     assert 1 / 4 + row / 8 <= y <= 1 / 4 + (row + 1) / 8
@@ -177,8 +205,8 @@ def test_the_grid_of_a_centre_crop_covers_the_crop_alone(position, tmp_path):
 
 def test_positions_without_a_layout_are_bars(tmp_path):
     alpha_TP = np.stack([np.full(36, 1 / 36), np.eye(36)[20]])
-    picture = attention(tmp_path, PICTURE, ["a", "ring"], alpha_TP, None)
-    uniform, bar = (picture[100:-40, left : left + 240] for left in (255, 510))
+    plot = attention(tmp_path, IMAGE, ["a", "ring"], alpha_TP, None)
+    uniform, bar = (plot[100:-40, left : left + 240] for left in (255, 510))
     shares = [(np.ptp(cell, axis=-1) > 60).mean() for cell in (uniform, bar)]
     assert shares[0] > 20 * shares[1] > 0
     columns = np.flatnonzero((np.ptp(bar, axis=-1) > 60).any(0))
