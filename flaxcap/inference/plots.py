@@ -45,18 +45,10 @@ def _loss_figure(lines: list[dict]) -> Figure:
             curves += left.plot(*zip(*points, strict=True), label=label, **style)
     if points := _points(lines, "val/cider"):
         right = left.twinx()
-<<<<<<< HEAD
-        curves += right.plot(
-            *zip(*points, strict=True), label="validation CIDEr (right)", color="tab:green", **validation
-        )
-        right.set_ylabel("CIDEr", color="tab:green")
-    if curves:  # above the axes, where no curve can be
-=======
         label = "validation CIDEr (right)"
         curves += right.plot(*zip(*points, strict=True), label=label, color="tab:green", **validation)
         right.set_ylabel("CIDEr", color="tab:green")
     if curves:  # outside the axes, where it cannot hide a curve
->>>>>>> data
         figure.legend(handles=curves, loc="outside upper center", ncols=len(curves), frameon=False)
     return figure
 

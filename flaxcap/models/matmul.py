@@ -47,7 +47,7 @@ _product.defvjp(_forward, _backward)
 def kernel_gradient(x: jax.Array, d_y: jax.Array, dtype: str) -> jax.Array:
     """Returns the gradient of a kernel, float32 `[inputs, outputs]`.
 
-    JAX's own gradient is a product `[outputs, inputs]` and a transpose. XLA:CPU (jaxlib 0.10) has no fast code for that product.
+    JAX's own gradient is a product `[outputs, inputs]` and a transpose. XLA:CPU (jaxlib 0.10) has no fast code for it.
 
     Args:
       x: the layer's inputs, `[..., inputs]`.

@@ -74,20 +74,10 @@ def test_the_legend_names_all_curves_and_is_outside_the_axes():
     figure = plots._loss_figure(lines)
     figure.draw_without_rendering()
     (legend,) = figure.legends
-<<<<<<< HEAD
-    assert [text.get_text() for text in legend.get_texts()] == [
-        "training loss",
-        "validation loss",
-        "validation CIDEr (right)",
-    ]
-    box = legend.get_window_extent()
-    assert figure.bbox.y1 >= box.y1
-=======
     labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["training loss", "validation loss", "validation CIDEr (right)"]
     box = legend.get_window_extent()
     assert box.y1 <= figure.bbox.y1
->>>>>>> data
     for axes in figure.axes:
         assert box.y0 > axes.get_window_extent().y1
         assert axes.get_legend() is None
@@ -102,11 +92,7 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_plot():
 @pytest.mark.parametrize("count", [1, 2, 5, 11, 20])
 def test_every_word_has_an_overlay(count, tmp_path):
     words = (WORDS * 2)[:count]
-<<<<<<< HEAD
-    found = panels(attention(tmp_path, IMAGE, words, np.stack([spot(k) for k in range(count)])))
-=======
     found = cells(attention(tmp_path, IMAGE, words, np.stack([spot(k) for k in range(count)])))
->>>>>>> data
     assert len(found) == count + 1
     assert (np.abs(found[0] - (200, 30, 30)) <= 2).all()  # the image itself
     for overlay in found[1:]:
@@ -116,11 +102,7 @@ def test_every_word_has_an_overlay(count, tmp_path):
 
 @pytest.mark.parametrize("position", [0, 7, 27, 56, 63])
 def test_the_overlay_is_bright_where_the_attention_weight_is_large(position, tmp_path):
-<<<<<<< HEAD
-    _, overlay = panels(attention(tmp_path, IMAGE, ["ring"], spot(position)[None]))
-=======
     _, overlay = cells(attention(tmp_path, IMAGE, ["ring"], spot(position)[None]))
->>>>>>> data
     height, width = overlay.shape[:2]
     bright_YX = overlay.sum(-1)
     y, x = np.unravel_index(np.argmax(bright_YX), bright_YX.shape)
@@ -133,11 +115,7 @@ def test_the_overlay_is_bright_where_the_attention_weight_is_large(position, tmp
 def test_the_brightness_is_relative_to_the_largest_weight(tmp_path):
     weak = np.full(64, 0.99 / 64)
     weak[27] *= 3
-<<<<<<< HEAD
-    overlays = [panels(attention(tmp_path, IMAGE, ["a"], a[None]))[1] for a in (weak, spot(27))]
-=======
     overlays = [cells(attention(tmp_path, IMAGE, ["a"], a[None]))[1] for a in (weak, spot(27))]
->>>>>>> data
     assert overlays[0].sum(-1).max() == pytest.approx(overlays[1].sum(-1).max(), rel=0.05)
 
 
@@ -150,11 +128,7 @@ def test_nothing_is_cut_off_or_overlaps(tmp_path):
     assert not ink[-8:].any()
     assert not ink[:, :8].any()
     assert not ink[:, -8:].any()
-<<<<<<< HEAD
-    assert len(panels(plot)) == 26
-=======
     assert len(cells(plot)) == 26
->>>>>>> data
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1000, 10), (10, 1000), (480, 480)])
@@ -167,13 +141,8 @@ def test_images_of_any_aspect(size, tmp_path):
 
 
 def test_captions_without_words_and_weights_of_zero(tmp_path):
-<<<<<<< HEAD
-    assert len(panels(attention(tmp_path, IMAGE, [], np.zeros((3, 64))))) == 1
-    assert len(panels(attention(tmp_path, IMAGE, ["a"], np.zeros((3, 64))))) == 2
-=======
     assert len(cells(attention(tmp_path, IMAGE, [], np.zeros((3, 64))))) == 1
     assert len(cells(attention(tmp_path, IMAGE, ["a"], np.zeros((3, 64))))) == 2
->>>>>>> data
 
 
 def brightest(overlay: np.ndarray) -> tuple[float, float]:
