@@ -33,7 +33,7 @@ from flaxcap.training.compiled_step import CompiledStep
 from flaxcap.training.finetune import TrainingSource
 from flaxcap.training.optimizer import learning_rate, make_optimizer
 from flaxcap.training.state import TrainState, init_state
-from flaxcap.training.trainer import LostError, Parts, Preempted, Trainer, timeline
+from flaxcap.training.trainer import LostError, Preempted, RunParts, Trainer, timeline
 
 
 def train(
@@ -144,7 +144,7 @@ def _training_source(
 
 def _join(
     config: Config, workdir: epath.Path, prepared: store.Store, source: TrainingSource
-) -> tuple[Parts, TrainState]:
+) -> tuple[RunParts, TrainState]:
     """Returns the parts of a run, and a state with random parameters."""
     vocabulary, split = prepared.vocabulary(), prepared.split("train")
     mesh, images = sharding.make_mesh(), source.sources.get("train")
@@ -169,7 +169,7 @@ def _join(
         sample = self_critical.SelfCritical(bind, config, mesh, feed, vocabulary, captions)
         critical_step = self_critical.make_train_step(bind, optimizer, schedule, mesh, config.train)
         critical = sample, CompiledStep(critical_step, state, feed)
-    parts = Parts(
+    parts = RunParts(
         config=config.train,
         workdir=workdir,
         split=split,
@@ -237,7 +237,7 @@ def _print_plan(plan: Plan, feed: Feed, device_count: int) -> None:
     )
 
 
-def _check_memory(config: Config, parts: Parts) -> None:
+def _check_memory(config: Config, parts: RunParts) -> None:
     """Prints the memory that a step needs.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A train step compiled ahead of its first call, which tells the memory that it needs."""
+"""The compiled programs of a train step, and the memory that they need."""
 
 from typing import Any
 

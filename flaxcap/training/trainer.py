@@ -53,7 +53,7 @@ def timeline(config: Train, plan: Plan) -> Timeline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class RunParts:
     """The parts of a run, which `flaxcap train` joins."""
 
     config: Train
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: RunParts,
         state: TrainState,
         progress: dict,
         *,

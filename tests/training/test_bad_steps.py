@@ -166,10 +166,10 @@ def test_batches_with_bad_features_are_skipped_and_the_run_ends(data_dir, tmp_pa
 def test_too_many_bad_steps_end_the_run_and_save_the_batch(data_dir, tmp_path):
     config = tiny_config(epochs=1)
     train.train(config, tmp_path / "run", data_dir)
-    sound = Checkpoints(tmp_path / "run" / "checkpoints")
-    step = sound.latest_step
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    step = checkpoints.latest_step
     assert step is not None
-    sound.close()
+    checkpoints.close()
     poison(data_dir, slice(0, 40))
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=4))
     for _ in range(2):  # the same command ends in the same way
