@@ -1,11 +1,11 @@
-"""What XLA makes of a training step for accelerators that need not be there: counts, no times; nothing runs.
+"""Compiles a training step for accelerators that need not be present, and counts what XLA makes of it.
 
     pip install 'jax[tpu]'      # or, in another environment, 'jax[cuda12]': no device and no driver is needed
     python experiments/aot_counts.py --topology=v5e:8x8 --images=1024      # or --topology=h100:8
 
-Prints a device's memory, the collectives and, for each loop of the step, its kernels, the bytes of device memory that
-they read and write (of a sliced operand the slice) and, of a TPU, the cycles that the compiler estimates. A GPU's
-matrix products are left to cuBLAS, as autotuning, which needs the GPU, mostly does.
+Prints the memory of a device, the collectives, and for each loop of the step its kernels and the bytes of device memory
+that they read and write. Of a sliced operand, the slice counts. For a TPU it prints the compiler's estimate of cycles,
+too. A GPU's matrix products go to cuBLAS: autotuning, which needs the GPU, would choose it for most of them.
 """
 
 import argparse
@@ -16,12 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from flaxcap.input_pipeline.device_feed import Inputs
-from flaxcap.models import decoder as decoder_lib
-from flaxcap.runtime import sharding
-from flaxcap.training.optimizer import learning_rate, make_optimizer
-from flaxcap.training.state import init_state
-
+# JAX reads JAX_PLATFORMS when it is imported, so this line comes before the imports of jax and flaxcap.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
 import jax
@@ -29,8 +24,13 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from flaxcap import config as config_lib
+from flaxcap.input_pipeline.device_feed import Inputs
+from flaxcap.models import decoder as decoder_lib
+from flaxcap.runtime import sharding
 from flaxcap.training import losses
 from flaxcap.training import step as step_lib
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import init_state
 
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -42,22 +42,26 @@ H100 = """gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3" """
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
-# What moves nothing, or is counted where it starts.
+# Operations that move nothing, or that are counted where they start.
 FREE = re.compile("parameter|constant|iota|tuple|get-tuple|bitcast|after-all|partition-id|opt-barrier|.*-done")
 
 
 class Op(NamedTuple):
+    """An operation of an HLO program."""
+
     type: str
     code: str
     args: list[str]
     rest: str  # arguments and attributes
 
     def calls(self, key: str) -> list[str]:
+        """Returns the names of the computations in an attribute."""
         found = re.search(key + r"=\{?(%[^ ,}]+(?:, %[^ ,}]+)*)", self.rest)
         return re.findall(r"%([\w.-]+)", found[1]) if found else []
 
 
 def devices(topology: str) -> list:
+    """Returns devices that exist only for the compiler: "h100:8", "v5e:8x8"."""
     name, shape = topology.split(":")
     if name == "h100":
         return topologies.get_topology_desc(name, "cuda", topology=f"1x1x{shape}", target_config=H100).devices
@@ -66,6 +70,7 @@ def devices(topology: str) -> list:
 
 
 def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
+    """Compiles the train step of the default model in bfloat16, for the sizes of the command line."""
     config = config_lib.Config()
     config.train.dtype = "bfloat16"
     mesh = sharding.make_mesh(devices(a.topology))
@@ -87,7 +92,7 @@ def compile_step(a: argparse.Namespace) -> jax.stages.Compiled:
 
 
 def parse(text: str) -> dict[str, dict[str, Op]]:
-    """HLO text -> {computation: {name: operation}}; the last is the entry."""
+    """Parses HLO text into {computation: {name: operation}}. The last computation is the entry."""
     computations, here = {}, {}
     for line in text.splitlines():
         if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -99,13 +104,17 @@ def parse(text: str) -> dict[str, dict[str, Op]]:
 
 
 def size(type_: str, everywhere: bool = False) -> int:
-    """Bytes of the arrays that are in the device's main memory, or anywhere: S(1) is on a TPU's chip."""
+    """Returns the bytes of a type's arrays in the device's main memory, or in any memory.
+
+    S(1) marks the memory on a TPU's chip.
+    """
     arrays = re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", type_)
     kept = [(d, n) for d, n, layout in arrays if d in BYTES and (everywhere or not re.search(r"S\([1-9]", layout))]
     return sum(BYTES[d] * math.prod(int(x) for x in n.split(",") if x) for d, n in kept)
 
 
 def traffic(op: Op, here: dict[str, Op], computations: dict) -> int:
+    """Returns the bytes of device memory that an operation reads and writes."""
     if "AllocateBuffer" in op.rest or "ConcatBitcast" in op.rest:
         return 0
     if op.code in ("copy-start", "slice-start"):  # (to, from, context), or ((from), to, context)
@@ -128,17 +137,27 @@ def traffic(op: Op, here: dict[str, Op], computations: dict) -> int:
 
 
 def kernels(computations: dict, name: str, branch: int, loop: str = "outside", times: int = 1) -> Iterator[tuple]:
-    """(loop, how often, name, operation, bytes, cycles) of each; `branch` of the loss's sizes is the one taken."""
+    """Yields (loop, repetitions, name, operation, bytes, cycles) of each kernel.
+
+    Args:
+      computations: of `parse`.
+      name: of the computation to begin with.
+      branch: the loss compiles one branch for each size of packed tokens; this one is taken.
+      loop: the loops around the computation, in words.
+      times: the repetitions of the computation.
+    """
     here = computations[name]
     for name, op in here.items():
         if op.code == "while":
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', op.rest)
             limits = [o.rest for o in computations[op.calls("condition")[0]].values() if o.code == "constant"]
-            count = int(known[1] if known else limits[0].split(")")[0] if limits else 1)  # the loop over steps has none
+            count = int(
+                known[1] if known else limits[0].split(")")[0] if limits else 1
+            )  # the loop over steps has no limit
             inside = f"{loop}, {name} x {count}".removeprefix("outside, ") if known or limits else loop
             yield from kernels(computations, op.calls("body")[0], branch, inside, times * count)
         elif op.code == "conditional":
-            # Of the loss's sizes, or to skip an update or make it.
+            # Over the sizes of packed tokens, or over skipping an update.
             branches = op.calls("branch_computations") or op.calls("true_computation")
             yield from kernels(computations, branches[min(branch, len(branches) - 1)], branch, loop, times)
         elif not FREE.match(op.code):
@@ -151,15 +170,15 @@ def main() -> None:
     p.add_argument("--topology", default="v5e:1x1", help="v5e:ROWSxCOLUMNS, or h100:GPUS")
     for name, default in {"images": 1024, "captions": 5, "time": 16, "vocabulary": 5001, "bank": 113287}.items():
         p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--real", type=float, default=11.5 / 15, help="share of the places that hold a token")
+    p.add_argument("--real", type=float, default=11.5 / 15, help="fraction of padded tokens that are real")
     a = p.parse_args()
     compiled = compile_step(a)
     m: Any = compiled.memory_analysis()
     print(f"{a}\narguments {m.argument_size_in_bytes / 1e6:.0f} MB, temporary {m.temp_size_in_bytes / 1e6:.0f} MB")
     cost: Any = compiled.cost_analysis() or {}
     print({k: cost[k] for k in ("flops", "bytes accessed", "optimal_seconds") if k in cost})
-    places = a.images // len(devices(a.topology)) * a.captions * (a.time - 1)
-    branch = sum(size < a.real * places for size in losses.sizes(places))
+    padded = a.images // len(devices(a.topology)) * a.captions * (a.time - 1)
+    branch = sum(size < a.real * padded for size in losses.sizes(padded))
     computations = parse(compiled.as_text() or "")
     loops = collections.defaultdict(list)
     for loop, times, name, op, moved, cycles in kernels(computations, list(computations)[-1], branch):

@@ -1,7 +1,7 @@
 """Flickr8k with its official splits: 6,000 training photographs with five captions each, features of `mixed10`.
 
-A small data set: what keeps the decoder from learning it by heart (dropout, smoothed labels, averaged weights) is worth
-more than its size. README.md has the scores; sweep.py measures what each option is worth.
+On a data set this small, regularisation (dropout, label smoothing, averaged parameters) matters more than the size of
+the decoder. README.md has the scores, and sweep.py measures each option.
 """
 
 from flaxcap.config import Config, Data, Decode, Dropout, Model, Train
@@ -22,7 +22,7 @@ def get_config() -> Config:
             dropout=Dropout(image=0.3, embedding=0.3, output=0.5, recurrent=0.2),
             cider_epochs=8,
             cider_learning_rate=2e-4,
-            cider_temperature=0.7,  # at 1, words that only smoothing makes probable are drawn
+            cider_temperature=0.7,  # at 1, words are drawn that only label smoothing makes probable
         ),
         decode=Decode(method="beam", max_length=22, beam_width=3, length_penalty=0.7, batch_size=32),
     )

@@ -1,11 +1,11 @@
-"""Trains and scores variants of a preset, one after the other, and keeps their scores and curves.
+"""Trains and scores variants of a preset, one after another, and keeps their scores and curves.
 
     python experiments/sweep.py --manual_dir=FLICKR8K                 prepares, then all variants, hours on two cores
-    python experiments/sweep.py --only=full,plain --seeds=0,1,2       those alone, each with three seeds
-    python experiments/sweep.py --table                               tables and curves of what is there
+    python experiments/sweep.py --only=full,plain --seeds=0,1,2       two variants with three seeds each
+    python experiments/sweep.py --table                               tables and curves of the existing results
 
-A variant that has its result file, RESULTS/NAME-SEED.json, is left alone, and one that was interrupted goes on: start
-it again at any time. All choices are made on the dev split.
+A variant with a result file, RESULTS/NAME-SEED.json, is skipped. An interrupted variant resumes. All choices are made
+on the dev split.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from flaxcap.training import checkpoints
 HERE = pathlib.Path(__file__).parent
 SHOWN = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "CIDEr_swapped")
 
-# Each differs from the preset in these fields alone. `plain` is the preset with a shorter first stage and without the
-# second: what follows it is compared with it. `first_stage_…` are compared with `first_stage`.
+# Each variant changes these fields of the preset. `plain` has a shorter first stage and no second one. The variants
+# after it are compared with it. The variants `first_stage_…` are compared with `first_stage`.
 PLAIN = ["train.epochs=6", "train.cider_epochs=0"]
 HALF_DROPOUT = [f"train.dropout.{kind}" for kind in ("image=0.15", "embedding=0.15", "output=0.25", "recurrent=0.1")]
 DROPOUTS = ("image", "embedding", "output", "recurrent")
@@ -63,18 +63,18 @@ VARIANTS = {
 
 
 def flaxcap(*args: str) -> None:
-    """Runs a command to its end."""
+    """Runs a command of flaxcap, which must succeed."""
     subprocess.run([sys.executable, "-m", "flaxcap", *args], check=True)
 
 
-def trained(workdir: pathlib.Path) -> float:
-    """Seconds of training alone, all that went on after an interruption together."""
+def training_seconds(workdir: pathlib.Path) -> float:
+    """Returns the seconds of training, without compilation, validation and checkpoints."""
     newest = checkpoints.steps(workdir / "checkpoints")[-1]
     return json.loads((newest / "progress" / "metadata").read_text())["seconds"]
 
 
 def drawn(workdir: pathlib.Path, data_dir: str, count: int = 20) -> list[dict]:
-    """Captions of the dev split drawn at random, always of the same images, and the CIDEr-D of each."""
+    """Returns captions of random images of the dev split, with their CIDEr-D. The images are the same for all runs."""
     split = store.Store.finished(data_dir, presets.load(str(workdir / "config.json"))).split("val")
     rows = [split.rows[n] for n in split.present()]
     texts = coco_results.read(workdir / "val" / "predictions.json", rows)
@@ -84,7 +84,13 @@ def drawn(workdir: pathlib.Path, data_dir: str, count: int = 20) -> list[dict]:
 
 
 def run(name: str, seed: int, a: argparse.Namespace) -> None:
-    """Trains and scores a variant, unless it has a result."""
+    """Trains and scores a variant, unless it has a result.
+
+    Args:
+      name: a key of `VARIANTS`.
+      seed: of the run.
+      a: the command line.
+    """
     file, workdir = a.results / f"{name}-{seed}.json", a.runs / f"{name}-{seed}"
     if file.exists():
         return
@@ -101,7 +107,7 @@ def run(name: str, seed: int, a: argparse.Namespace) -> None:
         {k: v for k, v in line.items() if k == "epoch" or k.startswith("val/")} for line in lines if "epoch" in line
     ]
     found = json.loads((workdir / "val" / "scores.json").read_text())
-    seconds = round(trained(workdir), 1)
+    seconds = round(training_seconds(workdir), 1)
     result = {"variant": name, "seed": seed, "fields": fields, "training_seconds": seconds, **found}
     result |= {"curve": curve, "captions": drawn(workdir, a.data_dir)}
     a.results.mkdir(parents=True, exist_ok=True)
@@ -109,14 +115,14 @@ def run(name: str, seed: int, a: argparse.Namespace) -> None:
 
 
 def read(results: pathlib.Path) -> dict[str, list[dict]]:
-    """Each variant's results, one a seed, in the order of VARIANTS."""
+    """Returns the results of each variant, one for each seed, in the order of `VARIANTS`."""
     found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
     by_name = {name: [r for r in found if r["variant"] == name] for name in VARIANTS}
     return {name: runs for name, runs in by_name.items() if runs}
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """As Markdown: a variant's mean, and its standard deviation where it has several seeds."""
+    """Returns a table in Markdown with means, and standard deviations of variants with several seeds."""
     lines = ["| variant | seeds | " + " | ".join(SHOWN) + " | minutes of training |", "|---" * (len(SHOWN) + 3) + "|"]
     for name, runs in found.items():
         cells = []
@@ -130,20 +136,25 @@ def table(found: dict[str, list[dict]]) -> str:
 
 
 def captions(result: dict) -> str:
-    """Those drawn of a result, as Markdown, the best first."""
+    """Returns a table in Markdown with the random captions of a result, best first."""
     found = sorted(result["captions"], key=lambda c: -c["CIDEr"])
     lines = ["| image | caption | CIDEr |", "|---|---|---|"]
     return "\n".join([*lines, *(f"| {c['image']} | {c['caption']} | {100 * c['CIDEr']:.0f} |" for c in found)])
 
 
 def curves(found: dict[str, list[dict]], file: pathlib.Path) -> None:
-    """A PNG of dev's CIDEr after each epoch: `full` in black, a line a seed, of the others their first seed."""
+    """Plots the CIDEr on the dev split after each epoch.
+
+    Args:
+      found: results of each variant. `full` is black with a line for each seed. The others show their first seed.
+      file: the PNG to write.
+    """
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot(xlabel="epoch", ylabel="CIDEr on dev")
-    for place, (name, runs) in enumerate(found.items()):
-        # Ten colours, then the same in another style of line.
+    for index, (name, runs) in enumerate(found.items()):
+        # Matplotlib has ten colours, so each further ten variants have another line style.
         color, width, style = (
-            ("black", 2, "-") if name == "full" else (f"C{place % 10}", 1, ("-", "--", ":")[place // 10 % 3])
+            ("black", 2, "-") if name == "full" else (f"C{index % 10}", 1, ("-", "--", ":")[index // 10 % 3])
         )
         for number, result in enumerate(runs if name == "full" else runs[:1]):
             points = [(line["epoch"], 100 * line["val/cider"]) for line in result["curve"]]
@@ -160,11 +171,11 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/flickr8k"))
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results" / "flickr8k")
-    parser.add_argument("--manual_dir", default="", help="Flickr8k's files; without, features are there already")
-    parser.add_argument("--encoder_weights", default="", help="in the place of the published ones")
+    parser.add_argument("--manual_dir", default="", help="Flickr8k's files; not needed if the features are prepared")
+    parser.add_argument("--encoder_weights", default="", help="instead of the published ones")
     parser.add_argument("--only", default=",".join(VARIANTS), help="variants, separated by commas")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--field", dest="fields", action="append", default=[], help="FIELD=VALUE, of every variant")
+    parser.add_argument("--field", dest="fields", action="append", default=[], help="FIELD=VALUE, for every variant")
     parser.add_argument("--table", action="store_true", help="only the tables and the curves")
     a = parser.parse_args()
     unknown = set(a.only.split(",")) - set(VARIANTS)

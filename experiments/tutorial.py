@@ -1,21 +1,23 @@
 """The sizes of TensorFlow's tutorial "image captioning with visual attention" (its original, InceptionV3 form).
 
-The same: 6,000 of COCO's training images, 80% of them to train and 20% to validate; 5,000 words; InceptionV3's
+Equal: 6,000 of COCO's training images, 80% of them for training and 20% for validation; 5,000 words; InceptionV3's
 8x8x2048 grid; Dense(256) with relu; additive attention of 512; embedding 256; GRU 512; two dense layers; batches of 64
 captions; Adam with a learning rate of 0.001; 20 epochs; one padded length.
 
-Different, because the tutorial is wrong there:
-- The GRU keeps its state from word to word. The tutorial calls it without, so that each word sees the last one only.
-- The loss is the mean over real tokens. The tutorial averages over the padding too.
-- The vocabulary is made of the training captions. The tutorial's holds the validation captions' words too.
-- Greedy captions; the tutorial samples from the 40 best. (`--config.decode.method=sample --config.decode.top_k=40`)
+Different, because the tutorial has a mistake:
+- The GRU keeps its state from word to word. The tutorial calls it without its state, so each word depends only on the
+  last one.
+- The loss is the mean over real tokens. The tutorial averages over padding, too.
+- The vocabulary comes from the training captions. The tutorial's includes words of the validation captions.
+- Captions are greedy. The tutorial samples among the 40 most probable words
+  (`--config.decode.method=sample --config.decode.top_k=40`).
 
-Different, because flaxcap works otherwise:
-- A batch is 64 images with a caption each: the tutorial draws captions, and may meet an image twice in a batch.
-- The 6,000 images are the first of the annotation file, not a random choice.
-- Pictures are resized with antialiasing, features are stored as bfloat16.
-- Key, query and value projections have the tutorial's sizes; weights are drawn Glorot-uniform, as Keras does.
-- Captions longer than 50 tokens are cut; the tutorial pads to its longest, 49.
+Different, because flaxcap is built differently:
+- A batch is 64 images with one caption each. The tutorial draws captions, so an image may occur twice in a batch.
+- The 6,000 images are the first ones of the annotation file. The tutorial draws them.
+- Images are resized with antialiasing, and features are stored as bfloat16.
+- The GRU's recurrent weights start orthogonal, Keras's default. The tutorial draws them Glorot-uniform.
+- Captions longer than 50 tokens are cut. The tutorial pads to its longest caption, 49 tokens.
 """
 
 from flaxcap.config import Config, Data, Train
