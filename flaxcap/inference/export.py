@@ -32,23 +32,12 @@ def write(captioner: Captioner, out: epath.PathLike) -> None:
     if path.exists() and (not path.is_dir() or not all(ours.fullmatch(file.name) for file in path.iterdir())):
         raise CheckpointError(f"--out={out}: not empty; an export goes to a new directory")
     path.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-    trees = zip(PARAMS, (captioner.params, captioner.encoder_params), strict=True)
-    saved = [name for name, params in trees if params is not None]
-    for name in saved:
-        save_params(path / name, captioner.params if name == "decoder" else captioner.encoder_params)
-    # Each is the checksum of all checksums of its directory.
-    files = {
-        name: integrity.Checksum.of_file(path / name).sha256 for name in (f"{d}/{integrity.CHECKSUMS}" for d in saved)
-    }
-=======
     files = {}
     for name, params in zip(PARAMS, (captioner.params, captioner.encoder_params), strict=True):
         if params is not None:
             save_params(path / name, params)
-            sums = f"{name}/{integrity.SUMS}"  # the checksums of all files of the directory
-            files[sums] = integrity.of_file(path / sums).sha256
->>>>>>> ee0f11e (InceptionV3's table is a file of its own; prose of evaluate; one function finds the split of a role; no module outside of the encoders names one)
+            checksums = f"{name}/{integrity.CHECKSUMS}"  # of all files of the directory
+            files[checksums] = integrity.Checksum.of_file(path / checksums).sha256
     about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
     integrity.write_atomically(path / "vocabulary.json", captioner.vocabulary.to_json())
     integrity.write_atomically(path / "about.json", about)
