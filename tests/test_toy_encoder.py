@@ -24,10 +24,12 @@ from flaxcap.training import logs
 class ColourGrid:
     """Mean colours, their deviations and edge energies of the cells of a 3x4 grid, mixed by two layers."""
 
+    name, positions, features = "colour_grid", 12, 8
+    grid: tuple[int, int] | None = (3, 4)
+    stages: tuple[str, ...] = ("mix", "scale")
+    preprocess = Preprocess(size=48, crop=0.9, resample="bicubic")
+
     def __init__(self, config: Encoder):
-        self.name, self.grid, self.positions, self.features = "colour_grid", (3, 4), 12, 8
-        self.preprocess = Preprocess(size=48, crop=0.9, resample="bicubic")
-        self.stages = ("mix", "scale")
         self._seed = config.seed
 
     def load(self, weights: str, sample: base.Sample | None = None) -> tuple[base.Params, str]:

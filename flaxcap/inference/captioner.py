@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload, overload
 
 import jax
 import numpy as np
@@ -83,6 +83,18 @@ class Captioner:
                 " features only, not images"
             )
         return extract.make_encode(self.encoder, self.encoder_params, self.config.encoder, many=False)
+
+    @overload
+    def caption(self, images: Source, *, seed: int = 0) -> Caption: ...
+
+    @overload
+    def caption(self, images: Iterable[Source], *, seed: int = 0) -> list[Caption]: ...
+
+    @overload
+    def caption(self, images: Source, *, seed: int = 0) -> Caption: ...
+
+    @overload
+    def caption(self, images: Iterable[Source], *, seed: int = 0) -> list[Caption]: ...
 
     def caption(self, images: Source | Iterable[Source], *, seed: int = 0) -> Caption | list[Caption]:
         """Captions an image, or several.

@@ -36,8 +36,8 @@ def write(captioner: Captioner, out: epath.PathLike) -> None:
     for name, params in zip(PARAMS, (captioner.params, captioner.encoder_params), strict=True):
         if params is not None:
             save_params(path / name, params)
-            sums = f"{name}/{integrity.CHECKSUMS}"  # the checksums of all files of the directory
-            files[sums] = integrity.Checksum.of_file(path / sums).sha256
+            checksums = f"{name}/{integrity.CHECKSUMS}"  # of all files of the directory
+            files[checksums] = integrity.Checksum.of_file(path / checksums).sha256
     about = json.dumps(captioner.about | {"files": files}, indent=2) + "\n"
     integrity.write_atomically(path / "vocabulary.json", captioner.vocabulary.to_json())
     integrity.write_atomically(path / "about.json", about)

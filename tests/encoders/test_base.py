@@ -7,6 +7,7 @@ from command import ROOT
 from flaxcap import config as config_lib
 from flaxcap.config import ConfigError, Encoder
 from flaxcap.encoders import base
+from flaxcap.encoders.inception_v3.encoder import InceptionV3
 
 ENCODERS = ROOT / "flaxcap" / "encoders"
 
@@ -17,17 +18,16 @@ def test_the_default_encoder_is_registered():
 
 def test_an_encoder_is_made_from_its_preset(monkeypatch):
     monkeypatch.setattr(base, "_ENCODERS", dict(base._ENCODERS))
-    made = []
-    base.register("regions", lambda config: made.append(config))
-    config = Encoder("regions", seed=3)
-    base.make(config)
-    assert made == [config]
+    presets = []
+    base.register("regions", lambda config: presets.append(config) or InceptionV3(config))
+    config = Encoder("regions", block="mixed3")
+    assert base.make(config).name == "inception_v3-mixed3"
+    assert presets == [config]
 
 
 def test_an_unknown_encoder_is_refused_with_a_hint():
-    with pytest.raises(
-        ConfigError, match=r"--config\.encoder\.name=inception_v2: expected one of inception_v3; did you"
-    ):
+    message = r"--config\.encoder\.name=inception_v2: expected one of inception_v3; did you mean 'inception_v3'\?"
+    with pytest.raises(ConfigError, match=message):
         base.make(Encoder("inception_v2"))
 
 

@@ -223,7 +223,7 @@ def test_widths_of_the_blocks():
 )
 def test_unusable_images_are_refused_by_name(block, shape, words):
     with pytest.raises(ValueError, match="InceptionV3") as caught:
-        network.apply({}, np.zeros(shape, np.uint8), block=block)
+        network.apply({}, jnp.zeros(shape), block=block)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -247,7 +247,7 @@ def test_the_size_asked_for_is_the_smallest_that_works(block):
 
 
 def test_the_encoder_describes_itself():
-    last = InceptionV3(Encoder())
+    last: base.ImageEncoder = InceptionV3(Encoder())
     assert (last.name, last.positions, last.features) == ("inception_v3-mixed10", 64, 2048)
     assert last.preprocess == Preprocess(SIZE)
     assert last.stages == network.BLOCKS
@@ -255,9 +255,7 @@ def test_the_encoder_describes_itself():
     assert (early.name, early.positions, early.features) == ("inception_v3-mixed3", 64, 768)
     assert early.preprocess == Preprocess(160)
     assert early.stages == ("mixed0", "mixed1", "mixed2", "mixed3")
-    for encoder in (last, early):
-        rows, columns = encoder.grid
-        assert rows * columns == encoder.positions
+    assert last.grid == early.grid == (8, 8)
 
 
 def test_abstract_params_are_the_shapes_of_load():

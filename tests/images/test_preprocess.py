@@ -33,7 +33,8 @@ def by_pillow(image: Image.Image, preprocess: Preprocess) -> np.ndarray:
     side = preprocess.crop * min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side) if preprocess.crop else None
-    return np.asarray(image.resize((preprocess.size,) * 2, Image.Resampling[preprocess.resample.upper()], box))
+    size = preprocess.size, preprocess.size
+    return np.asarray(image.resize(size, Image.Resampling[preprocess.resample.upper()], box))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

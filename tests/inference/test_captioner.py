@@ -165,7 +165,7 @@ def compilations() -> Iterator[list[str]]:
     """Yields a list that receives the name of an event for each tracing and compilation."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
             events.append(event)
 

@@ -36,7 +36,7 @@ def plan(images: int = 8, batches_per_dispatch: int = 1) -> Plan:
     lengths = [3 + (7 * m) % 5 for m in range(len(rows))]
     ids = [t for n in lengths for t in [START, *[5] * (n - 2), END]]
     tokens = Tokens(np.array(ids, np.int32), np.cumsum([0, *lengths]), np.array(rows, np.int32))
-    options = {"batch_images": images, "batches_per_dispatch": batches_per_dispatch}
+    options: dict[str, Any] = {"batch_images": images, "batches_per_dispatch": batches_per_dispatch}
     return Plan(tokens, captions_per_image=2, num_buckets=2, seed=1, **options)
 
 

@@ -38,10 +38,10 @@ class InceptionV3:
         except ValueError as e:
             raise ConfigError(f"--config.encoder.image_size={size}: {e}") from e
         self.name = f"inception_v3-{self.block}"
-        self.grid = network.GRID, network.GRID
+        self.grid: tuple[int, int] | None = (network.GRID, network.GRID)
         self.positions = network.GRID**2
         self.features = network.FEATURES[self.block]
-        self.stages = network.BLOCKS[: network.BLOCKS.index(self.block) + 1]
+        self.stages: tuple[str, ...] = network.BLOCKS[: network.BLOCKS.index(self.block) + 1]
 
     def load(self, weights_spec: str, sample: Sample | None = None) -> tuple[Params, str]:
         """Returns unfolded parameters; see `weights.load`."""
