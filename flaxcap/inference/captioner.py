@@ -6,7 +6,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, overload, overload
+from typing import Any, NamedTuple, overload
 
 import jax
 import numpy as np

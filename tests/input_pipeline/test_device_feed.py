@@ -1,5 +1,7 @@
 """Features in device memory and features streamed from the store give the same batches."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
