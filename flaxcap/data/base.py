@@ -20,10 +20,10 @@ from flaxcap.errors import UserError
 FILE_FORMAT = "array_record"
 SHARD_BYTES = 256 << 20
 
-# One record a group, so that one can be read alone; image files are compressed already.
+# One record a group: each can be read alone. Uncompressed: image files are compressed already.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 
-# Those of TFDS's own coco_captions, without `objects`: either builder's copy can be read.
+# The features of TFDS's own coco_captions without `objects`, so that TFDS's copies can be read too.
 FEATURES = tfds.features.FeaturesDict(
     {
         "image": tfds.features.Image(),

@@ -37,7 +37,19 @@ def local_dir(data_dir: PathLike) -> epath.Path:
 
 
 def prepare_for(config: Config, data_dir: PathLike, *, manual_dir: PathLike | None = None) -> tfds.core.DatasetBuilder:
-    """Prepares a preset's data set, see `prepare`; `data_dir` may be in an object store."""
+    """Prepares a preset's data set, see `prepare`.
+
+    Args:
+      config: the preset.
+      data_dir: a directory, possibly in an object store, see `local_dir`.
+      manual_dir: the directory of the user's own files.
+
+    Returns:
+      The builder of the prepared copy.
+
+    Raises:
+      DataError: see `prepare`.
+    """
     options = dataclasses.asdict(config.data.shapes) if config.dataset == "shapes" else {}
     return prepare(config.dataset, local_dir(data_dir), manual_dir=manual_dir, **options)
 
@@ -107,6 +119,9 @@ def caption_truth(config: Config) -> Callable[[int, str], bool] | None:
     """Returns a function that tells from an image id and a caption whether the caption is true of the image.
 
     None for every data set except `shapes`, whose scenes are known.
+
+    Raises:
+      DataError: the name of the data set is unknown.
     """
     _builder_class(config.dataset)
     if config.dataset != "shapes":

@@ -21,7 +21,7 @@ LINE_KEYS = ("image", "caption", "captions", "split")
 _SPLIT_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 
 
-class Caption(NamedTuple):
+class CaptionRecord(NamedTuple):
     """A caption, and the name of its record for messages."""
 
     image: str  # path below the folder
@@ -116,7 +116,7 @@ def _captions_file(folder: pathlib.Path) -> pathlib.Path:
     return files[0]
 
 
-def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Path) -> dict[str, _Image]:
+def _group(captions: list[CaptionRecord], ids: dict[str, int] | None, file: pathlib.Path) -> dict[str, _Image]:
     """Checks the captions and groups them by image.
 
     Args:
@@ -154,7 +154,7 @@ def _group(captions: list[Caption], ids: dict[str, int] | None, file: pathlib.Pa
     return images
 
 
-def _read_csv(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
+def _read_csv(text: str, file: pathlib.Path) -> tuple[list[CaptionRecord], None]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     captions = []
     try:
@@ -169,13 +169,13 @@ def _read_csv(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
                 expected = f"{len(header)}; quote text that contains commas"
                 raise bad_record(file, where, "", f"{len(row)} values", expected)
             record = dict(zip(header, row, strict=True))
-            captions.append(Caption(record["image"], record["caption"], record.get("split"), where))
+            captions.append(CaptionRecord(record["image"], record["caption"], record.get("split"), where))
     except csv.Error as error:
         raise DataError(f"{file}, line {rows.line_num}: not CSV: {error}") from error
     return captions, None
 
 
-def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
+def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[CaptionRecord], None]:
     captions = []
     for number, line in enumerate(text.split("\n"), start=1):
         where = f"line {number}"
@@ -199,14 +199,14 @@ def _read_jsonl(text: str, file: pathlib.Path) -> tuple[list[Caption], None]:
                 raise bad_record(file, where, "captions", shown(texts), "a list of one string or more")
             for each in texts:
                 check_text(each, file, where, "captions")
-        captions += [Caption(image, each, split, where) for each in texts]
+        captions += [CaptionRecord(image, each, split, where) for each in texts]
     return captions, None
 
 
-def _read_coco(text: str, file: pathlib.Path) -> tuple[list[Caption], dict[str, int]]:
+def _read_coco(text: str, file: pathlib.Path) -> tuple[list[CaptionRecord], dict[str, int]]:
     images = read_annotations(_parse(text, str(file)), file)
     captions = [
-        Caption(name, caption, None, f"annotation {number}")
+        CaptionRecord(name, caption, None, f"annotation {number}")
         for name, image in images.items()
         for number, caption in image.captions
     ]
@@ -220,7 +220,7 @@ def _parse(text: str, where: str) -> object:
         raise DataError(f"{where}: not JSON: {error}") from error
 
 
-_READERS: dict[str, Callable[[str, pathlib.Path], tuple[list[Caption], Any]]] = {
+_READERS: dict[str, Callable[[str, pathlib.Path], tuple[list[CaptionRecord], Any]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".json": _read_coco,

@@ -14,7 +14,15 @@ _KINDS: dict[type, str] = {int: "a whole number", str: "a string", list: "a list
 
 
 def bad_record(file: object, record: str, field: str, found: str, expected: str) -> DataError:
-    """Returns the error for one field of one record of a file; `record` and `field` may be empty."""
+    """Returns the error for a record of a file.
+
+    Args:
+      file: the file's name.
+      record: the record's name, such as "line 3"; may be empty.
+      field: the field's name; may be empty.
+      found: the bad value, as the message shows it.
+      expected: a description of good values.
+    """
     where = ", ".join([str(file)] + [record] * bool(record) + [f"field {field!r}"] * bool(field))
     return DataError(f"{where}: found {found}, expected {expected}")
 
@@ -47,7 +55,17 @@ def read_field(record: object, key: str, kind: type[T], file: object, where: str
 
 
 def check_text(text: str, file: object, where: str, key: str) -> None:
-    """Raises DataError for a lone surrogate: JSON can hold one, as `"\\ud83d"`, but UTF-8 cannot."""
+    """Checks that UTF-8 can encode a text from JSON.
+
+    Args:
+      text: the field's value.
+      file: the file's name, for messages.
+      where: the record's name, for messages.
+      key: the field's name, for messages.
+
+    Raises:
+      DataError: the text has a lone surrogate, which JSON can hold as `"\\ud83d"`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -55,7 +73,11 @@ def check_text(text: str, file: object, where: str, key: str) -> None:
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
-    """Reads a file; DataError if it cannot be read or is larger than `size_limits.CAPTIONS`."""
+    """Reads a file of captions.
+
+    Raises:
+      DataError: the file cannot be read, or is larger than `size_limits.CAPTIONS`.
+    """
     try:
         return size_limits.read(path, size_limits.CAPTIONS)
     except OSError as error:
@@ -66,6 +88,9 @@ def read_image(path: pathlib.Path) -> bytes:
     """Reads an image file, at most one byte more than `size_limits.IMAGE`.
 
     A file that is too large thus stays too large, and `images.decode` refuses it.
+
+    Raises:
+      DataError: the file cannot be read.
     """
     try:
         return size_limits.start(path, size_limits.IMAGE)
@@ -74,7 +99,11 @@ def read_image(path: pathlib.Path) -> bytes:
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Reads a UTF-8 file, with or without byte order mark; DataError if it cannot be read or is not UTF-8."""
+    """Reads a file of captions in UTF-8, with or without byte order mark.
+
+    Raises:
+      DataError: the file cannot be read, is larger than `size_limits.CAPTIONS`, or is not UTF-8.
+    """
     data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")

@@ -198,9 +198,12 @@ _PATTERNS = _patterns()
 
 
 def is_true(image_id: int, caption: str, seed: int = 0) -> bool:
-    """Tells whether a caption is true of an image: some two of its objects have the named attributes and relation.
+    """Tells whether a caption is true: two objects of the image have the named attributes and the named relation.
 
-    A sentence that `captions` cannot return is false.
+    Args:
+      image_id: of the image.
+      caption: any text. A sentence that `captions` cannot return is false.
+      seed: of the data set.
     """
     text = caption.strip(" .").lower()
     match = next(filter(None, (pattern.fullmatch(text) for pattern in _PATTERNS)), None)

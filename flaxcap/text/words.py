@@ -26,6 +26,6 @@ def words(caption: str) -> list[str]:
 
     An apostrophe inside a word is part of it.
     """
-    # Normalised after lower(), which can separate a letter from its accent: "İ" becomes "i" and U+0307.
+    # Normalised after lower(): "J" and U+030C have no composed form, but their lower case has one, "ǰ".
     text = unicodedata.normalize("NFC", caption.lower()).translate(_WORD_CHARACTERS)
     return [w for w in (w.strip("'") for w in text.split()) if w]

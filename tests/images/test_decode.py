@@ -16,7 +16,7 @@ from flaxcap.images.decode import ImageError, to_square
 SIZE = 32
 
 
-def picture(height=48, width=64) -> np.ndarray:
+def gradient(height=48, width=64) -> np.ndarray:
     """Returns a smooth image that every flip and turn changes, uint8 [height, width, 3]."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x * y, 255 * y, 255 * (1 - x)], -1).round().astype(np.uint8)
@@ -34,7 +34,7 @@ def close(left, right, tolerance):
     return np.abs(np.asarray(left, int) - np.asarray(right, int)).max() <= tolerance
 
 
-EXPECTED = np.asarray(Image.fromarray(picture()).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+EXPECTED = np.asarray(Image.fromarray(gradient()).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
 PALETTE = Image.new("P", (8, 8), 3)
 PALETTE.putpalette(range(30))
 GREY = np.repeat(np.asarray(Image.fromarray(EXPECTED).convert("L"))[..., None], 3, 2)
@@ -43,7 +43,7 @@ GREY = np.repeat(np.asarray(Image.fromarray(EXPECTED).convert("L"))[..., None], 
 @pytest.mark.parametrize("size", [1, 32, 299])
 @pytest.mark.parametrize("shape", [(48, 64), (1, 1), (1, 700)])
 def test_any_shape_becomes_the_square(size, shape):
-    assert to_square(encode(picture(*shape), "PNG"), size).shape == (size, size, 3)
+    assert to_square(encode(gradient(*shape), "PNG"), size).shape == (size, size, 3)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_any_shape_becomes_the_square(size, shape):
     ],
 )
 def test_formats(format, options, tolerance):
-    assert close(to_square(encode(picture(), format, **options), SIZE), EXPECTED, tolerance)
+    assert close(to_square(encode(gradient(), format, **options), SIZE), EXPECTED, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -82,17 +82,17 @@ def test_modes(mode, format, expected, tolerance):
         image = Image.new("LAB", (64, 48), (128, 0, 0))
         expected = np.full((SIZE, SIZE, 3), to_square(encode(image, format), SIZE)[0, 0])
     else:
-        image = Image.fromarray(picture()).convert(mode)
+        image = Image.fromarray(gradient()).convert(mode)
     options = {"quality": 95} if format == "JPEG" else {}
     assert close(to_square(encode(image, format, **options), SIZE), expected, tolerance)
 
 
 def test_palettes():
-    image = Image.fromarray(picture()).quantize(256)
+    image = Image.fromarray(gradient()).quantize(256)
     expected = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     assert close(to_square(encode(image, "PNG"), SIZE), expected, 0)
     assert close(to_square(encode(image, "GIF"), SIZE), expected, 0)
-    black_and_white = Image.fromarray(picture()[..., 0] > 100)
+    black_and_white = Image.fromarray(gradient()[..., 0] > 100)
     assert set(np.unique(to_square(encode(black_and_white, "PNG"), 48))) > {0, 255}
 
 
@@ -174,9 +174,9 @@ TURNS = {  # EXIF's orientation -> the operation that turns the image upright
 def test_exif_orientation(format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    upright = Image.fromarray(np.ascontiguousarray(TURNS[orientation](picture())))
+    upright = Image.fromarray(np.ascontiguousarray(TURNS[orientation](gradient())))
     expected = upright.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
-    data = encode(picture(), format, exif=exif, **({"quality": 95} if format in ("JPEG", "WEBP") else {}))
+    data = encode(gradient(), format, exif=exif, **({"quality": 95} if format in ("JPEG", "WEBP") else {}))
     assert close(to_square(data, SIZE), expected, 12)
 
 
@@ -186,7 +186,7 @@ def test_an_image_with_damaged_metadata_is_decoded():
     exif[0x010E] = "a long description of the image"
     good = exif.tobytes()
     for damaged in (good[:20], good[:-20], good[:8] + b"\xff" * 40, b"Exif\0\0" + b"\0" * 50):
-        data = encode(picture(), "JPEG", quality=95, exif=damaged, icc_profile=b"not a profile")
+        data = encode(gradient(), "JPEG", quality=95, exif=damaged, icc_profile=b"not a profile")
         assert to_square(data, SIZE).shape == (SIZE, SIZE, 3)
 
 
@@ -214,8 +214,8 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
-JPEG, PNG, WEBP, GIF = (encode(picture(), format) for format in ("JPEG", "PNG", "WEBP", "GIF"))
-TIFF = encode(picture(), "TIFF", compression="tiff_lzw")
+JPEG, PNG, WEBP, GIF = (encode(gradient(), format) for format in ("JPEG", "PNG", "WEBP", "GIF"))
+TIFF = encode(gradient(), "TIFF", compression="tiff_lzw")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_the_pixel_limit_is_exact():
 def test_warnings_of_pillow_are_ignored_in_every_thread_and_other_warnings_are_not():
     """Decodes files that make Pillow warn in many threads; in these tests a warning is an error."""
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0e\x01\x02\0\xff\0\0\0\x1a\0\0\0"
-    odd = encode(picture(), "JPEG", exif=exif)
+    odd = encode(gradient(), "JPEG", exif=exif)
     with pytest.warns(UserWarning, match="Tag|EXIF"), Image.open(io.BytesIO(odd)) as image:
         dict(image.getexif())
     huge = bomb(9500, 9500)
