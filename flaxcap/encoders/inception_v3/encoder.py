@@ -9,7 +9,8 @@ import numpy as np
 from flaxcap.config import ConfigError
 from flaxcap.config import Encoder as EncoderConfig
 from flaxcap.encoders.base import Params, Sample, normalise
-from flaxcap.encoders.inception_v3 import network, weights
+from flaxcap.encoders.inception_v3 import network
+from flaxcap.encoders.inception_v3 import weights as weights_lib
 from flaxcap.errors import nearest
 from flaxcap.images.preprocess import Preprocess
 
@@ -43,9 +44,9 @@ class InceptionV3:
         self.features = network.FEATURES[self.block]
         self.stages: tuple[str, ...] = network.BLOCKS[: network.BLOCKS.index(self.block) + 1]
 
-    def load(self, weights_spec: str, sample: Sample | None = None) -> tuple[Params, str]:
-        """Returns unfolded parameters; see `weights.load`."""
-        return weights.load(weights_spec, block=self.block, seed=self._seed, sample=sample)
+    def load(self, weights: str, sample: Sample | None = None) -> tuple[Params, str]:
+        """Returns unfolded parameters and their SHA-256; see `weights_lib.load`."""
+        return weights_lib.load(weights, block=self.block, seed=self._seed, sample=sample)
 
     def abstract_params(self) -> Params:
         """Returns the shapes of the unfolded parameters."""
