@@ -124,6 +124,10 @@ def test_it_is_evaluated_captioned_and_exported(directory, capsys, monkeypatch):
         plotted.load()
     assert main(["caption", image, model, *plot]) == 0
     assert capsys.readouterr().out == found
+    monkeypatch.setattr(ColourGrid, "grid", None)
+    assert main(["caption", image, model, *plot]) == 0
+    assert capsys.readouterr().out == found
+    assert drawn[-1] == ((words, 12), None, 0.9)
 
 
 def test_attention_depends_on_the_image_and_sums_to_1(directory):

@@ -22,7 +22,7 @@ from flaxcap.images import decode
 
 PHOTOGRAPHS = 256  # different files; later images repeat them, to save start-up time
 WIDTH, HEIGHT, QUALITY = 640, 480, 90  # as COCO's
-MEASURED_ON = 4  # photographs that a random encoder's batch norm is measured on
+MEASURED_ON = 4  # photographs that random weights may be scaled by
 
 
 def photograph(rng: np.random.Generator) -> bytes:

@@ -90,18 +90,12 @@ class Captioner:
     @overload
     def caption(self, images: Iterable[Source], *, seed: int = 0) -> list[Caption]: ...
 
-    @overload
-    def caption(self, images: Source, *, seed: int = 0) -> Caption: ...
-
-    @overload
-    def caption(self, images: Iterable[Source], *, seed: int = 0) -> list[Caption]: ...
-
     def caption(self, images: Source | Iterable[Source], *, seed: int = 0) -> Caption | list[Caption]:
         """Captions an image, or several.
 
         Args:
           images: an image, or an iterable of images. An image is a path, an http(s) address, the bytes of a file, a PIL
-            image, or a uint8 array [Y, X, 3] or [Y, X].
+            image, or a uint8 array [Y, X, 3], [Y, X, 4] or [Y, X].
           seed: of sampling.
 
         Returns:

@@ -26,6 +26,16 @@ from flaxcap.text.vocabulary import Vocabulary
 from flaxcap.training import finetune
 from flaxcap.training.checkpoints import Checkpoints
 
+# The members of an ensemble are equal in these.
+_SHARED = (
+    "vocabulary_sha256",
+    "encoder",
+    "encoder_sha256",
+    "preprocessing",
+    "positions",
+    "positions_vary",
+    "feature_dim",
+)
 MAX_SIZE = 1 << 16  # of positions and features: an export may come from a stranger
 
 
@@ -62,7 +72,7 @@ def load_ensemble(
         raise CheckpointError("no model is named: give --workdir=RUN or --model=EXPORT")
     first, *others = found
     for path, other in zip([*model_dirs, *workdirs][1:], others, strict=True):
-        for name in ("vocabulary_sha256", "encoder_sha256", "positions", "feature_dim"):
+        for name in _SHARED:
             if other.about.get(name) != first.about.get(name):
                 raise CheckpointError(
                     f"{path}: no ensemble with {[*model_dirs, *workdirs][0]}: found {name} {other.about.get(name)},"

@@ -1,4 +1,4 @@
-"""Pictures from anywhere, and the words, log-probabilities and drawings that they get."""
+"""Captions, log-probabilities and attention plots of images from any source."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ from flaxcap.inference.captioner import Captioner
 
 
 def png(seed: int, height: int = 120, width: int = 160) -> bytes:
-    """A picture of a few coloured patches, its own for each seed."""
+    """Returns an image of a few coloured patches, different for each seed."""
     patches = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST).save(out, "PNG")
@@ -26,7 +26,7 @@ def png(seed: int, height: int = 120, width: int = 160) -> bytes:
 
 
 def huge_png(side: int = 30_000) -> bytes:
-    """A small file of 900 million pixels."""
+    """Returns a small file of 900 million pixels."""
     chunks = [(b"IHDR", struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(10**6)))]
     parts = (struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -42,16 +42,16 @@ def decoding(captioner: Captioner, **changes) -> Captioner:
     return dataclasses.replace(captioner, config=dataclasses.replace(captioner.config, decode=decode))
 
 
-def pictures(count: int) -> list:
+def images(count: int) -> list:
     return [(f"{n}.png", lambda n=n: png(n)) for n in range(count)]
 
 
-def test_bad_pictures_get_a_reason_and_the_others_a_caption(captioner, tmp_path):
+def test_unreadable_images_get_a_reason_and_others_a_caption(captioner, tmp_path):
     truncated = tmp_path / "truncated.png"
     truncated.write_bytes(png(1)[:-60])
-    sources = pictures(5)
+    sources = images(5)
     sources[1:1] = [("bomb.png", huge_png), ("rubbish.jpg", lambda: b"rubbish"), ("empty.png", bytes)]
-    private = "http://127.0.0.1:1/picture.png"
+    private = "http://127.0.0.1:1/image.png"
     sources += caption.from_sources([str(truncated), private])
     found = list(caption.caption(captioner, sources))
     assert [f.name for f in found] == [name for name, _ in sources]
@@ -59,34 +59,34 @@ def test_bad_pictures_get_a_reason_and_the_others_a_caption(captioner, tmp_path)
     assert list(reasons) == ["bomb.png", "rubbish.jpg", "empty.png", str(truncated), private]
     for name, reason in zip(reasons, ("pixels", "not an image", "empty", "damaged", "no public address"), strict=True):
         assert reason in reasons[name]
-    alone = {f.name: f for f in caption.caption(captioner, pictures(5))}
+    alone = {f.name: f for f in caption.caption(captioner, images(5))}
     assert [(f.caption, f.log_prob) for f in found if not f.reason] == [(f.caption, f.log_prob) for f in alone.values()]
     assert all(not f.caption and not f.log_prob and not f.plot for f in found if f.reason)
 
 
-def test_only_bad_pictures(captioner):
+def test_only_unreadable_images(captioner):
     found = list(caption.caption(captioner, [("a", bytes), ("b", bytes)]))
     assert [f.reason for f in found] == ["the file is empty"] * 2
 
 
-def test_batches_give_what_single_pictures_give(captioner):
-    together = list(caption.caption(captioner, pictures(11)))  # a full batch of eight, and three of eight
+def test_captions_do_not_depend_on_the_batch(captioner):
+    together = list(caption.caption(captioner, images(11)))  # a batch of eight, and one with three images and padding
     encoder = dataclasses.replace(captioner.config.encoder, batch_size=1)
     single = dataclasses.replace(captioner, config=dataclasses.replace(captioner.config, encoder=encoder))
-    alone = list(caption.caption(single, pictures(11)))
-    assert [f.name for f in together] == [name for name, _ in pictures(11)]
+    alone = list(caption.caption(single, images(11)))
+    assert [f.name for f in together] == [name for name, _ in images(11)]
     assert [f.caption for f in together] == [f.caption for f in alone]
     np.testing.assert_allclose([f.log_prob for f in together], [f.log_prob for f in alone], atol=0.02)
-    # The pictures matter.
+    # Captions depend on the images.
     assert len({f.caption for f in together}) > 1
     assert len({round(f.log_prob, 3) for f in together}) == 11
 
 
 def captions(captioner: Captioner, seed: int = 0) -> list[tuple[str, float]]:
-    return [(f.caption, f.log_prob) for f in caption.caption(captioner, pictures(8), seed=seed)]
+    return [(f.caption, f.log_prob) for f in caption.caption(captioner, images(8), seed=seed)]
 
 
-def test_sampling_goes_by_its_seed(captioner):
+def test_samples_depend_on_the_seed(captioner):
     sampler = decoding(captioner, method="sample")
     first = captions(sampler)
     assert first == captions(sampler)
@@ -94,17 +94,17 @@ def test_sampling_goes_by_its_seed(captioner):
     assert sum(a != b for a, b in zip(first, other, strict=True)) > 4
 
 
-def test_sampling_among_one_word_is_greedy_and_heat_costs_probability(captioner):
+def test_sampling_from_one_word_is_greedy_and_a_high_temperature_lowers_the_probability(captioner):
     greedy = captions(captioner)
     assert captions(decoding(captioner, method="sample", top_k=1)) == greedy
     warm, hot = (captions(decoding(captioner, method="sample", temperature=t)) for t in (0.5, 5.0))
-    # Hotter is less probable: the log-probability is the model's own, whatever the temperature.
+    # The log-probability is that of the model at temperature 1.
     means = [np.mean([log_prob / (len(text.split()) + 1) for text, log_prob in c]) for c in (greedy, warm, hot)]
     assert means == sorted(means, reverse=True)
     assert means[0] - means[2] > 1
 
 
-def test_the_picture_shown_is_upright_and_keeps_its_aspect():
+def test_thumbnails_are_upright_and_keep_their_aspect():
     pixels = np.random.default_rng(0).integers(0, 256, (20, 60, 3), np.uint8)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -115,7 +115,7 @@ def test_the_picture_shown_is_upright_and_keeps_its_aspect():
     assert decode_lib.to_thumbnail(out.getvalue(), 1).shape == (1, 1, 3)
 
 
-def test_the_attention_is_drawn_over_the_picture_itself(captioner, tmp_path, monkeypatch):
+def test_attention_is_plotted_over_the_image(captioner, tmp_path, monkeypatch):
     sources = [("http://host/wide%20one.png?x=1", lambda: png(1, 60, 240)), ("bad", bytes)]
     sources += [("../tall.png", lambda: png(2, 1200, 600)), ("", lambda: png(3))]
     drawn = []

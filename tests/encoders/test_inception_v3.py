@@ -260,7 +260,7 @@ def test_the_encoder_describes_itself():
 
 def test_abstract_params_are_the_shapes_of_load():
     early, last = InceptionV3(Encoder(block="mixed0", image_size=83)), InceptionV3(Encoder())
-    loaded, _ = early.load("random", lambda: pictures(2, 83))
+    loaded, _ = early.load(weights="random", sample=lambda: pictures(2, 83))
     for encoder, params in ((early, loaded), (last, network.init(jax.random.key(0)))):
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         assert shapes == encoder.abstract_params()

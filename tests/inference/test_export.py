@@ -244,6 +244,35 @@ def test_another_preprocessing_or_origin_is_refused(copy, changes, message):
         loading.load_export(copy)
 
 
+def test_an_ensemble_of_a_model_with_itself_captions_like_the_model(captioner, exported, trained: Trained):
+    ensemble = loading.load_ensemble(
+        workdirs=[trained.workdir], model_dirs=[exported, exported], data_dir=trained.data_dir
+    )
+    assert len(ensemble.others) == 2
+    image = np.random.default_rng(0).integers(0, 256, (99, 77, 3), np.uint8)
+    one, three = captioner.caption(image), ensemble.caption(image)
+    assert one.text == three.text
+    assert one.log_prob == pytest.approx(three.log_prob, abs=1e-3)
+    np.testing.assert_allclose(one.attention, three.attention, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("encoder", "inception_v3-mixed9"), ("encoder_sha256", "0" * 64), ("vocabulary_sha256", None)]
+)
+def test_an_ensemble_of_different_encoders_or_vocabularies_is_refused(copy, exported, monkeypatch, name, value):
+    """The blocks mixed9 and mixed10 have equal sizes and one file of weights."""
+    about = json.loads((copy / "about.json").read_text())
+    load = loading.load_export
+
+    def load_changed(path):
+        found = load(path)
+        return dataclasses.replace(found, about=about | {name: value}) if path == copy else found
+
+    monkeypatch.setattr(loading, "load_export", load_changed)
+    with pytest.raises(CheckpointError, match=rf"{copy}: no ensemble with {exported}: found {name} {value}, expected"):
+        loading.load_ensemble(model_dirs=[exported, copy])
+
+
 def test_a_directory_without_a_model_is_named(tmp_path, trained: Trained):
     with pytest.raises(CheckpointError, match="no model is named: give --workdir=RUN or --model=EXPORT"):
         loading.load_ensemble()

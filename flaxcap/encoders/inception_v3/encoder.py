@@ -45,7 +45,7 @@ class InceptionV3:
         self.stages: tuple[str, ...] = network.BLOCKS[: network.BLOCKS.index(self.block) + 1]
 
     def load(self, weights: str, sample: Sample | None = None) -> tuple[Params, str]:
-        """Returns unfolded parameters; see `weights_lib.load`."""
+        """Returns unfolded parameters and their SHA-256; see `weights_lib.load`."""
         return weights_lib.load(weights, block=self.block, seed=self._seed, sample=sample)
 
     def abstract_params(self) -> Params:
