@@ -20,9 +20,12 @@ from flaxcap.input_pipeline.batching import Plan
 from flaxcap.input_pipeline.device_feed import Feed
 from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import sharding
-from flaxcap.text.vocabulary import SPECIAL, Tokens, Vocabulary
+from flaxcap.text.tokens import Tokens
+from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 from flaxcap.training import losses, self_critical
 from flaxcap.training import step as step_lib
+from flaxcap.training.optimizer import learning_rate, make_optimizer
+from flaxcap.training.state import init_state
 
 MODULES = (
     "flaxcap.models",
@@ -134,7 +137,7 @@ def make_plan() -> Plan:
     """Returns batches of one bucket: every image has captions of `LONGEST` tokens, <start> and <end> included."""
     captions = [[" ".join(WORDS.tokens[4 : 2 + LONGEST])] * CAPTIONS] * IMAGES
     tokens = Tokens.of(captions, WORDS, LONGEST)
-    return Plan(tokens, batch_images=I, captions_per_image=C, num_buckets=1, run=J)
+    return Plan(tokens, batch_images=I, captions_per_image=C, num_buckets=1, batches_per_dispatch=J)
 
 
 def create(config: Config, vary: bool = False) -> Any:
@@ -155,8 +158,8 @@ def train(variant: dict[str, Any], mode: str = "stream", vary: bool = False) -> 
         feed.spec(LONGEST)
         feed([plan.in_order(0)])
         bind, init = create(config, vary)
-        optimizer, schedule = step_lib.make_optimizer(config.train), step_lib.learning_rate(config.train, 10)
-        state = jax.eval_shape(lambda: step_lib.init_state(init, optimizer, 0, mesh, config.train.ema))
+        optimizer, schedule = make_optimizer(config.train), learning_rate(config.train, 10)
+        state = jax.eval_shape(lambda: init_state(init, optimizer, 0, mesh, config.train.ema))
         jax.eval_shape(step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10), state, inputs)
         jax.eval_shape(step_lib.make_eval_step(bind, mesh, config.train), state.params, inputs)
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
@@ -195,8 +198,8 @@ def sample_and_score() -> Recorder:
         feed = Feed(Feats(), plan, mesh, "stream")
         batches = next(plan.dispatches(0, BATCHES))
         bind, init = create(config)
-        optimizer, schedule = step_lib.make_optimizer(config.train), step_lib.learning_rate(config.train, 10)
-        state = step_lib.init_state(init, optimizer, 0, mesh)
+        optimizer, schedule = make_optimizer(config.train), learning_rate(config.train, 10)
+        state = init_state(init, optimizer, 0, mesh)
         sample = self_critical.SelfCritical(bind, config, mesh, feed, WORDS, [["aa ab"]] * IMAGES)
         inputs, _ = sample(state, feed(batches), batches)
         train_step = self_critical.make_train_step(bind, optimizer, schedule, mesh, config.train)

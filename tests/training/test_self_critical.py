@@ -33,15 +33,15 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
 
 
 class Run:
-    """The parts of a self-critical run on `devices` devices. `run`: batches in a dispatch."""
+    """The parts of a self-critical run."""
 
-    def __init__(self, data_dir: pathlib.Path, config: Config = CONFIG, devices: int = 2, run: int = 2):
+    def __init__(self, data_dir: pathlib.Path, config: Config = CONFIG, devices: int = 2, batches: int = 2):
         prepared = Store.finished(data_dir, config)
         self.split: Split = prepared.split("train")
         self.vocabulary: Vocabulary = prepared.vocabulary()
         self.captions = [row.captions for row in self.split.rows]
         self.mesh = sharding.make_mesh(jax.devices()[:devices])
-        self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, run)
+        self.plan, self.feed = validation.make_feed(config, self.split, self.vocabulary, self.mesh, batches)
         bind, init = decoder_lib.create(
             config, decoder_lib.Sizes(prepared.positions, prepared.feature_dim, len(self.vocabulary))
         )
