@@ -1,4 +1,4 @@
-"""Word vectors made elsewhere, to start a decoder's embedding with."""
+"""Pretrained word vectors, which replace the initial embeddings of known words."""
 
 import functools
 
@@ -8,19 +8,26 @@ from etils import epath
 from flaxcap.errors import UserError
 from flaxcap.text.vocabulary import Vocabulary
 
-_LINE_BYTES = 1 << 20  # the widest model's takes less
+_LINE_BYTES = 1 << 20  # a line of the widest embedding, 65 536 numbers of 16 bytes
 
 
 class EmbeddingsError(UserError):
-    """A file of word vectors that cannot be used."""
+    """A file of word vectors is missing or malformed."""
 
 
 def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, np.ndarray]:
-    """{token id: float32 [width]} of the vocabulary's words that a text file in GloVe's format has vectors for.
+    """Returns {token id: float32 [width]} of the words that are both in the vocabulary and in a text file.
 
-    A line holds a word and its numbers, separated by spaces (Pennington et al. 2014); a first line with the number of
-    vectors and their width, as word2vec and fastText write it, is passed over. EmbeddingsError names the file and the
-    line that cannot be read, and a file that knows none of the words.
+    The format is GloVe's (Pennington et al. 2014): a line holds a word and its numbers, separated by spaces. word2vec
+    and fastText add a first line with the number of vectors and their width, which is skipped.
+
+    Args:
+      path: of the text file, UTF-8.
+      vocabulary: of the decoder.
+      width: E, the numbers of a vector.
+
+    Raises:
+      EmbeddingsError: the file cannot be read, a line is malformed, or no word is in the vocabulary.
     """
     found: dict[int, np.ndarray] = {}
     number = 0
@@ -28,7 +35,7 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
         with epath.Path(path).open("rb") as file:
             for number, line in enumerate(iter(functools.partial(file.readline, _LINE_BYTES), b""), 1):
                 if len(line) == _LINE_BYTES:
-                    raise ValueError(f"of {_LINE_BYTES} bytes or more")
+                    raise ValueError(f"{_LINE_BYTES} bytes or more")
                 word, *values = line.decode().rstrip().split(" ")
                 if number == 1 and len(values) == 1:
                     continue
@@ -36,7 +43,7 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
                     continue
                 if len(values) != width:
                     raise EmbeddingsError(
-                        f"{path}: line {number} has {len(values)} numbers, expected as many as"
+                        f"{path}: line {number}: found {len(values)} numbers, expected"
                         f" --config.model.embedding_dim={width}"
                     )
                 vector = np.array(values, np.float32)
@@ -48,7 +55,7 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
     except OSError as e:
         raise EmbeddingsError(f"--config.model.embeddings={path}: cannot be read ({e.strerror or e})") from e
     except ValueError as e:
-        raise EmbeddingsError(f"{path}: line {number} is not a word and its numbers ({e})") from e
+        raise EmbeddingsError(f"{path}: line {number}: expected a word and its numbers ({e})") from e
     if not found:
-        raise EmbeddingsError(f"{path}: has none of the vocabulary's {len(vocabulary)} words")
+        raise EmbeddingsError(f"{path}: found none of the vocabulary's {len(vocabulary)} words")
     return found

@@ -115,7 +115,7 @@ def test_a_vocabulary_holds_words_only(word):
 def test_files_of_words_and_numbers_are_read_up_to_their_limit(tmp_path, monkeypatch):
     file = tmp_path / "vectors.txt"
     file.write_bytes(b"dog 1 2\n" + b"x" * (1 << 20))
-    with pytest.raises(EmbeddingsError, match=r"vectors\.txt: line 2 is not a word and its numbers \(of 1048576 bytes"):
+    with pytest.raises(EmbeddingsError, match=r"vectors\.txt: line 2: expected a word and its numbers \(1048576 bytes"):
         word_vectors.read(file, Vocabulary([*SPECIAL, "dog"]), 2)
     (tmp_path / "p.json").write_bytes(b" " * (size_limits.PRESET + 1))
     with pytest.raises(ConfigError, match=r"p\.json: cannot be read \(more than the 1048576 bytes allowed"):

@@ -36,11 +36,11 @@ def test_the_vectors_of_known_words_are_read(tmp_path, header):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dog 1 2\n", "line 1 has 2 numbers, expected as many as --config.model.embedding_dim=3"),
-        ("the 1 2 3\ndog 1 two 3\n", "line 2 is not a word and its numbers"),
-        ("dog 1 nan 3\n", "line 1 is not a word and its numbers"),
-        ("the 1 2 3\n", "has none of the vocabulary's 7 words"),
-        ("", "has none"),
+        ("dog 1 2\n", "line 1: found 2 numbers, expected --config.model.embedding_dim=3"),
+        ("the 1 2 3\ndog 1 two 3\n", "line 2: expected a word and its numbers"),
+        ("dog 1 nan 3\n", "line 1: expected a word and its numbers"),
+        ("the 1 2 3\n", "found none of the vocabulary's 7 words"),
+        ("", "found none"),
     ],
 )
 def test_an_error_names_the_file_and_the_line(tmp_path, text, message):
@@ -54,7 +54,7 @@ def test_an_error_names_a_missing_or_binary_file(tmp_path):
     with pytest.raises(EmbeddingsError, match=r"model\.embeddings=.*nothere.*cannot be read"):
         word_vectors.read(tmp_path / "nothere", WORDS, 3)
     (tmp_path / "binary").write_bytes(b"dog 1 2 3\n\xff\xfe 1 2 3\n")
-    with pytest.raises(EmbeddingsError, match="line 2 is not"):
+    with pytest.raises(EmbeddingsError, match="line 2: expected"):
         word_vectors.read(tmp_path / "binary", WORDS, 3)
 
 
