@@ -1,8 +1,8 @@
 """The caption decoder and its training loss as the papers write them: the best place to start reading flaxcap.
 
-Show, Attend and Tell (Xu et al. 2015, arXiv:1502.03044), in plain JAX, for one caption and one token at a time. There
-is no batch, no scan and no hand-written gradient. Tests compare the trainer's logits, losses and gradients with these
-functions in float64. The package holds the fast versions:
+Show, Attend and Tell (Xu et al. 2015, arXiv:1502.03044), in plain JAX, for one caption and one token at a time. The
+decoder has no batch axis, and no gradient is written by hand. Tests compare the trainer's logits, losses and gradients
+with these functions in float64. The package holds the fast versions:
 
     here            in the package
     attend          flaxcap/models/attention.py
@@ -16,6 +16,7 @@ letters used here are a part of the glossary in flaxcap/__init__.py:
     F  feature width, of the image encoder     E  word embedding width
     D  width that features are projected to    V  vocabulary
     A  attention width                         T  time: tokens
+    I  images in a batch                       C  captions an image
 """
 
 from collections.abc import Callable
