@@ -144,7 +144,7 @@ def create(config: Config, vary: bool = False) -> Any:
     return decoder_lib.create(config, decoder_lib.Sizes(P, F, V, positions_vary=vary))
 
 
-def train(variant: dict[str, Any], mode: str = "stream", vary: bool = False) -> Recorder:
+def train(variant: dict[str, Any], mode: str = "stream", vary: bool = False, encode: Any = None) -> Recorder:
     """Traces the steps of training and evaluation, on batches from the feed."""
     config, mesh = config_of(variant), sharding.make_mesh(jax.devices()[:DEVICES])
     plan = make_plan()
@@ -160,8 +160,9 @@ def train(variant: dict[str, Any], mode: str = "stream", vary: bool = False) -> 
         bind, init = create(config, vary)
         optimizer, schedule = make_optimizer(config.train), learning_rate(config.train, 10)
         state = jax.eval_shape(lambda: init_state(init, optimizer, 0, mesh, config.train.ema))
-        jax.eval_shape(step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10), state, inputs)
-        jax.eval_shape(step_lib.make_eval_step(bind, mesh, config.train), state.params, inputs)
+        train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, 10, encode)
+        jax.eval_shape(train_step, state, inputs)
+        jax.eval_shape(step_lib.make_eval_step(bind, mesh, config.train, encode), state.params, inputs)
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
         decoder_lib.find(config.model.name).with_word_vectors(params, {4: np.ones(config.model.embedding_dim)})
     return recorder
@@ -212,6 +213,7 @@ def recorders() -> dict[str, Recorder]:
     """Runs everything once."""
     found = {f"train {name}": train(variant) for name, variant in VARIANTS.items()}
     found["train, features on the devices"] = train({}, "device")
+    found["train, a trained encoder"] = train({}, encode=lambda params, frozen, feats_IPF, keys_I: feats_IPF)
     found["train, positions vary"] = train({"initial_state": "mean"}, vary=True)
     for name in ("gru", "positions", "all"):
         found[f"greedy {name}"] = decode(VARIANTS[name], method="greedy")
