@@ -283,5 +283,5 @@ def test_without_a_store_the_error_names_the_remedy(tmp_path):
 def test_a_store_with_another_vocabulary_is_refused(data_dir, tmp_path):
     config = tiny_config()
     config.data.vocab_size = 10
-    with pytest.raises(StoreError, match=r"vocab_size=50,?\s+not 10"):
+    with pytest.raises(StoreError, match="vocab_size=50, expected 10"):
         train.train(config, tmp_path, data_dir)

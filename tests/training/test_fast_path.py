@@ -1,4 +1,4 @@
-"""The trainer's loss and gradients, fast as they are, are those of the plain model of tests/reference.py."""
+"""The trainer's loss and gradients equal those of the plain model in tests/reference.py."""
 
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from flaxcap.training.objective import Microbatch, StepContext
 
 
 class Case(NamedTuple):
-    """What a model and a batch for it are drawn from."""
+    """The sizes and options of a model and a batch."""
 
     seed: int
     cell: str
@@ -31,8 +31,8 @@ class Case(NamedTuple):
     images: int
     captions: int
     longest: int  # most tokens of a caption, <start> and <end> included
-    lengths: str  # "any", absent ones included; "shortest": all <start> <end>; "same": all the longest
-    grid: int  # positions where they have no embedding, else 64
+    lengths: str  # "any": also absent captions; "shortest": <start> <end> only; "same": `longest`
+    grid: int  # positions of an image; 64 if positions have an embedding
     scale: float  # of keys and queries
     output: str = "state"
     tied: bool = False  # head is as wide as embedding
@@ -64,9 +64,9 @@ CASES = st.builds(
 # Keys and queries of up to about 20: tanh is 1 in float32 from 9 on.
 SATURATED = Case(3, "lstm", True, "mean", False, (8, 5, 7, 8, 9), 6, 30, 2, 3, 6, "any", 9, 7.0)
 SHORTEST = Case(2, "gru", True, "mean", True, (5, 3, 6, 7, 5), 4, 9, 3, 2, 2, "shortest", 64, 1.0)
-# 6 tokens in 234 places, which are packed to 128.
+# 6 captions of one token each, among 234 tokens; they are packed to 128.
 PADDED = Case(4, "gru", False, "zeros", False, (5, 3, 6, 7, 5), 4, 9, 2, 3, 40, "shortest", 5, 4.0)
-# Show, Attend and Tell, with the embedding's weights once more as those of the output.
+# Show, Attend and Tell; the output layer shares the weights of the embedding.
 DEEP = Case(5, "lstm", True, "mean", False, (5, 6, 7, 8, 6), 4, 20, 2, 3, 6, "any", 9, 1.0, "deep", True, 0.1, 0.7)
 TIED = Case(6, "gru", False, "zeros", False, (5, 6, 7, 8, 6), 4, 20, 2, 3, 6, "any", 9, 1.0, "state", True, 0.0, 0.7)
 
@@ -86,7 +86,7 @@ def sizes_of(case: Case) -> decoder_lib.Sizes:
 
 
 def batch(case: Case) -> tuple[Any, Any]:
-    """feats_IPF and tokens_ICT."""
+    """Returns `feats_IPF` and `tokens_ICT`."""
     rng = np.random.default_rng(case.seed)
     tokens_ICT = np.full((case.images, case.captions, case.longest), PAD, np.int32)
     for i, c in np.ndindex(case.images, case.captions):
@@ -98,7 +98,7 @@ def batch(case: Case) -> tuple[Any, Any]:
 
 
 def parameters(init: Any, case: Case) -> Any:
-    """All of one magnitude, biases too; then keys and queries scaled."""
+    """Returns parameters and biases of one magnitude; those of keys and queries are scaled."""
     rng = np.random.default_rng(case.seed)
     shapes = jax.eval_shape(init, jax.random.key(0))
     params = jax.tree.map(lambda x: 0.5 * rng.standard_normal(x.shape).astype(np.float32), shapes)
@@ -110,10 +110,10 @@ def parameters(init: Any, case: Case) -> Any:
 
 
 def mean_loss(bind: Any, config: Config, params: Any, feats_IPF: Any, tokens_ICT: Any) -> tuple[jax.Array, jax.Array]:
-    """The trainer's own: what it minimises, and the cross-entropy that it reports."""
-    part = Microbatch(feats_IPF, tokens_ICT, jnp.ones(tokens_ICT.shape[:2]), jnp.arange(len(tokens_ICT)))
-    moment = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
-    total, (sums, _) = objective.objective(bind(params), part, moment, config.train)
+    """Returns the trainer's objective and logged cross-entropy, per token."""
+    microbatch = Microbatch(feats_IPF, tokens_ICT, jnp.ones(tokens_ICT.shape[:2]), jnp.arange(len(tokens_ICT)))
+    context = StepContext(jax.random.key(0), jnp.ones(()), jnp.zeros(()))
+    total, (sums, _) = objective.objective(bind(params), microbatch, context, config.train)
     return total / sums.tokens, sums.nats / sums.tokens
 
 
@@ -133,10 +133,10 @@ def fast(config: Config, case: Case, params: Any) -> tuple[tuple[jax.Array, jax.
 @hypothesis.example(case=DEEP)
 @hypothesis.example(case=TIED)
 @hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
-def test_loss_and_every_gradient_are_the_plain_models(case):
-    """Against float64, to 1e-5 of the loss and of the largest gradient of each layer.
+def test_loss_and_every_gradient_equal_those_of_the_plain_model(case):
+    """The plain model runs in float64. Tolerances are 1e-5 of the loss, and of the largest gradient of a layer.
 
-    Of the layer, not of each array: the gate has one bias, whose gradient is a sum that may come near to nothing.
+    The tolerance is that of a layer, not of an array: the gradient of the gate's only bias is a sum that may be near 0.
     """
     config = config_of(case)
     _, init = decoder_lib.create(config, sizes_of(case))
@@ -160,7 +160,7 @@ def test_loss_and_every_gradient_are_the_plain_models(case):
 
 
 def layers_of(params: Any) -> dict[str, dict[str, Any]]:
-    """{"cell.gate": {"kernel", "bias"}, ...}"""
+    """Returns {"cell.gate": {"kernel": ..., "bias": ...}, ...}."""
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *names, kind = [key.key for key in path]
@@ -169,8 +169,8 @@ def layers_of(params: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_attention_does_saturate_in_the_case_of_that_name():
-    """Some energies are beyond float32's tanh, and some are not: else it would be no test of both."""
+def test_the_saturated_case_has_saturated_and_other_energies():
+    """tanh is 1 in float32 for some energies, and not for others: the case tests both."""
     config = config_of(SATURATED)
     bind, init = decoder_lib.create(config, sizes_of(SATURATED))
     decoder: Any = bind(parameters(init, SATURATED))
@@ -186,16 +186,16 @@ def test_attention_does_saturate_in_the_case_of_that_name():
 
 @pytest.mark.parametrize("rounded", ["dtype", "matmul_dtype"])
 @pytest.mark.parametrize(("cell", "output"), [("gru", "state"), ("lstm", "state"), ("gru", "deep")])
-def test_bfloat16_gradients_point_where_those_of_float32_do(cell, output, rounded):
-    """Mixed precision on a model of middle size: 64 wide, 200 words, 5 x 4 captions of up to 9 tokens, the full grid.
+def test_bfloat16_gradients_have_the_direction_of_float32_gradients(cell, output, rounded):
+    """The model is 64 wide, with 200 words, 64 positions, and 5 x 4 captions of up to 9 tokens.
 
-    The whole gradient as one vector: cosine above 0.999, norm within 1%; the loss within 0.2%. Parameters, gradients
-    and loss stay float32.
+    Of the complete gradient as one vector, the cosine is above 0.999 and the norm within 1%. The loss is within 0.2%.
+    Parameters, gradients and loss stay float32.
     """
     case = Case(0, cell, True, "mean", True, (64, 48, 64, 64, 64), 96, 200, 5, 4, 9, "any", 64, 1.0, output)
     config = config_of(case)
     _, init = decoder_lib.create(config, sizes_of(case))
-    # Weights as wide layers have them, so that nothing saturates.
+    # Small weights, as wide layers have them: nothing saturates.
     params = jax.tree.map(lambda x: 2 * x / np.sqrt(x.shape[0]), parameters(init, case))
     found = []
     for precision in ({}, {rounded: "bfloat16"}):
@@ -209,4 +209,4 @@ def test_bfloat16_gradients_point_where_those_of_float32_do(cell, output, rounde
     np.testing.assert_allclose(half_loss, loss, rtol=2e-3)
     assert cosine > 0.999
     assert abs(ratio - 1) < 0.01
-    assert np.abs(exact - half).max() > 0  # it was another precision
+    assert np.abs(exact - half).max() > 0  # the precision differed
