@@ -148,7 +148,7 @@ def test_an_unreadable_image_is_named(captioner, paths, tmp_path):
         ([paths[0], b"text"], r"^image 1: not an image"),
         (np.zeros((4, 4, 3)), r"^image 0: found an array float64 \[4, 4, 3\], expected uint8"),
         ([paths[0], Image.new("F", (5, 5))], r"^image 1: floating-point pixels"),
-        ("http://127.0.0.1:1/a.png", r"^http://127\.0\.0\.1:1/a\.png: 127\.0\.0\.1 is no public address"),
+        ("http://127.0.0.1:1/a.png", r"^http://127\.0\.0\.1:1/a\.png: 127\.0\.0\.1 is not a public address"),
     ):
         with pytest.raises(UserError, match=message) as error:
             captioner.caption(images)
