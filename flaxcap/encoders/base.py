@@ -17,7 +17,7 @@ from flaxcap.config import Encoder as EncoderConfig
 from flaxcap.errors import UserError, nearest
 from flaxcap.images.preprocess import Preprocess
 
-Params = dict[str, Any]
+Params = dict[str, Any]  # layers by name; each is a dict of arrays
 Sample = Callable[[], np.ndarray]  # -> uint8 [I, Y, X, 3]: some images of the data set
 
 
@@ -28,7 +28,7 @@ class WeightsError(UserError):
 class ImageEncoder(Protocol):
     """Images -> a set of feature vectors. A class is built by `cls(config.encoder)`."""
 
-    name: str  # as "inception_v3-mixed10": in the store's name, the manifest and exports
+    name: str  # such as "inception_v3-mixed10"; in the store's name, the manifest and exports
     preprocess: Preprocess
     positions: int  # P
     grid: tuple[int, int] | None  # rows and columns of the positions, in reading order; None: they have no layout
@@ -63,9 +63,9 @@ class ImageEncoder(Protocol):
         ...
 
     def split(self, params: Params, first: str) -> tuple[Params, Params]:
-        """Returns the parameters before stage `first`, ready for `apply`, and those from it on, which are trained.
+        """Returns two parts of the parameters: those before stage `first`, and those from `first` on.
 
-        `apply` takes both merged, `frozen | trained`.
+        The first part is frozen and ready for `apply`. The second part is trained. `apply` takes `frozen | trained`.
         """
         ...
 
@@ -115,7 +115,7 @@ def normalise(images_IYX3: Any, preprocess: Preprocess, dtype: Any) -> jax.Array
 
 
 def digest(params: Params) -> str:
-    """Returns a SHA-256 of parameters: of the names and float32 values of a dict of dicts."""
+    """Returns a SHA-256 of the names and float32 values of parameters."""
     found = hashlib.sha256()
     for name, arrays in params.items():
         for key in sorted(arrays):
