@@ -57,7 +57,9 @@ def test_unreadable_images_get_a_reason_and_others_a_caption(captioner, tmp_path
     assert [f.name for f in found] == [name for name, _ in sources]
     reasons = {f.name: f.reason for f in found if f.reason}
     assert list(reasons) == ["bomb.png", "rubbish.jpg", "empty.png", str(truncated), private]
-    for name, reason in zip(reasons, ("pixels", "not an image", "empty", "damaged", "not a public address"), strict=True):
+    for name, reason in zip(
+        reasons, ("pixels", "not an image", "empty", "damaged", "not a public address"), strict=True
+    ):
         assert reason in reasons[name]
     alone = {f.name: f for f in caption.caption(captioner, images(5))}
     assert [(f.caption, f.log_prob) for f in found if not f.reason] == [(f.caption, f.log_prob) for f in alone.values()]
