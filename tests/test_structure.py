@@ -27,6 +27,15 @@ def test_the_package_root_has_at_most_six_modules():
     assert not [file for file in FILES if file.name == "utils.py"]
 
 
+def test_every_public_class_name_has_one_owner():
+    owners: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners.setdefault(node.name, []).append(file.name)
+    assert {name: files for name, files in owners.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize("file", FILES, ids=ids(FILES))
 def test_files_and_functions_are_short(file):
     text = file.read_text()

@@ -10,7 +10,7 @@ from flaxcap.decoding.step import Step
 from flaxcap.text.vocabulary import END, PAD, START
 
 
-class Captions(NamedTuple):
+class DecodedCaptions(NamedTuple):
     """K captions of each image."""
 
     tokens_IKT: jax.Array  # int32
@@ -25,10 +25,10 @@ class _Loop(NamedTuple):
     carries: tuple
     last_IK: jax.Array  # int32
     done_IK: jax.Array  # bool
-    captions: Captions
+    captions: DecodedCaptions
 
 
-def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1) -> Captions:
+def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1) -> DecodedCaptions:
     """Returns greedy or sampled captions.
 
     Args:
@@ -53,7 +53,7 @@ def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1)
             chosen_B = _draw(allowed_BV[:, : step.words], config, keys_now_I)
         chosen_IK = jnp.where(s.done_IK, PAD, chosen_B.reshape(images, captions)).astype(jnp.int32)
         log_prob_B = jnp.take_along_axis(logits_BV, chosen_IK.reshape(-1, 1), 1)[:, 0] - jax.nn.logsumexp(logits_BV, -1)
-        found = Captions(
+        found = DecodedCaptions(
             s.captions.tokens_IKT.at[..., s.t].set(chosen_IK),
             s.captions.log_prob_IK + jnp.where(s.done_IK, 0, log_prob_B.reshape(images, captions)),
             s.captions.alpha_IKTP.at[..., s.t, :].set(jnp.where(s.done_IK[..., None], 0, alpha_IKP)),
@@ -61,7 +61,7 @@ def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1)
         return _Loop(s.t + 1, carries, chosen_IK, s.done_IK | (chosen_IK == END), found)
 
     shape = images, captions
-    empty = Captions(
+    empty = DecodedCaptions(
         jnp.full((*shape, length), PAD, jnp.int32), jnp.zeros(shape), jnp.zeros((*shape, length, step.positions))
     )
     first = _Loop(
