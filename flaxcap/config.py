@@ -104,7 +104,8 @@ class Dropout:
 class Finetune:
     """Fine-tuning of the encoder together with the decoder."""
 
-    block: str = field("", "first block of the encoder to train; empty: none, training reads prepared features")
+    block: str = field("", "first block of the encoder to train; empty: none, training reads prepared features",
+                        identity=("run",))  # fmt: skip
     learning_rate: float = field(1e-5, "peak learning rate of the encoder", above=0)
     flip: bool = field(True, "mirror half of the images")
     crop: float = field(0.8, "smallest share of an image's sides that a random crop keeps", above=0, most=1)
@@ -184,19 +185,20 @@ class Config:
     """A preset: everything that determines features, model, training and decoding."""
 
     dataset: str = field("coco_captions", "the data set", choices=("coco_captions", "flickr8k", "folder", "shapes"),
-                          identity=("store", "run"))  # fmt: skip
+                          identity=("store",))  # fmt: skip
     seed: int = field(0, "seed of initialisation and of the order of batches", least=0, most=2**32 - 1,
                        identity=("run",))  # fmt: skip
-    data: Data = group(Data, "the data set's splits and limits", identity=("run",))
-    encoder: Encoder = group(Encoder, "the network that computes features", identity=("run",))
-    model: Model = group(Model, "the caption decoder", identity=("model", "run"))
+    data: Data = group(Data, "the data set's splits and limits")
+    encoder: Encoder = group(Encoder, "the network that computes features")
+    model: Model = group(Model, "the caption decoder", identity=("model",))
     train: Train = group(Train, "batches, optimizer, regularisation and schedule")
     decode: Decode = group(Decode, "generation of captions")
 
 
 def identity(config: Config, what: Identity) -> dict[str, Any]:
-    """Returns {full name: value} of the fields that identify a store, a model or a run."""
-    return {name: found.value for name, found in flatten(config).items() if what in found.identity}
+    """Returns {full name: value} of the fields that identify a store, a model or a run; a run's include both others."""
+    fields = flatten(config).items()
+    return {name: f.value for name, f in fields if what in f.identity or (what == "run" and f.identity)}
 
 
 def difference(old: Config, new: Config, what: Identity) -> list[str]:

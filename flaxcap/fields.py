@@ -90,7 +90,8 @@ def field(
       default: the default; its type is the field's type.
       help: see `Rules`, as for all arguments up to `nonempty`.
       identity: "store": prepared features of another value cannot be used. "model": trained parameters of another
-        value cannot be used. "run": a run cannot resume with another value.
+        value cannot be used. "run": a run cannot resume with another value, which also holds for the fields of a store
+        or a model.
     """
     rules = Rules(help, least, most, above, below, choices, nonempty)
     return dataclasses.field(default=default, metadata={"rules": rules, "identity": identity})

@@ -163,8 +163,7 @@ STEPS = {f"train.{name}" for name in ("batch_images", "captions_per_image", "num
     [
         ("store", {"dataset"} | SPLITS | SHAPES | WEIGHTS | TYPES),
         ("model", MODEL | TEXT | WEIGHTS),
-        ("run", {"dataset", "seed", "encoder.batch_size", "encoder.shard_images"}
-         | SPLITS | SHAPES | TEXT | WEIGHTS | TYPES | MODEL | STEPS),
+        ("run", {"dataset", "seed", "train.finetune.block"} | SPLITS | SHAPES | TEXT | WEIGHTS | TYPES | MODEL | STEPS),
     ],
 )  # fmt: skip
 def test_identity(what, expected):

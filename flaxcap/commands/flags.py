@@ -87,7 +87,9 @@ def _define_captioner(to: dict[str, Any]) -> None:
 
 
 def _define_prepare(to: dict[str, Any]) -> None:
-    flags.DEFINE_string("npy_dir", None, "import feature maps FILENAME.npy from this directory, compute none", **to)
+    flags.DEFINE_string(
+        "npy_dir", None, "import feature maps FILENAME.npy, [P, F] or [Y, X, F], from this directory; P may vary", **to
+    )
     flags.DEFINE_string("encoder_weights", None, "a file of the encoder's weights, instead of the download", **to)
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode images", lower_bound=1, **to)
     flags.DEFINE_float(

@@ -25,7 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # Written to a store's manifest and to exports: features match only images that were decoded in the same way.
 DECODING = (
     "first frame, EXIF orientation, alpha over white, RGB of 8 bits, ICC profile ignored; large JPEG reduced;"
-    " Pillow's antialiased resize"
+    " antialiased resize by Pillow"
 )
 
 # By EXIF orientation, the operation that turns the image upright.

@@ -1,7 +1,7 @@
 """Fine-tuning: the last stages of the encoder are trained with the decoder, on images in place of stored features.
 
-Kernels and offsets are trained; the statistics of batch norm stay fixed. The stages before are frozen. Images are
-cropped and mirrored at random on the device, each by a PRNG key of its own.
+The stages before them are frozen. The encoder's `split` says which parameters are trained. Images are cropped and
+mirrored at random on the device, each by a PRNG key of its own.
 """
 
 import os

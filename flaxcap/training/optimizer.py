@@ -51,11 +51,10 @@ def make_optimizer(config: Train) -> optax.GradientTransformationExtraArgs:
     def labels(params: Params) -> dict[str, str]:
         return {name: "encoder" if name == ENCODER else "decoder" for name in params}
 
-    steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    steps.append(optax.scale_by_adam())
-    if config.weight_decay:
-        steps.append(optax.add_decayed_weights(config.weight_decay, matrices))
-    steps.append(_scale_by_rate())
+    # `identity` keeps the structure of the state, so that a run resumes with another weight_decay or clip_norm.
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay) if config.weight_decay else optax.identity()
+    steps = [clip, optax.scale_by_adam(), optax.masked(decay, matrices), _scale_by_rate()]
     if config.finetune.block:
         encoder = optax.scale(config.finetune.learning_rate / config.learning_rate)
         steps.append(optax.partition({"encoder": encoder, "decoder": optax.identity()}, labels))

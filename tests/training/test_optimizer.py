@@ -77,3 +77,14 @@ def test_self_critical_training_has_a_learning_rate_of_its_own(schedule):
     np.testing.assert_allclose(np.array([found(step) for step in (100, 125, 150, 500)]), expected, rtol=1e-6)
     alone = learning_rate(Train(**options, epochs=0, cider_learning_rate=0.5), 0, 50)
     np.testing.assert_allclose(np.array([alone(step) for step in (0, 25, 50, 500)]), expected, rtol=1e-6)
+
+
+def test_the_state_has_one_structure_for_every_weight_decay_and_clip_norm():
+    """A run resumes with another value of either."""
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    structures = {
+        jax.tree.structure(make_optimizer(Train(weight_decay=decay, clip_norm=norm)).init(params))
+        for decay in (0.0, 0.1)
+        for norm in (0.0, 5.0)
+    }
+    assert len(structures) == 1
