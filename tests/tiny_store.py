@@ -58,6 +58,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
     files = ["vocabulary.json", *(f"{role}/{name}" for role in splits for name in (CAPTIONS, ARRAY))]
     manifest = {
         "source": "synthetic",
+        "fingerprint": "",
         "splits": splits,
         "positions": POSITIONS,
         "feature_dim": FEATURES,

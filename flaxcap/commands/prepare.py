@@ -13,12 +13,13 @@ from jax.experimental import multihost_utils
 
 from flaxcap import config as config_lib
 from flaxcap.config import ConfigError
-from flaxcap.data import datasets
+from flaxcap.data import copies, datasets
 from flaxcap.data.base import Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
-from flaxcap.features import build, extract, npy_maps, repair
+from flaxcap.features import build, extract, npy_maps, renewal, repair
 from flaxcap.features import store as store_lib
+from flaxcap.features.renewal import KnownFeatures
 from flaxcap.features.shards import Row, Split, StoreError
 from flaxcap.features.store import Store
 from flaxcap.files import disk_space, integrity, locks
@@ -67,6 +68,7 @@ def prepare(
             nonlocal builder
             builder = _dataset(config, data_dir, manual_dir)
             _write_all_but_features(path, config, builder, npy_dir, encoder_weights)
+            repair.retry_skipped(Store(path), builder, encoder.preprocess)
 
         multihost.first_does(first)
         if builder is None:
@@ -78,6 +80,9 @@ def prepare(
             _extract(store, config, encoder, builder, npy_dir, num_workers, max_bad_fraction)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("extracted")
+        if jax.process_index() == 0:
+            for role in store_lib.ROLES:
+                renewal.clean_up(path, role)
         _write_summary(store)
     print(f"prepared: {store.path}")
     return store
@@ -118,15 +123,19 @@ def _write_all_but_features(
 ) -> None:
     """Writes captions, encoder, vocabulary and manifest of a new store, or repairs those of an existing one.
 
-    The vocabulary is always written again, since the preset may ask for another size. Raises StoreError if the existing
-    store was made of other data.
+    A changed data set renews the splits. The vocabulary is always written again, since the preset may ask for another
+    size. Raises StoreError if the existing store was made of another data set.
     """
     repair.restore_manifest(path)
     if (path / store_lib.MANIFEST).exists():
         found = Store(path)
         manifest = found.manifest
         _check_same(path, manifest, builder, config, npy_dir, encoder_weights)
-        checksums = repair.repair(found, config, builder, encoder_weights)
+        repair.repair_encoder(found, config, builder, encoder_weights)
+        if manifest["fingerprint"] == copies.fingerprint(builder):
+            checksums = repair.repair(found, config, builder)
+        else:
+            manifest, checksums = build.renew(found, config, builder)
     else:
         manifest, checksums = build.create(path, config, builder, npy_dir, encoder_weights)
     rows = {
@@ -216,6 +225,7 @@ def _extract(
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
             name=f"features of {role}",
+            known=KnownFeatures(store.path, role, split) if npy_dir is None else None,
         )
 
 

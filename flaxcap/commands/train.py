@@ -1,5 +1,6 @@
 """`flaxcap train`: joins the store, the feed, the model and the optimizer, and trains."""
 
+import json
 import os
 import sys
 import types
@@ -11,7 +12,7 @@ from etils import epath
 from flaxcap import presets
 from flaxcap.commands import FAILED, PREEMPTED
 from flaxcap.config import Config, ConfigError, difference
-from flaxcap.data import datasets
+from flaxcap.data import copies, datasets
 from flaxcap.data.base import Examples
 from flaxcap.decoding import generate
 from flaxcap.features import store
@@ -70,7 +71,7 @@ def train(
     workdir = epath.Path(workdir)
     prepared = store.Store.finished(data_dir, config)
     with locks.held(workdir):
-        _claim(workdir, config, prepared.vocabulary(), resume)
+        _claim(workdir, config, prepared, resume)
         source = _training_source(config, prepared, data_dir, init_from)
         parts, fresh = _join(config, workdir, prepared, source)
         state, progress = _first_state(fresh, parts.checkpoints, init_from, config, prepared.vocabulary(), data_dir)
@@ -79,13 +80,14 @@ def train(
         return Trainer(parts, state, progress, max_bad_steps=max_bad_steps, profile_dir=profile_dir).run()
 
 
-def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: bool) -> None:
-    """Writes the preset and the vocabulary into the workdir.
+def _claim(workdir: epath.Path, config: Config, prepared: store.Store, resume: bool) -> None:
+    """Writes the preset, the vocabulary and the digests of the data into the workdir.
 
     Raises:
       ConfigError: the workdir holds another run, or any run if `resume` is False.
     """
-    file, words = workdir / "config.json", workdir / "vocabulary.json"
+    file, words, data = (workdir / name for name in ("config.json", "vocabulary.json", "data.json"))
+    vocabulary, digests = prepared.vocabulary(), json.dumps(prepared.digests(), indent=2) + "\n"
     where = f"--workdir={workdir}: holds a run"
     if file.exists():
         if not resume:
@@ -99,11 +101,17 @@ def _claim(workdir: epath.Path, config: Config, vocabulary: Vocabulary, resume: 
             raise ConfigError(f"{where} of another preset: {'; '.join(changed)}; choose another directory")
         if Vocabulary.from_json(words.read_text(), str(words)).hash != vocabulary.hash:
             raise ConfigError(f"{where} with another vocabulary; choose another directory")
+        if data.exists() and data.read_text() != digests:
+            raise ConfigError(
+                f"{where} that was trained on other images or captions than those in {prepared.path}; choose another"
+                f" directory, where --init_from={workdir} starts with this run's parameters"
+            )
     if jax.process_index() == 0:
         (workdir / integrity.CHECKSUMS).unlink(missing_ok=True)
         integrity.write_atomically(words, vocabulary.to_json())
+        integrity.write_atomically(data, digests)
         integrity.write_atomically(file, presets.to_json(config))
-        integrity.write_checksums(workdir, (file.name, words.name))
+        integrity.write_checksums(workdir, (file.name, words.name, data.name))
 
 
 def _training_source(
@@ -133,6 +141,10 @@ def _training_source(
         )
     frozen, trained = encoder.split(params, options.block)
     builder = datasets.prepare_for(config, data_dir)
+    if copies.fingerprint(builder) != prepared.manifest["fingerprint"]:
+        raise ConfigError(
+            f"{builder.data_dir}: found other images than those of {prepared.path}; run `flaxcap prepare`"
+        )
     sources = {}
     for role in ("train", "val"):
         examples = Examples(builder, prepared.manifest["splits"][role]["split"])

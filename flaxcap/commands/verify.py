@@ -125,7 +125,8 @@ def _verify_run(workdir: epath.Path, report: VerifyReport) -> None:
     if not (workdir / "config.json").exists() and not (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir}: found neither config.json nor checkpoints, expected a run of flaxcap")
     report.check_directory(
-        workdir, "delete config.json and vocabulary.json; `flaxcap train` with the same preset writes both again"
+        workdir,
+        "delete config.json, vocabulary.json and data.json; `flaxcap train` with the same preset writes them again",
     )
     for step in checkpoints.steps(workdir / "checkpoints"):
         before = len(report.wrong)

@@ -1,6 +1,7 @@
 """Base of the data sets: the example, the TFDS builder, and access to prepared examples."""
 
 import contextlib
+import hashlib
 import operator
 import os
 import pathlib
@@ -48,6 +49,11 @@ class Example(NamedTuple):
     filename: str
     captions: tuple[str, ...]
 
+    @property
+    def digest(self) -> str:
+        """The first 32 digits of the SHA-256 (hex) of the image file."""
+        return hashlib.sha256(self.image).hexdigest()[:32]
+
 
 def example(
     image: bytes, image_id: int, filename: str, captions: Iterable[tuple[int, str]]
@@ -91,6 +97,14 @@ class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.BUILDER_CONFIGS = [] if variant is None else [tfds.core.BuilderConfig(name=variant)]
         super().__init__(**kwargs)
         self.BUILDER_CONFIGS = []
+
+    def files(self) -> list[pathlib.Path]:
+        """Returns every file below `manual_dir` that the data set reads, in a fixed order, also if it is missing."""
+        return []
+
+    def index(self) -> list[pathlib.Path]:
+        """Returns those of `files` that name the others: files of captions and splits."""
+        return self.files()
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(builder=self, description=type(self).__doc__, features=FEATURES)

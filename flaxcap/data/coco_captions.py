@@ -90,6 +90,10 @@ class CocoCaptionsBuilder(CaptionBuilder):
             for name, (size, sha256) in self._checksums.items()
         }
 
+    def files(self) -> list[pathlib.Path]:
+        assert self.manual_dir is not None
+        return [self.manual_dir / name for name in (*self.urls, KARPATHY_JSON)]
+
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         files = {name: self._file(name, dl_manager) for name in self.urls}
         images: dict[str, _Image] = {}

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 
 import tensorflow_datasets as tfds
-from absl import logging
 from etils import epath
 
 from flaxcap.config import Config
-from flaxcap.data.base import FILE_FORMAT, CaptionBuilder, DataError, Examples
+from flaxcap.data import copies
+from flaxcap.data.base import CaptionBuilder, DataError, Examples
 from flaxcap.errors import nearest
 from flaxcap.files import integrity
 from flaxcap.runtime.cache import cache_dir
@@ -57,9 +57,10 @@ def prepare_for(config: Config, data_dir: PathLike, *, manual_dir: PathLike | No
 def prepare(
     dataset: str, data_dir: PathLike, *, manual_dir: PathLike | None = None, **builder_kwargs
 ) -> tfds.core.DatasetBuilder:
-    """Prepares a data set in `data_dir/dataset`, unless a prepared copy is there.
+    """Prepares a data set in `data_dir/dataset`, unless a prepared copy of the same files is there.
 
-    A copy of coco_captions that TFDS's own builder wrote below `data_dir`, as array_record, is used.
+    Without `manual_dir` the files are looked for where the copy found them. A copy of coco_captions that TFDS's own
+    builder wrote below `data_dir`, as array_record, is used.
 
     Args:
       dataset: one of NAMES.
@@ -77,21 +78,26 @@ def prepare(
     builder_class = _builder_class(dataset)
     root = epath.Path(data_dir).expanduser()
     if dataset == "folder" and manual_dir is None:
-        return _only_folder(root)
-    builder = builder_class(data_dir=root, manual_dir=manual_dir, **builder_kwargs)
-    if (builder.data_path / "dataset_info.json").exists():
-        return builder
-    if dataset == "coco_captions" and (copies := _prepared_copies(root / dataset, "2014/*")):
-        return copies[-1]
-    if builder.data_path.exists():
+        copy = copies.only_folder(root)
+        manual_dir = copies.manual_dir_of(copy)
+        if manual_dir is None:
+            return copy
+    make = functools.partial(builder_class, data_dir=root, manual_dir=manual_dir, **builder_kwargs)
+    builder = make()
+    if copies.exists(builder):
+        if manual_dir is None and (found := copies.manual_dir_of(builder)):
+            make.keywords["manual_dir"] = found
+            builder = make()
+        if copies.is_current(builder):
+            return builder
+    elif dataset == "coco_captions" and (found := copies.find(root / dataset, "2014/*")):
+        return found[-1]
+    elif builder.data_path.exists():
         raise DataError(
             f"{builder.data_dir}: found files that are not a prepared data set, expected none;"
             " delete the directory, or choose another --data_dir"
         )
-    builder.download_and_prepare(
-        file_format=FILE_FORMAT, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-    )
-    return builder
+    return copies.write(make, root / f".{dataset}.replaced")
 
 
 def splits(config: Config) -> dict[str, str]:
@@ -134,28 +140,3 @@ def _builder_class(dataset: str) -> type[CaptionBuilder]:
     if dataset not in _BUILDERS:
         raise DataError(f"dataset {dataset!r}: expected one of {', '.join(NAMES)}{nearest(dataset, list(NAMES))}")
     return getattr(importlib.import_module(f"flaxcap.data.{dataset}"), _BUILDERS[dataset])
-
-
-def _only_folder(root: epath.Path) -> tfds.core.DatasetBuilder:
-    """Returns the only prepared copy of a folder; DataError if there is none, or more than one."""
-    copies = _prepared_copies(root / "folder", "*/*")
-    if len(copies) != 1:
-        listed = ", ".join(str(copy.data_dir) for copy in copies) or "none"
-        raise DataError(
-            f"--manual_dir: found none, expected the folder of images and captions; prepared copies: {listed}"
-        )
-    return copies[0]
-
-
-def _prepared_copies(directory: epath.Path, pattern: str) -> list[tfds.core.DatasetBuilder]:
-    """Returns the builders of the copies in array_record below `directory`, the newest version last."""
-    copies = []
-    for path in directory.glob(f"{pattern}/dataset_info.json"):
-        copy = tfds.builder_from_directory(path.parent)
-        if any(form.value == FILE_FORMAT for form in copy.info.available_file_formats()):
-            copies.append(copy)
-        else:
-            logging.warning(
-                "%s: found a copy in %s, expected %s; it is not used", path.parent, copy.info.file_format, FILE_FORMAT
-            )
-    return sorted(copies, key=lambda copy: copy.version)

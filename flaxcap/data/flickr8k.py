@@ -46,6 +46,16 @@ class Flickr8kBuilder(CaptionBuilder):
     name = "flickr8k"
     VERSION = tfds.core.Version("1.0.0")
 
+    def files(self) -> list[pathlib.Path]:
+        assert self.manual_dir is not None
+        splits = [file for file in self.index()[1:] if file.is_file()]
+        folder = next((self.manual_dir / name for name in IMAGES if (self.manual_dir / name).is_dir()), self.manual_dir)
+        return [*self.index(), *(folder / line.strip() for file in splits for _, line in _lines(file))]
+
+    def index(self) -> list[pathlib.Path]:
+        assert self.manual_dir is not None
+        return [self.manual_dir / name for name in (TOKENS, *SPLITS.values())]
+
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager
         if self.manual_dir is None:

@@ -1,6 +1,7 @@
 """The user's own data set: a folder of images with a file of captions."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from flaxcap.data.base import CaptionBuilder, DataError, example
 from flaxcap.data.coco_captions import read_annotations
-from flaxcap.data.records import bad_record, check_text, image_path, read_bytes, read_field, read_image, read_text
+from flaxcap.data.records import bad_record, check_text, image_path, read_field, read_image, read_text
 from flaxcap.errors import listed, quoted, shown
 
 COLUMNS = ("image", "caption", "split")
@@ -49,7 +50,7 @@ class FolderBuilder(CaptionBuilder):
     Images are named by their paths below the folder. image/id is COCO's id, or numbers the images from 0 in the
     order of the file. `split_by_name` makes the splits if the file has none.
 
-    The prepared copy's path contains a hash of the captions file, so changed captions are prepared again.
+    The prepared copy's path contains the folder's name.
     """
 
     name = "folder"
@@ -60,15 +61,25 @@ class FolderBuilder(CaptionBuilder):
             raise DataError("--manual_dir: found none, expected the folder of images and captions")
         folder = pathlib.Path(manual_dir).expanduser()
         self.captions_file = _captions_file(folder)
-        digest = hashlib.sha256(read_bytes(self.captions_file)).hexdigest()[:8]
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", folder.resolve().name) or "root"
-        super().__init__(manual_dir=folder, variant=f"{name}-{digest}", **kwargs)
+        super().__init__(manual_dir=folder, variant=name, **kwargs)
+
+    @functools.cached_property
+    def _images(self) -> dict[str, _Image]:
+        captions, ids = _READERS[self.captions_file.suffix](read_text(self.captions_file), self.captions_file)
+        return _group(captions, ids, self.captions_file)
+
+    def files(self) -> list[pathlib.Path]:
+        assert self.manual_dir is not None
+        return [*self.index(), *(self.manual_dir / name for name in self._images)]
+
+    def index(self) -> list[pathlib.Path]:
+        return [self.captions_file]
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager
         file = self.captions_file
-        captions, ids = _READERS[file.suffix](read_text(file), file)
-        images = _group(captions, ids, file)
+        images = self._images
         if not images:
             raise bad_record(file, "", "", "no captions", "at least one")
         if next(iter(images.values())).split is None:

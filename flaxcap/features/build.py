@@ -9,11 +9,11 @@ from absl import logging
 from etils import epath
 
 from flaxcap import config as config_lib
-from flaxcap.data import datasets
+from flaxcap.data import copies, datasets
 from flaxcap.data.base import DataError, Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import Params
-from flaxcap.features import npy_maps, store
+from flaxcap.features import npy_maps, renewal, store
 from flaxcap.features.npy_maps import FeatureShape
 from flaxcap.features.shards import ARRAY, CAPTIONS, Row, Split, StoreError, captions_text
 from flaxcap.files import integrity
@@ -52,30 +52,89 @@ def create(
         raise StoreError(
             f"{path}: found shards without a {store.MANIFEST}, which says what made the features; delete the directory"
         )
-    checksums: dict[str, Checksum] = {}
-    rows = _write_captions(config, path, builder, checksums)
-    filenames = [row.filename for role in rows for row in rows[role]]
-    shape, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights, filenames)
+    rows = _read_splits(config, builder)
+    shape, encoder = _write_encoder(config, path, builder, npy_dir, encoder_weights, _filenames(rows))
     for role in rows:
         if (path / role / "features").exists():  # a prepare that was killed may have written it for other captions
             (path / role / "features").rmtree()
-        split = Split(path / role, len(rows[role]), config.encoder.shard_images)
-        split.create_array(shape.positions, shape.feature_dim, config.encoder.store_dtype)
-        checksums[f"{role}/{ARRAY}"] = Checksum.of_file(split.path / ARRAY)
-    manifest = {
-        "source": builder.info.full_name,
-        "splits": {role: {"split": datasets.splits(config)[role], "images": len(rows[role])} for role in rows},
-        "encoder": encoder,
-        **shape._asdict(),
-        "shard_rows": config.encoder.shard_images,
-    }
+    manifest = {"encoder": encoder, **shape._asdict(), "shard_rows": config.encoder.shard_images}
+    return _write_splits(path, config, builder, rows, manifest)
+
+
+def renew(
+    found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder
+) -> tuple[dict, dict[str, Checksum]]:
+    """Writes the splits of a store whose data set has changed. Complete shards of unchanged images are kept.
+
+    Args:
+      found: the store.
+      config: the preset.
+      builder: the preset's data set.
+
+    Returns:
+      See `create`.
+
+    Raises:
+      StoreError: a feature map cannot be imported.
+      DataError: the data set has no split of the preset's name.
+    """
+    path, manifest = found.path, found.manifest
+    rows = _read_splits(config, builder)
+    if "imported_from" in manifest["encoder"]:
+        shape = npy_maps.find_shape(epath.Path(manifest["encoder"]["imported_from"]), _filenames(rows))
+        manifest |= shape._asdict()
+    for role in store.ROLES:
+        renewal.set_aside(path, role)
+    manifest, checksums = _write_splits(path, config, builder, rows, manifest)
+    if "imported_from" not in manifest["encoder"]:
+        for role in rows:
+            new = Split(path / role, len(rows[role]), manifest["shard_rows"])
+            for old in renewal.old_splits(path, role, new.shard_rows):
+                renewal.move_shards(old, new)
     return manifest, checksums
 
 
-def _write_captions(
-    config: config_lib.Config, path: epath.Path, builder: tfds.core.DatasetBuilder, checksums: dict[str, Checksum]
-) -> dict[str, list[Row]]:
-    """Writes the captions of every split, adds their checksums to `checksums`, and returns the rows by role."""
+def _write_splits(
+    path: epath.Path,
+    config: config_lib.Config,
+    builder: tfds.core.DatasetBuilder,
+    rows: dict[str, list[Row]],
+    manifest: dict,
+) -> tuple[dict, dict[str, Checksum]]:
+    """Writes the captions of every split and creates its array.
+
+    Args:
+      path: the store's directory.
+      config: the preset.
+      builder: the preset's data set.
+      rows: of each split.
+      manifest: the fields `encoder`, `shard_rows` and those of FeatureShape.
+
+    Returns:
+      See `create`.
+    """
+    checksums = {}
+    for role in rows:
+        text = captions_text(rows[role])
+        integrity.write_atomically(path / role / CAPTIONS, text)
+        checksums[f"{role}/{CAPTIONS}"] = Checksum.of_bytes(text.encode())
+        split = Split(path / role, len(rows[role]), manifest["shard_rows"])
+        split.create_array(manifest["positions"], manifest["feature_dim"], config.encoder.store_dtype)
+        checksums[f"{role}/{ARRAY}"] = Checksum.of_file(split.path / ARRAY)
+    about = {
+        "source": builder.info.full_name,
+        "fingerprint": copies.fingerprint(builder),
+        "splits": {role: {"split": datasets.splits(config)[role], "images": len(rows[role])} for role in rows},
+    }
+    return manifest | about, checksums
+
+
+def _filenames(rows: dict[str, list[Row]]) -> list[str]:
+    return [row.filename for role in rows for row in rows[role]]
+
+
+def _read_splits(config: config_lib.Config, builder: tfds.core.DatasetBuilder) -> dict[str, list[Row]]:
+    """Returns the rows of every split by role. The preset's test split may be missing."""
     found = {}
     for role, split in datasets.splits(config).items():
         try:
@@ -86,9 +145,6 @@ def _write_captions(
             logging.warning("no test split: %s", e)
             continue
         found[role] = read_rows(examples, config.data, f"captions of {role}")
-        text = captions_text(found[role])
-        integrity.write_atomically(path / role / CAPTIONS, text)
-        checksums[f"{role}/{CAPTIONS}"] = Checksum.of_bytes(text.encode())
     return found
 
 
@@ -107,7 +163,7 @@ def read_rows(examples: Examples, limits: config_lib.Data, name: str) -> list[Ro
         if left == 0:
             break
         example = examples[number]
-        rows.append(Row(example.image_id, example.filename, example.captions[:left]))
+        rows.append(Row(example.image_id, example.filename, example.captions[:left], example.digest))
         captions += len(rows[-1].captions)
     return rows
 

@@ -11,6 +11,8 @@ from flaxcap.features.shards import ARRAY, CAPTIONS, Split, StoreError, captions
 from flaxcap.files import integrity
 from flaxcap.files.integrity import Checksum, DamagedError
 from flaxcap.files.params import save_params
+from flaxcap.images import decode
+from flaxcap.images.preprocess import Preprocess
 
 
 def restore_manifest(path: epath.Path) -> None:
@@ -30,10 +32,8 @@ def restore_manifest(path: epath.Path) -> None:
     store.write_manifest(path, manifest)
 
 
-def repair(
-    found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
-) -> dict[str, Checksum]:
-    """Writes damaged or missing captions, array descriptions and encoder parameters again.
+def repair(found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder) -> dict[str, Checksum]:
+    """Writes damaged or missing captions and array descriptions again.
 
     A shard whose record is damaged, or whose file is missing or truncated, becomes unfinished.
 
@@ -41,13 +41,12 @@ def repair(
       found: the store.
       config: the preset.
       builder: the data set that the store was made of.
-      encoder_weights: a file that replaces the preset's weights.
 
     Returns:
       The checksums of captions and array descriptions.
 
     Raises:
-      StoreError: the data set or the weights are not those that the store was made of.
+      StoreError: the data set is not the one that the store was made of.
     """
     checksums = {}
     for role in found.roles:
@@ -61,8 +60,6 @@ def repair(
                 where = "" if isinstance(e, StoreError) else f"{split.shard_file(number)}: "
                 print(f"{where}{e}; shard {number} of {role} is computed again")
                 split.mark_unfinished(number)
-    if "imported_from" not in found.manifest["encoder"]:
-        _repair_encoder(found, config, builder, encoder_weights)
     return checksums
 
 
@@ -96,9 +93,44 @@ def _repair_array(split: Split, found: store.Store, role: str, config: config_li
     return Checksum.of_file(file)
 
 
-def _repair_encoder(
+def retry_skipped(found: store.Store, builder: tfds.core.DatasetBuilder, preprocess: Preprocess) -> None:
+    """Marks shards unfinished that skipped an image which can be read now, such as one of a newly supported format.
+
+    Args:
+      found: the store.
+      builder: the data set that the store was made of.
+      preprocess: of the encoder.
+    """
+    if "imported_from" in found.manifest["encoder"]:
+        return
+    for role in found.roles:
+        split = found.split(role)
+        examples = Examples(builder, found.manifest["splits"][role]["split"])
+        for skipped in split.skipped():
+            try:
+                decode.for_encoder(examples[skipped.row].image, preprocess)
+            except decode.ImageError:
+                continue
+            print(f"{skipped.filename}: was skipped ({skipped.reason}), can be read now")
+            split.mark_unfinished(skipped.row // split.shard_rows)
+
+
+def repair_encoder(
     found: store.Store, config: config_lib.Config, builder: tfds.core.DatasetBuilder, encoder_weights: str | None
 ) -> None:
+    """Writes the encoder's parameters again if a file of them is damaged or missing.
+
+    Args:
+      found: the store.
+      config: the preset.
+      builder: the data set, for random weights.
+      encoder_weights: a file that replaces the preset's weights.
+
+    Raises:
+      StoreError: the weights are not those that made the features.
+    """
+    if "imported_from" in found.manifest["encoder"]:
+        return
     directory, expected = found.path / store.ENCODER_DIR, found.manifest["encoder"]["weights_sha256"]
     damage = next(integrity.find_damage(directory), None)
     if damage is None:

@@ -36,6 +36,7 @@ class Row:
     image_id: int
     filename: str
     captions: tuple[str, ...]
+    digest: str = ""  # of the image file, see `Example.digest`; "": not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Split:
         for number, line in enumerate(lines, 1):
             try:
                 r = json.loads(line)
-                rows.append(Row(r["id"], r["file"], tuple(r["captions"])))
+                rows.append(Row(r["id"], r["file"], tuple(r["captions"]), r["image"]))
             except (ValueError, KeyError, TypeError, RecursionError) as e:
                 raise StoreError(f"{file}: line {number} cannot be read ({e!r})") from e
         if len(rows) != self.images:
@@ -281,8 +282,8 @@ class Split:
 
 def captions_text(rows: Iterable[Row]) -> str:
     """Returns the content of the file CAPTIONS."""
-    lines = (json.dumps({"id": r.image_id, "file": r.filename, "captions": r.captions}) for r in rows)
-    return "".join(line + "\n" for line in lines)
+    fields = ({"id": r.image_id, "file": r.filename, "captions": r.captions, "image": r.digest} for r in rows)
+    return "".join(json.dumps(each) + "\n" for each in fields)
 
 
 def write_rows(path: epath.Path, rows: Iterable[Row]) -> None:

@@ -19,7 +19,7 @@ from etils import epath
 
 from flaxcap import config as config_lib
 from flaxcap.encoders import base as encoders
-from flaxcap.features.shards import WRITTEN_ONCE, Split, StoreError
+from flaxcap.features.shards import CAPTIONS, WRITTEN_ONCE, Split, StoreError
 from flaxcap.files import integrity
 from flaxcap.files.integrity import DamagedError
 from flaxcap.text.vocabulary import Vocabulary
@@ -72,7 +72,7 @@ class Store:
                 raise ValueError("found a size below 1")
             self.checksums = integrity.checksums_from_json(self.manifest["files"])
             # A field that is missing is named now, not where it is used.
-            _ = self.manifest["source"], self.manifest["encoder"]["weights_sha256"]
+            _ = self.manifest["source"], self.manifest["fingerprint"], self.manifest["encoder"]["weights_sha256"]
             _ = self.manifest["vocabulary"]["size"], self.manifest["vocabulary"]["sha256"]
             _ = self.checksums[VOCABULARY], [self._split_checksums(role) for role in self._images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -112,6 +112,10 @@ class Store:
         if role not in self.roles:
             raise StoreError(f"{self.path}: found no split {role!r}, expected one of {', '.join(self.roles)}")
         return Split(self.path / role, self._images[role], self._shard_rows, self._split_checksums(role))
+
+    def digests(self) -> dict[str, str]:
+        """Returns a SHA-256 of the images and captions of the splits that training reads."""
+        return {role: self.checksums[f"{role}/{CAPTIONS}"].sha256 for role in ("train", "val")}
 
     def _split_checksums(self, role: str) -> dict[str, integrity.Checksum]:
         return {name: self.checksums[f"{role}/{name}"] for name in WRITTEN_ONCE}

@@ -220,12 +220,17 @@ def test_captions_without_a_known_word_are_logged(tmp_path, caplog):
     assert "train: " not in caplog.text
 
 
-def test_a_store_of_other_captions_is_refused(tmp_path):
-    found = imported(tmp_path)
+def test_a_store_follows_its_captions_and_refuses_another_folder(tmp_path):
+    imported(tmp_path)
+    found = imported(tmp_path, {"train": {"t.jpg": ["other"]}, "val": {"v.jpg": ["other"]}})
+    assert [row.filename for row in found.split("train").rows] == ["t.jpg"]
+    assert "other" in found.vocabulary().ids
+    assert float(found.split("val").read([0]).max()) == 1  # write_maps gives the second image ones
+    (tmp_path / "mine").rename(tmp_path / "others")
     with pytest.raises(
-        StoreError, match=rf"{found.path}: found features of folder/mine-\w+/1\.0\.0, expected those of folder/mine-"
+        StoreError, match=rf"{found.path}: found features of folder/mine/1\.0\.0, expected those of folder/others/"
     ):
-        imported(tmp_path, {"train": {"t.jpg": ["other"]}, "val": {"v.jpg": ["other"]}})
+        prepare(Config(dataset="folder"), tmp_path / "data", manual_dir=tmp_path / "others")
 
 
 # Imported features and weights

@@ -236,7 +236,7 @@ def test_damage_of_any_file_of_a_run_is_named(workdir, how):
         (line,) = report.wrong
         assert line.startswith(f"{file}: ")
         assert "flaxcap train" in line
-    for file in (workdir / "config.json", workdir / "vocabulary.json"):
+    for file in (workdir / "config.json", workdir / "vocabulary.json", workdir / "data.json"):
         original = flip(file)
         (line,) = verify(workdir=workdir).wrong
         assert line.startswith(f"{file}: ")

@@ -34,6 +34,7 @@ def make(path: epath.Path, config: Config) -> epath.Path:
     integrity.write_atomically(path / "vocabulary.json", VOCABULARY.to_json())
     manifest = {
         "source": "made up",
+        "fingerprint": "",
         "splits": {"train": {"split": "train", "images": 3}, "val": {"split": "val", "images": 1}},
         "encoder": {"weights_sha256": "abc"},
         "positions": 5,
@@ -83,7 +84,17 @@ def test_an_unfinished_store_is_refused_with_a_remedy(path, tmp_path):
         Store.finished(tmp_path, other)
 
 
-MANIFEST = ["source", "splits", "encoder", "positions", "feature_dim", "shard_rows", "vocabulary", "files"]
+MANIFEST = [
+    "source",
+    "fingerprint",
+    "splits",
+    "encoder",
+    "positions",
+    "feature_dim",
+    "shard_rows",
+    "vocabulary",
+    "files",
+]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +103,7 @@ MANIFEST = ["source", "splits", "encoder", "positions", "feature_dim", "shard_ro
         *({"drop": name} for name in [*MANIFEST, "positions_vary"]),
         {"positions": 0},
         {"positions": "many"},
-        *({name: None} for name in MANIFEST[1:]),
+        *({name: None} for name in MANIFEST[2:]),
         {"text": ""},
         {"text": '{"source": '},
         {"text": "[]"},
