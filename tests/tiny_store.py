@@ -27,7 +27,7 @@ def tiny_config(**train: Any) -> Config:
     return Config(
         dataset="folder",
         data=Data(vocab_size=50),
-        encoder=Encoder(block="mixed0"),
+        encoder=Encoder(name="imported"),
         model=Model(image_dim=6, embedding_dim=5, attention_dim=7, hidden_dim=8, head_dim=9),
         train=Train(**options | {"warmup_steps": 3, "learning_rate": 1e-2} | train),
         decode=Decode(max_length=10, batch_size=8),
@@ -64,7 +64,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         "feature_dim": FEATURES,
         "positions_vary": False,
         "shard_rows": 16,
-        "encoder": {"weights_sha256": None, "imported_from": "nowhere"},
+        "encoder": {"name": "imported", "weights_sha256": "0" * 64, "imported_from": "nowhere"},
         "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
         "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in files}),
     }

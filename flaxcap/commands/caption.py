@@ -1,11 +1,13 @@
 """`flaxcap caption`: captions of images, and attention plots."""
 
+import os
 import pathlib
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 from PIL import Image
 
@@ -13,6 +15,9 @@ from flaxcap.commands import FAILED, from_flags
 from flaxcap.config import Config
 from flaxcap.data import datasets
 from flaxcap.errors import UserError, plain
+from flaxcap.features.npy_maps import FeatureShape, read_filled
+from flaxcap.features.shards import StoreError
+from flaxcap.files.integrity import is_inside
 from flaxcap.images import decode, fetch
 from flaxcap.inference import plots
 from flaxcap.inference.captioner import Caption, Captioner, stem
@@ -34,6 +39,7 @@ def caption(
     captioner: Captioner,
     images: Iterable[tuple[str, Callable[[], bytes]]],
     *,
+    npy_dir: epath.PathLike | None = None,
     plot_dir: epath.PathLike | None = None,
     seed: int = 0,
 ) -> Iterator[Line]:
@@ -42,20 +48,38 @@ def caption(
     Args:
       captioner: a loaded captioner.
       images: names, and functions that return the bytes of a file.
+      npy_dir: the images' feature maps, for a captioner of imported features; None: the images are encoded.
       plot_dir: where attention plots are written; None: none are.
       seed: of sampling.
     """
     images = list(images)
-    stream = captioner.stream((get for _, get in images), seed=seed)
-    for number, ((name, _), found) in enumerate(zip(images, stream, strict=True)):
+    if npy_dir is None:
+        stream = captioner.stream((get for _, get in images), seed=seed)
+    else:
+        folder, shape = epath.Path(npy_dir), captioner.feature_shape
+        stream = captioner.stream_features((_map(folder, name, shape) for name, _ in images), seed=seed)
+    for number, ((name, get), found) in enumerate(zip(images, stream, strict=True)):
         if found.caption is None:
             yield Line(name, reason=found.reason)
             continue
         plot = ""
         if plot_dir is not None:
             file = pathlib.Path(plot_dir) / f"{number:04d}-{stem(name)}.png"
-            plot = _plot(captioner, found.image, found.caption, file)
+            try:
+                plot = _plot(captioner, get() if found.image is None else found.image, found.caption, file)
+            except (decode.ImageError, fetch.FetchError) as e:
+                yield Line(name, reason=str(e))
+                continue
         yield Line(name, found.caption.text, found.caption.log_prob, plot)
+
+
+def _map(folder: epath.Path, name: str, shape: FeatureShape) -> np.ndarray | str:
+    """Returns the feature map of an image, by its path below `folder` or by its file name; or why there is none."""
+    below = is_inside(name) and (folder / f"{name}.npy").exists()
+    try:
+        return read_filled(folder, name if below else os.path.basename(name), shape)
+    except StoreError as e:
+        return str(e)
 
 
 def _plot(captioner: Captioner, image: Any, caption: Caption, file: pathlib.Path) -> str:
@@ -98,7 +122,9 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     else:
         images = from_split(captioner, flags.data_dir, flags.split, flags.num_images)
     failed = 0
-    for found in caption(captioner, images, plot_dir=flags.out_dir if flags.plot else None, seed=flags.seed):
+    npy_dir = flags.npy_dir or (captioner.about.get("imported_from") if flags.split else None)
+    plot_dir = flags.out_dir if flags.plot else None
+    for found in caption(captioner, images, npy_dir=npy_dir, plot_dir=plot_dir, seed=flags.seed):
         if found.reason:
             failed += 1
             reason = found.reason.removeprefix(f"{found.name}: ")

@@ -119,7 +119,7 @@ def evaluate_file(
       PredictionsError: the file is damaged, or does not hold one caption for each image.
       DataError: the preset names no such split, or the data set cannot be read.
     """
-    path = store.path_for(data_dir, config)
+    path = store.path_for(data_dir, store.resolve(data_dir, config))
     if (path / "manifest.json").exists():
         prepared = store.Store(path)
         rows = prepared.split(split_name).rows
@@ -159,13 +159,22 @@ def _report(
 
 
 def _prepared(captioner: Captioner, data_dir: epath.PathLike) -> store.Store | None:
-    """Returns the preset's prepared store if the captioner's encoder made its features, else None."""
+    """Returns the preset's prepared store if the captioner's encoder made its features, else None.
+
+    Raises:
+      UserError: the captioner was trained on imported features, and the store holds none or others.
+    """
     path = store.path_for(data_dir, captioner.config)
-    if not (path / "manifest.json").exists():
-        return None
-    prepared = store.Store.finished(data_dir, captioner.config)
-    made_by = prepared.manifest["encoder"]["weights_sha256"]
-    return prepared if made_by == captioner.about["encoder_sha256"] else None
+    if (path / store.MANIFEST).exists():
+        prepared = store.Store.finished(data_dir, captioner.config)
+        if prepared.manifest["encoder"]["weights_sha256"] == captioner.about["encoder_sha256"]:
+            return prepared
+    if captioner.encoder_params is None:
+        raise UserError(
+            f"{path}: found no features, or others; expected those that the model was trained on"
+            f" ({captioner.about['imported_from']}); `flaxcap prepare --npy_dir=DIR` imports them"
+        )
+    return None
 
 
 def _likelihood(captioner: Captioner, split: Split) -> dict[str, float]:

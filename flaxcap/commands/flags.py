@@ -117,6 +117,9 @@ def _define_evaluate(to: dict[str, Any]) -> None:
 def _define_caption(to: dict[str, Any]) -> None:
     flags.DEFINE_enum("split", None, _SPLITS, "caption images of this split of the data set", **to)
     flags.DEFINE_integer("num_images", 5, "number of images of --split", lower_bound=1, **to)
+    flags.DEFINE_string(
+        "npy_dir", None, "feature maps FILENAME.npy, for a model that was trained on imported maps", **to
+    )
     flags.DEFINE_boolean("plot", False, "draw the attention weights of each word", **to)
     flags.DEFINE_string("out_dir", "captions", "directory for the drawings", **to)
     flags.DEFINE_boolean(

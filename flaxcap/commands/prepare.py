@@ -59,6 +59,8 @@ def prepare(
       LockError: another prepare works on this store.
       UserError: the preset, the data set, the weights or the store cannot be used. The message says why.
     """
+    if npy_dir is not None:
+        config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, name=encoders.IMPORTED))
     encoder = _make_encoder(config, encoder_weights)
     path = store_lib.path_for(data_dir, config)
     with locks.held(path):
@@ -183,15 +185,15 @@ def _check_same(
             f"{path}: found features of {manifest['source']}, expected those of {builder.info.full_name}; {remedy}"
         )
     made_by = manifest["encoder"]
-    if npy_dir is not None and "imported_from" not in made_by:
-        raise StoreError(f"{path}: found computed features, expected those imported from {npy_dir}; {remedy}")
     # The store's name tells random weights from others, but not one file of weights from another.
     spec = encoder_weights or config.encoder.weights
-    if npy_dir is None and spec not in ("imagenet", "random"):
+    if "imported_from" not in made_by and spec not in ("imagenet", "random"):
         _, found = encoders.make(config.encoder).load(spec)
         if found != made_by["weights_sha256"]:
-            by = made_by.get("imported_from") or f"weights {made_by['weights_sha256']}"
-            raise StoreError(f"{path}: found features made by {by}, expected those of {spec} ({found}); {remedy}")
+            by = made_by["weights_sha256"]
+            raise StoreError(
+                f"{path}: found features made by weights {by}, expected those of {spec} ({found}); {remedy}"
+            )
 
 
 def _extract(

@@ -68,7 +68,7 @@ def train(
       NotFiniteError: `max_bad_steps` steps in a row were not finite.
       LostError: another process of the run is gone.
     """
-    workdir = epath.Path(workdir)
+    workdir, config = epath.Path(workdir), store.resolve(data_dir, config)
     prepared = store.Store.finished(data_dir, config)
     with locks.held(workdir):
         _claim(workdir, config, prepared, resume)

@@ -171,7 +171,7 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
         raise UserError(
             "nothing to verify is named: give --workdir=RUN, or --config and --data_dir of a store, or both"
         )
-    store_dir = store.path_for(flags.data_dir, config) if flags.config else None
+    store_dir = store.path_for(flags.data_dir, store.resolve(flags.data_dir, config)) if flags.config else None
     report = verify(workdir=flags.workdir or None, store_dir=store_dir)
     for line in report.lines():
         print(line)

@@ -17,6 +17,8 @@ from flaxcap.config import Encoder as EncoderConfig
 from flaxcap.errors import UserError, nearest
 from flaxcap.images.preprocess import Preprocess
 
+IMPORTED = "imported"  # the name in place of an encoder's, where the features were imported
+
 Params = dict[str, Any]  # layers by name; each is a dict of arrays
 Sample = Callable[[], np.ndarray]  # -> uint8 [I, Y, X, 3]: some images of the data set
 
@@ -82,6 +84,7 @@ class ImageEncoder(Protocol):
 
 # Imported on request.
 _ENCODERS: dict[str, str | Callable[[EncoderConfig], ImageEncoder]] = {
+    IMPORTED: "flaxcap.encoders.imported:ImportedFeatures",
     "inception_v3": "flaxcap.encoders.inception_v3.encoder:InceptionV3",
 }
 

@@ -182,14 +182,15 @@ def _write_encoder(
       The shape of the features, and the manifest's field `encoder`.
     """
     encoder = encoders.make(config.encoder)
+    if npy_dir is not None:
+        shape = npy_maps.find_shape(epath.Path(npy_dir), filenames)
+        first = Checksum.of_file(epath.Path(npy_dir) / f"{filenames[0]}.npy").sha256  # tells one import from another
+        return shape, {"name": encoder.name, "weights_sha256": first, "imported_from": str(npy_dir)}
     described = {
         "name": encoder.name,
         "preset": dataclasses.asdict(config.encoder),
         "preprocessing": decode.describe(encoder.preprocess),
     }
-    if npy_dir is not None:
-        shape = npy_maps.find_shape(epath.Path(npy_dir), filenames)
-        return shape, described | {"weights_sha256": None, "imported_from": str(npy_dir)}
     params, digest = read_encoder(config, builder, encoder_weights)
     save_params(path / store.ENCODER_DIR, params)
     return FeatureShape(encoder.positions, encoder.features), described | {"weights_sha256": digest}

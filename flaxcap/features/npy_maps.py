@@ -28,6 +28,11 @@ class FeatureShape(NamedTuple):
     feature_dim: int  # F
     positions_vary: bool = False  # between images
 
+    @property
+    def text(self) -> str:
+        """The sizes in words, for messages."""
+        return f"{'at most ' if self.positions_vary else ''}{self.positions} positions of {self.feature_dim} features"
+
 
 def find_shape(folder: epath.Path, filenames: Sequence[str]) -> FeatureShape:
     """Returns the shape into which the maps of all images fit. Reads only the headers of the files.
@@ -54,10 +59,7 @@ def find_shape(folder: epath.Path, filenames: Sequence[str]) -> FeatureShape:
 
 
 def loader(folder: epath.Path, split: Split, shape: FeatureShape) -> Callable[[int], np.ndarray]:
-    """Returns `load(row)`, which reads the map of an image, [P, F].
-
-    `load` fills the positions that an image does not use with NaN. It raises StoreError if the map is missing, damaged,
-    or does not fit the shape.
+    """Returns `load(row)`, which is `read_filled` of a row's image.
 
     Args:
       folder: the directory of the maps.
@@ -65,23 +67,31 @@ def loader(folder: epath.Path, split: Split, shape: FeatureShape) -> Callable[[i
       shape: the store's.
     """
 
-    def load(row: int) -> np.ndarray:
-        filename = split.rows[row].filename
-        feats_PF = read_npy(folder, filename)
-        positions, width = feats_PF.shape
-        fits = positions <= shape.positions if shape.positions_vary else positions == shape.positions
-        if not fits or width != shape.feature_dim:
-            most = "at most " if shape.positions_vary else ""
-            raise StoreError(
-                f"{folder / f'{filename}.npy'}: found {positions} positions of {width} features, expected"
-                f" {most}{shape.positions} of {shape.feature_dim}"
-            )
-        if positions == shape.positions:
-            return feats_PF
-        padding = np.full((shape.positions - positions, width), np.nan, feats_PF.dtype)
-        return np.concatenate([feats_PF, padding])
+    return lambda row: read_filled(folder, split.rows[row].filename, shape)
 
-    return load
+
+def read_filled(folder: epath.Path, filename: str, shape: FeatureShape) -> np.ndarray:
+    """Reads the map of an image, floats [P, F], and fills the positions that the image does not use with NaN.
+
+    Args:
+      folder: the directory of the maps.
+      filename: the image's.
+      shape: what the map must fit into.
+
+    Raises:
+      StoreError: see `read_npy`; or the map does not fit.
+    """
+    feats_PF = read_npy(folder, filename)
+    positions, width = feats_PF.shape
+    fits = positions <= shape.positions if shape.positions_vary else positions == shape.positions
+    if not fits or width != shape.feature_dim:
+        raise StoreError(
+            f"{folder / f'{filename}.npy'}: found {positions} positions of {width} features, expected {shape.text}"
+        )
+    if positions == shape.positions:
+        return feats_PF
+    padding = np.full((shape.positions - positions, width), np.nan, feats_PF.dtype)
+    return np.concatenate([feats_PF, padding])
 
 
 def read_npy(folder: epath.Path, filename: str) -> np.ndarray:

@@ -9,6 +9,7 @@
 A store is on a disk or in an object store (`gs://…`).
 """
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -37,11 +38,33 @@ def path_for(data_dir: epath.PathLike, config: config_lib.Config) -> epath.Path:
     # Weights of a file and the published ones share a store; the manifest holds the SHA-256 of the weights in use.
     if config.encoder.weights != "random":
         fields |= {"encoder.weights": "pretrained", "encoder.seed": 0}
+    if config.encoder.name == encoders.IMPORTED:
+        kept = ("encoder.name", "encoder.store_dtype")
+        fields = {name: value for name, value in fields.items() if name in kept or not name.startswith("encoder.")}
+        return (
+            epath.Path(data_dir).expanduser() / "features" / f"{config.dataset}-{encoders.IMPORTED}-{_digest(fields)}"
+        )
     encoder = encoders.make(config.encoder)  # resolves defaults, so that a default and its value share a store
     fields |= {"encoder.block": encoder.name, "encoder.image_size": encoder.preprocess.size}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{config.dataset}-{encoder.name}-{fields['encoder.weights']}-{digest}"
+    name = f"{config.dataset}-{encoder.name}-{fields['encoder.weights']}-{_digest(fields)}"
     return epath.Path(data_dir).expanduser() / "features" / name
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def resolve(data_dir: epath.PathLike, config: config_lib.Config) -> config_lib.Config:
+    """Returns the preset, for imported features if only those are prepared."""
+    encoder = dataclasses.replace(config.encoder, name=encoders.IMPORTED)
+    imported = dataclasses.replace(config, encoder=encoder)
+    if not _exists(data_dir, config) and _exists(data_dir, imported):
+        return imported
+    return config
+
+
+def _exists(data_dir: epath.PathLike, config: config_lib.Config) -> bool:
+    return (path_for(data_dir, config) / MANIFEST).exists()
 
 
 class Store:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -18,6 +19,7 @@ from flaxcap.encoders.base import ImageEncoder
 from flaxcap.encoders.base import Params as EncoderParams
 from flaxcap.errors import UserError
 from flaxcap.features import extract
+from flaxcap.features.npy_maps import FeatureShape
 from flaxcap.images import decode, fetch
 from flaxcap.images.decode import ImageError
 from flaxcap.models.decoder import Bind, Params
@@ -56,7 +58,7 @@ class Captioner:
     bind: Bind
     params: Params
     encoder: ImageEncoder
-    encoder_params: EncoderParams | None  # None: the features were imported from an encoder that flaxcap does not have
+    encoder_params: EncoderParams | None  # None: the features were imported
     about: dict  # where the captioner comes from, and checksums
     others: tuple["Captioner", ...] = ()  # the other members of an ensemble
 
@@ -79,10 +81,16 @@ class Captioner:
     def _encode(self) -> extract.Encode:
         if self.encoder_params is None:
             raise UserError(
-                f"the features of this model were imported ({self.about.get('imported_from')}); it captions prepared"
-                " features only, not images"
+                f"the model was trained on {self.feature_shape.text} an image, imported from"
+                f" {self.about['imported_from']}; found an image, expected its features: give --npy_dir=DIR with a map"
+                " of each image, or call `caption_features`"
             )
         return extract.make_encode(self.encoder, self.encoder_params, self.config.encoder, many=False)
+
+    @property
+    def feature_shape(self) -> FeatureShape:
+        """The shape of an image's features, [P, F]."""
+        return FeatureShape(*(self.about[name] for name in FeatureShape._fields))
 
     @overload
     def caption(self, images: Source, *, seed: int = 0) -> Caption: ...
@@ -121,27 +129,60 @@ class Captioner:
           images: as in `caption`, or functions that return the bytes of a file.
           seed: of sampling.
         """
-        images = iter(images)
+        return self._caption_all(map(self._load, images), lambda images_IYX3: self._encode(images_IYX3), seed)
+
+    def caption_features(self, feats_IPF: Iterable[np.ndarray], *, seed: int = 0) -> list[Caption]:
+        """Captions images by their features.
+
+        Args:
+          feats_IPF: floats [I, P, F], or an iterable of [P, F]. NaN fills the positions that an image does not use.
+          seed: of sampling.
+
+        Raises:
+          UserError: the features have another shape than those that the model was trained on.
+        """
+        expected = (self.feature_shape.positions, self.feature_shape.feature_dim)
+        maps = list(feats_IPF)
+        for number, feats_PF in enumerate(maps):
+            if feats_PF.shape != expected:
+                raise UserError(f"image {number}: found features {list(feats_PF.shape)}, expected {list(expected)}")
+        found = self.stream_features(maps, seed=seed)
+        return [captioned.caption for captioned in found if captioned.caption is not None]
+
+    def stream_features(self, maps: Iterable[np.ndarray | str], *, seed: int = 0) -> Iterator[Captioned]:
+        """Yields the caption of each image in order.
+
+        Args:
+          maps: floats [P, F] of each image, or the reason why there are none.
+          seed: of sampling.
+        """
+        dtype = jnp.dtype(self.config.encoder.store_dtype)
+        return self._caption_all(((None, found) for found in maps), lambda feats_IPF: feats_IPF.astype(dtype), seed)
+
+    def _caption_all(
+        self, loaded: Iterator[tuple[Any, np.ndarray | str]], encode: extract.Encode, seed: int
+    ) -> Iterator[Captioned]:
         for number in itertools.count():
-            group = list(itertools.islice(images, self.batch_size))
+            group = list(itertools.islice(loaded, self.batch_size))
             if not group:
                 return
-            yield from self._caption_batch(group, jax.random.fold_in(jax.random.key(seed), number))
+            yield from self._caption_batch(group, encode, jax.random.fold_in(jax.random.key(seed), number))
 
-    def _caption_batch(self, group: list, key: jax.Array) -> Iterator[Captioned]:
-        loaded = [self._load(source) for source in group]
-        good = [pixels for _, pixels in loaded if not isinstance(pixels, str)]
+    def _caption_batch(
+        self, loaded: list[tuple[Any, np.ndarray | str]], encode: extract.Encode, key: jax.Array
+    ) -> Iterator[Captioned]:
+        good = [each for _, each in loaded if not isinstance(each, str)]
         captions: Iterator[Caption] = iter(())
         if good:
             # One shape for a full batch and one for a single image: at most two compilations.
-            size = 1 if len(group) == 1 else self.batch_size
-            feats_IPF = self._encode(np.stack(good + good[-1:] * (size - len(good))))
+            size = 1 if len(loaded) == 1 else self.batch_size
+            feats_IPF = encode(np.stack(good + good[-1:] * (size - len(good))))
             feats_IPF = jax.device_put(feats_IPF, jax.local_devices()[0])
             decoded = jax.device_get(self.generator(self.frozen, feats_IPF, key))
             captions = iter([self._caption(*one) for one in zip(*decoded, strict=True)])
-        for image, pixels in loaded:
-            if isinstance(pixels, str):
-                yield Captioned(None, None, pixels)
+        for image, each in loaded:
+            if isinstance(each, str):
+                yield Captioned(None, None, each)
             else:
                 yield Captioned(image, next(captions))
 

@@ -102,19 +102,15 @@ class StoreEncoder(NamedTuple):
     """The encoder of a store."""
 
     encoder: ImageEncoder
-    params: encoders.Params | None  # None: the features were imported, and the preset's encoder gives others
+    params: encoders.Params | None  # None: the features were imported
     sha256: str | None
 
 
 def encoder_of(prepared: store.Store, config: config_lib.Config) -> StoreEncoder:
-    """Returns the encoder that made a store's features. Imported features are taken to be the preset's encoder's."""
-    encoder, made_by = encoders.make(config.encoder), prepared.manifest["encoder"]
-    if "imported_from" not in made_by:
-        return StoreEncoder(encoder, load_params(prepared.path / store.ENCODER_DIR), made_by["weights_sha256"])
-    sizes = Sizes(prepared.positions, prepared.feature_dim, 0, prepared.positions_vary)
-    known = _gives(encoder, sizes) and config.encoder.weights != "random"
-    params = encoder.load(config.encoder.weights)[0] if known else None
-    return StoreEncoder(encoder, params, made_by["weights_sha256"])
+    """Returns the encoder that made a store's features."""
+    made_by = prepared.manifest["encoder"]
+    params = None if "imported_from" in made_by else load_params(prepared.path / store.ENCODER_DIR)
+    return StoreEncoder(encoders.make(config.encoder), params, made_by["weights_sha256"])
 
 
 def load_run(workdir: epath.PathLike, data_dir: epath.PathLike) -> Captioner:
@@ -178,19 +174,14 @@ def load_export(path: epath.PathLike) -> Captioner:
     bind, init = decoder_lib.create(config, sizes)
     params = load_params(path / "decoder", jax.eval_shape(init, jax.random.key(0)))
     encoder_params = None
-    if (path / ENCODER).exists() or not about.get("imported_from"):
+    if config.encoder.name != encoders.IMPORTED:
         encoder_params = load_params(path / ENCODER, encoder.abstract_params())
-        if not _gives(encoder, sizes):
+        if (sizes.positions, sizes.features, sizes.positions_vary) != (encoder.positions, encoder.features, False):
             raise CheckpointError(
                 f"{path / 'about.json'}: found {sizes.positions} positions of {sizes.features} features,"
                 f" expected {encoder.positions} of {encoder.features}, which {encoder.name} gives"
             )
     return Captioner(config, vocabulary, bind, params, encoder, encoder_params, about)
-
-
-def _gives(encoder: ImageEncoder, sizes: Sizes) -> bool:
-    """Returns True if features of these sizes can be the encoder's."""
-    return (sizes.positions, sizes.features, sizes.positions_vary) == (encoder.positions, encoder.features, False)
 
 
 def _read_about(file: epath.Path, vocabulary: int) -> tuple[dict[str, Any], Sizes]:

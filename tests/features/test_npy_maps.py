@@ -66,9 +66,15 @@ def test_images_of_one_name_in_two_folders_have_their_own_maps(tmp_path, folder)
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((POSITIONS, WIDTH + 1), np.float32), "found 64 positions of 4 features, expected 64 of 3$"),
-        (np.zeros((7, 8, WIDTH), np.float32), "found 56 positions of 3 features, expected 64 of 3$"),
-        (np.zeros((WIDTH, POSITIONS), np.float32), "found 3 positions of 64 features, expected 64 of 3$"),
+        (
+            np.zeros((POSITIONS, WIDTH + 1), np.float32),
+            "found 64 positions of 4 features, expected 64 positions of 3 features$",
+        ),
+        (np.zeros((7, 8, WIDTH), np.float32), "found 56 positions of 3 features, expected 64 positions of 3 features$"),
+        (
+            np.zeros((WIDTH, POSITIONS), np.float32),
+            "found 3 positions of 64 features, expected 64 positions of 3 features$",
+        ),
         (np.zeros(POSITIONS * WIDTH, np.float32), r"found float32 \[192\], expected floats \[P, F\] or \[Y, X, F\]"),
         (np.zeros((1, 8, 8, WIDTH), np.float32), r"found float32 \[1, 8, 8, 3\]"),
         (np.zeros((0, WIDTH), np.float32), r"found float32 \[0, 3\], .* of at least one position$"),
@@ -192,5 +198,7 @@ def test_unused_positions_are_nan(tmp_path):
         assert feats_PF.shape == (5, 3)
         assert (feats_PF[:used] == 1).all()
         assert np.isnan(feats_PF[used:]).all()
-    with pytest.raises(StoreError, match=r"more\.npy: found 6 positions of 3 features, expected at most 5 of 3$"):
+    with pytest.raises(
+        StoreError, match=r"more\.npy: found 6 positions of 3 features, expected at most 5 positions of 3 features$"
+    ):
         load(2)
