@@ -50,7 +50,8 @@ def prepare(
       config: the preset.
       data_dir: a directory on a disk or in an object store.
       manual_dir: the user's own files of the data set.
-      npy_dir: feature maps to import, see npy_maps.py. None: the preset's encoder computes the features.
+      npy_dir: feature maps to import, see npy_maps.py. None: the preset's encoder computes the features, unless the
+        store of an import is the only one.
       encoder_weights: a file that replaces the published weights.
       num_workers: threads that load images.
       max_bad_fraction: the largest fraction of a split's images that may be skipped as unreadable.
@@ -61,6 +62,8 @@ def prepare(
     """
     if npy_dir is not None:
         config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, name=encoders.IMPORTED))
+    elif encoder_weights is None:
+        config = store_lib.resolve(data_dir, config)
     encoder = _make_encoder(config, encoder_weights)
     path = store_lib.path_for(data_dir, config)
     with locks.held(path):
