@@ -93,7 +93,8 @@ def _define_prepare(to: dict[str, Any]) -> None:
     flags.DEFINE_string("encoder_weights", None, "a file of the encoder's weights, instead of the download", **to)
     flags.DEFINE_integer("num_workers", os.cpu_count() or 1, "threads that decode images", lower_bound=1, **to)
     flags.DEFINE_float(
-        "max_bad_fraction", 0.05, "largest share of unreadable images, which are skipped; more stop the command",
+        "max_bad_fraction", 0.05,
+        "largest share of a split's images that may be missing or unreadable, which are skipped; more stop the command",
         lower_bound=0, upper_bound=1, **to,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from flaxcap.data import copies, datasets
 from flaxcap.data.base import Examples
 from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
-from flaxcap.features import build, extract, npy_maps, renewal, repair
+from flaxcap.features import build, extract, npy_maps, overlap, renewal, repair
 from flaxcap.features import store as store_lib
 from flaxcap.features.renewal import KnownFeatures
 from flaxcap.features.shards import Row, Split, StoreError
@@ -54,7 +54,7 @@ def prepare(
         store of an import is the only one.
       encoder_weights: a file that replaces the published weights.
       num_workers: threads that load images.
-      max_bad_fraction: the largest fraction of a split's images that may be skipped as unreadable.
+      max_bad_fraction: the largest fraction of a split's images that may be skipped as missing or unreadable.
 
     Raises:
       LockError: another prepare works on this store.
@@ -71,13 +71,13 @@ def prepare(
 
         def first() -> None:
             nonlocal builder
-            builder = _dataset(config, data_dir, manual_dir)
+            builder = _dataset(config, data_dir, manual_dir, max_bad_fraction)
             _write_all_but_features(path, config, builder, npy_dir, encoder_weights)
             repair.retry_skipped(Store(path), builder, encoder.preprocess)
 
         multihost.first_does(first)
         if builder is None:
-            builder = _dataset(config, data_dir, manual_dir)
+            builder = _dataset(config, data_dir, manual_dir, max_bad_fraction)
         store = Store(path)
         npy_dir = npy_dir or store.manifest["encoder"].get("imported_from")
         if any(store.split(role).unfinished() for role in store.roles):
@@ -94,18 +94,18 @@ def prepare(
 
 
 def _dataset(
-    config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None
+    config: config_lib.Config, data_dir: epath.PathLike, manual_dir: epath.PathLike | None, max_bad_fraction: float
 ) -> tfds.core.DatasetBuilder:
     """Returns the builder of the prepared data set. A lock lets one program at a time prepare it."""
     root = datasets.local_dir(data_dir)
     directory = root / config.dataset
     if config.dataset not in datasets.NAMES:
-        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
+        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir, max_bad_fraction=max_bad_fraction)
     with locks.flock(root / f".{config.dataset}.lock", str(directory), wait=True):
         for left in (*directory.glob("incomplete.*"), *directory.glob("*/incomplete.*")):
             # TFDS 4.9 leaves these of a process that was killed.
             left.rmtree() if left.is_dir() else left.unlink()
-        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
+        return datasets.prepare_for(config, data_dir, manual_dir=manual_dir, max_bad_fraction=max_bad_fraction)
 
 
 def _make_encoder(config: config_lib.Config, encoder_weights: str | None) -> ImageEncoder:
@@ -147,6 +147,8 @@ def _write_all_but_features(
         role: Split(path / role, split["images"], manifest["shard_rows"]).rows
         for role, split in manifest["splits"].items()
     }
+    for line in overlap.lines(rows):
+        logging.warning("%s", line)
     captions = (caption for row in rows["train"] for caption in row.captions)
     vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
     for role in rows:
@@ -235,7 +237,10 @@ def _extract(
 
 
 def _pixels(examples: Examples, preprocess: Preprocess, row: int) -> np.ndarray:
-    return decode.for_encoder(examples[row].image, preprocess)
+    image = examples[row].image
+    if not image:
+        raise decode.ImageError("the file is empty or missing")
+    return decode.for_encoder(image, preprocess)
 
 
 def _check_space(store: Store, config: config_lib.Config) -> None:

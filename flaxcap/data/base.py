@@ -44,7 +44,7 @@ class DataError(UserError):
 class Example(NamedTuple):
     """An image with its captions."""
 
-    image: bytes  # the file as the user supplied it: JPEG, PNG, …, or damaged
+    image: bytes  # the file as the user supplied it: JPEG, PNG, …, or damaged; b"" if it was missing
     image_id: int
     filename: str
     captions: tuple[str, ...]
@@ -84,6 +84,7 @@ class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       manual_dir: the directory of the user's own files, for the data sets that read any.
       variant: names the source of the data, if a data set has several. It is part of the prepared copy's path,
         so that each variant has its own copy.
+      max_bad_fraction: the largest fraction of a split's images that may be missing.
       **kwargs: for TFDS: `data_dir`, `version`.
     """
 
@@ -91,7 +92,15 @@ class CaptionBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # TFDS's global registry already has a coco_captions; `data.datasets` has the registry of these builders.
         super().__init_subclass__(**{**kwargs, "skip_registration": True})
 
-    def __init__(self, *, manual_dir: os.PathLike | str | None = None, variant: str | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        manual_dir: os.PathLike | str | None = None,
+        variant: str | None = None,
+        max_bad_fraction: float = 0.05,
+        **kwargs,
+    ):
+        self.max_bad_fraction = max_bad_fraction
         self.manual_dir = None if manual_dir is None else pathlib.Path(manual_dir).expanduser()
         # Emptied again below: TFDS 4.9 would record the first one as the default config of the shared data_dir.
         self.BUILDER_CONFIGS = [] if variant is None else [tfds.core.BuilderConfig(name=variant)]
@@ -194,12 +203,13 @@ class Examples(Sequence[Example]):
     Args:
       builder: the builder of a prepared copy, of this package or of TFDS's own coco_captions.
       split: in TFDS's notation: "train", "train+restval", "train[:100]", "val[50%:]".
+      flag: the flag that sets the split, for messages.
 
     Raises:
       DataError: the split does not exist, or a record cannot be read.
     """
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, flag: str = ""):
         self.name = split
         self._where = f"{builder.data_dir}, split {split!r}"
         try:
@@ -211,7 +221,9 @@ class Examples(Sequence[Example]):
             self._length = len(self._source)
         except (ValueError, NotImplementedError) as error:
             existing = ", ".join(f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items())
-            raise DataError(f"{self._where}: {error}\nExisting splits: {existing}.") from error
+            setting = f"{flag}={split}: " if flag else ""
+            remedy = f"Set {flag} to one of these, or to a part such as train[95%:]. " if flag else ""
+            raise DataError(f"{setting}{self._where}: {error}\n{remedy}Existing splits: {existing}.") from error
 
     def __len__(self) -> int:
         return self._length

@@ -1,20 +1,24 @@
 """COCO 2014 captions in Karpathy's splits, read from the downloaded zips without unpacking them."""
 
 import contextlib
-import json
 import os
 import pathlib
 import posixpath
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums as tfds_checksums
 from tensorflow_datasets.core.download import download_manager, downloader
 
+from flaxcap.data import gather
 from flaxcap.data.base import CaptionBuilder, DataError, example
-from flaxcap.data.records import bad_record, read_bytes, read_field
+from flaxcap.data.gather import CaptionedImage
+from flaxcap.data.layouts import coco, karpathy
+from flaxcap.data.layouts.record import Dropped, ImageRecord
+from flaxcap.data.layouts.tables import parse
+from flaxcap.data.records import bad_record, read_bytes
 from flaxcap.errors import listed, plain, quoted, shown
 from flaxcap.files import size_limits
 
@@ -34,20 +38,6 @@ CHECKSUMS: dict[str, tuple[int, str]] = {
 }
 
 
-class Annotated(NamedTuple):
-    """An image of a COCO annotations file."""
-
-    image_id: int
-    captions: list[tuple[int, str]]  # (id, text), in the file's order, with the empty ones
-
-
-class _Image(NamedTuple):
-    filename: str
-    year: str
-    image_id: int
-    captions: list[tuple[int, str]]
-
-
 class CocoCaptionsBuilder(CaptionBuilder):
     """COCO 2014 captions in Karpathy's splits: train 82,783, restval 30,504, val 5,000 and test 5,000 images.
 
@@ -55,8 +45,8 @@ class CocoCaptionsBuilder(CaptionBuilder):
     `caption_datasets.zip`. A zip in `manual_dir` is read from there, and its checksum is not compared. The others
     are downloaded. In place of Karpathy's zip, `manual_dir` may hold its `dataset_coco.json`.
 
-    Captions and ids come from the annotations, splits from Karpathy's file. Empty captions are dropped, and so
-    are images without another caption.
+    Captions and image ids come from the annotations, splits from Karpathy's file. Empty captions, annotations without
+    an id and repeated records of an image are dropped and counted, and so are images without a caption.
 
     Args:
       base_url: the server's address of `zips/` and `annotations/`.
@@ -96,37 +86,45 @@ class CocoCaptionsBuilder(CaptionBuilder):
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         files = {name: self._file(name, dl_manager) for name in self.urls}
-        images: dict[str, _Image] = {}
+        members = {year: _members(files[f"{year}.zip"]) for year in YEARS}
+        dropped = Dropped()
+        annotated = {}
         for year in YEARS:
-            members = _members(files[f"{year}.zip"])
-            where, tree = _load(files[ANNOTATIONS], f"annotations/captions_{year}.json")
-            for filename, annotated in read_annotations(tree, where).items():
-                if f"{year}/{filename}" not in members or posixpath.basename(filename) != filename:
-                    absent = f"{quoted(filename)}, which is not in {files[f'{year}.zip']}"
-                    raise bad_record(
-                        where, f"image {annotated.image_id}", "file_name", absent, f"a file in its {year}/"
-                    )
-                # In the order of their ids, as in Karpathy's file and in TFDS's coco_captions.
-                captions = sorted((number, text) for number, text in annotated.captions if text.strip())
-                images[filename] = _Image(filename, year, annotated.image_id, captions)
-        splits = _read_karpathy(files[KARPATHY], images)
-        return {split: self._generate_examples(found, files) for split, found in splits.items()}
+            annotated |= _annotated(files[ANNOTATIONS], year, dropped)
+        records = list(_in_karpathys_order(files[KARPATHY], annotated, dropped))
+        dropped["image{s} in no split"] += len(annotated) - len(records)
 
-    def _generate_examples(self, images: list[_Image], files: dict[str, pathlib.Path]) -> Iterator[tuple[int, dict]]:
+        def find(record: ImageRecord) -> str | None:
+            (year,) = record.folders
+            return f"{year}/{record.name}" if f"{year}/{record.name}" in members[year] else None
+
+        images = gather.gather(records, find, dropped)
+        missing = gather.check_missing(self.name, images, self.max_bad_fraction, "train2014.zip and val2014.zip")
+        gather.report(self.name, images, dropped, missing)
+        return {split: self._generate_examples(found, files) for split, found in images.items()}
+
+    def _generate_examples(
+        self, images: list[CaptionedImage], files: dict[str, pathlib.Path]
+    ) -> Iterator[tuple[int, dict]]:
         with contextlib.ExitStack() as stack:
             archives = {year: stack.enter_context(_open(files[f"{year}.zip"])) for year in YEARS}
+            first = 0
             for image in images:
-                if image.captions:
-                    file = _image_file(archives[image.year], image)
-                    yield example(file, image.image_id, image.filename, image.captions)
+                (year,) = image.record.folders
+                file = _image_file(archives[year], image.location) if image.location else b""
+                yield example(file, image.image_id, image.record.name, enumerate(image.captions, first))
+                first += len(image.captions)
+
+    def _by_hand(self, name: str) -> pathlib.Path | None:
+        """Returns the file's path in `manual_dir`, if it is there."""
+        names = [name, KARPATHY_JSON] if name == KARPATHY else [name]
+        paths = [self.manual_dir / known for known in names] if self.manual_dir is not None else []
+        return next((path for path in paths if path.is_file()), None)
 
     def _file(self, name: str, dl_manager) -> pathlib.Path:
         """Returns the file's path in `manual_dir`, or else downloads it; DataError if that fails."""
-        by_hand = [name, KARPATHY_JSON] if name == KARPATHY else [name]
-        if self.manual_dir is not None:
-            for path in (self.manual_dir / known for known in by_hand):
-                if path.is_file():
-                    return path
+        if (by_hand := self._by_hand(name)) is not None:
+            return by_hand
         try:
             with _few_retries():
                 return pathlib.Path(os.fspath(dl_manager.download(self.urls[name])))
@@ -140,90 +138,57 @@ class CocoCaptionsBuilder(CaptionBuilder):
             ) from error
 
 
-def read_annotations(tree: object, file: object) -> dict[str, Annotated]:
-    """Returns {file name: image} of a COCO captions file, in its order. An image may have no captions.
-
-    Args:
-      tree: the parsed JSON, with "images" (id, file_name) and "annotations" (id, image_id, caption).
-      file: the file's name, for messages.
-
-    Raises:
-      DataError: a field is missing or of another type, an id or file name is repeated, or a caption's image is
-        not in the file.
-    """
-    by_name: dict[str, Annotated] = {}
-    by_id: dict[int, Annotated] = {}
-    for index, record in enumerate(read_field(tree, "images", list, file, "")):
-        where = f"images[{index}]"
-        image = Annotated(read_field(record, "id", int, file, where), [])
-        name = read_field(record, "file_name", str, file, where)
-        if image.image_id in by_id:
-            raise bad_record(file, where, "id", f"{image.image_id} a second time", "an id of its own")
-        if name in by_name:
-            raise bad_record(file, where, "file_name", f"{quoted(name)} a second time", "a file name of its own")
-        by_id[image.image_id] = by_name[name] = image
-    caption_ids: set[int] = set()
-    for index, record in enumerate(read_field(tree, "annotations", list, file, "")):
-        where = f"annotations[{index}]"
-        number, image_id = (read_field(record, key, int, file, where) for key in ("id", "image_id"))
-        if number in caption_ids:
-            raise bad_record(file, where, "id", f"{number} a second time", "an id of its own")
-        if image_id not in by_id:
-            raise bad_record(file, where, "image_id", str(image_id), "the id of one of the images")
-        caption_ids.add(number)
-        by_id[image_id].captions.append((number, read_field(record, "caption", str, file, where)))
-    return by_name
+def _annotated(archive: pathlib.Path, year: str, dropped: Dropped) -> dict[str, ImageRecord]:
+    """Returns {file name: record} of a year's annotations. The records have no split yet."""
+    where, text = _read(archive, f"annotations/captions_{year}.json")
+    records = {}
+    for name, image in coco.read_annotations(parse(text, where), where, dropped).items():
+        if posixpath.basename(name) != name:
+            raise bad_record(where, image.where, "file_name", quoted(name), f"a file in {year}/")
+        # In the order of their ids, as in Karpathy's file and in TFDS's coco_captions.
+        captions = tuple(text for _, text in sorted(image.captions))
+        file = pathlib.Path(where)
+        records[name] = ImageRecord(name, captions, file, image.where, None, image.image_id, "file_name", (year,))
+    return records
 
 
-def _read_karpathy(path: pathlib.Path, images: Mapping[str, _Image]) -> dict[str, list[_Image]]:
-    """Returns the images of each split, in the order of Karpathy's file.
+def _in_karpathys_order(
+    path: pathlib.Path, annotated: Mapping[str, ImageRecord], dropped: Dropped
+) -> Iterator[ImageRecord]:
+    """Yields the images with their splits, in the order of Karpathy's file.
 
     Args:
       path: Karpathy's zip, or its `dataset_coco.json`.
-      images: by file name, from the annotations.
+      annotated: by file name, from the annotations.
+      dropped: counts repeated records of an image.
     """
-    # As Python objects, the file's tokens take gigabytes: they are dropped during parsing.
-    wanted = ("images", "filename", "split")
-    file, tree = _load(path, KARPATHY_JSON, lambda record: {key: record[key] for key in wanted if key in record})
-    splits: dict[str, list[_Image]] = {split: [] for split in SPLITS}
-    assigned: set[str] = set()
-    for index, record in enumerate(read_field(tree, "images", list, file, "")):
-        where = f"images[{index}]"
-        filename = read_field(record, "filename", str, file, where)
-        split = read_field(record, "split", str, file, where)
-        if split not in splits:
+    file, text = _read(path, KARPATHY_JSON)
+    tree = karpathy.load(text, file, without=("sentences", "raw"))
+    for where, filename, split, _ in karpathy.images(tree, file, dropped):
+        if split not in SPLITS:
             raise bad_record(file, where, "split", shown(split), "one of " + ", ".join(SPLITS))
-        if filename not in images:
+        if filename not in annotated:
             raise bad_record(file, where, "filename", shown(filename), "an image of the COCO annotations")
-        if filename in assigned:
-            raise bad_record(file, where, "filename", f"{quoted(filename)} a second time", "each image once")
-        assigned.add(filename)
-        splits[split].append(images[filename])
-    return splits
+        yield annotated[filename]._replace(split=split)
 
 
-def _load(path: pathlib.Path, member: str, hook: Callable[[dict], Any] | None = None) -> tuple[str, object]:
-    """Parses a JSON file.
+def _read(path: pathlib.Path, member: str) -> tuple[str, bytes]:
+    """Reads a JSON file.
 
     Args:
       path: a zip, or the JSON file itself.
       member: the JSON file in the zip.
-      hook: `json.loads`'s `object_hook`.
 
     Returns:
-      The file's name, for messages, and the parsed JSON.
+      The file's name, for messages, and its content.
     """
     if path.suffix == ".json":
-        name, data = str(path), read_bytes(path)
-    else:
-        with _open(path) as archive:
-            name, data = f"{path}/{member}", _member(archive, member, size_limits.CAPTIONS)
-            if len(data) > size_limits.CAPTIONS:
-                raise DataError(f"{name}: found more than the {size_limits.CAPTIONS} bytes allowed")
-    try:
-        return name, json.loads(data, object_hook=hook)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name}: not JSON in UTF-8: {error}") from error
+        return str(path), read_bytes(path)
+    with _open(path) as archive:
+        name, data = f"{path}/{member}", _member(archive, member, size_limits.CAPTIONS)
+    if len(data) > size_limits.CAPTIONS:
+        raise DataError(f"{name}: found more than the {size_limits.CAPTIONS} bytes allowed")
+    return name, data
 
 
 def _open(path: pathlib.Path) -> zipfile.ZipFile:
@@ -238,9 +203,9 @@ def _members(path: pathlib.Path) -> set[str]:
         return set(archive.namelist())
 
 
-def _image_file(archive: zipfile.ZipFile, image: _Image) -> bytes:
+def _image_file(archive: zipfile.ZipFile, member: str) -> bytes:
     """Returns an image's file, at most one byte more than `size_limits.IMAGE`, see `records.read_image`."""
-    return _member(archive, f"{image.year}/{image.filename}", size_limits.IMAGE)
+    return _member(archive, member, size_limits.IMAGE)
 
 
 def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:

@@ -36,13 +36,16 @@ def local_dir(data_dir: PathLike) -> epath.Path:
     return epath.Path(cache_dir() if integrity.is_remote(data_dir) else data_dir).expanduser()
 
 
-def prepare_for(config: Config, data_dir: PathLike, *, manual_dir: PathLike | None = None) -> tfds.core.DatasetBuilder:
+def prepare_for(
+    config: Config, data_dir: PathLike, *, manual_dir: PathLike | None = None, max_bad_fraction: float = 0.05
+) -> tfds.core.DatasetBuilder:
     """Prepares a preset's data set, see `prepare`.
 
     Args:
       config: the preset.
       data_dir: a directory, possibly in an object store, see `local_dir`.
       manual_dir: the directory of the user's own files.
+      max_bad_fraction: the largest fraction of a split's images that may be missing.
 
     Returns:
       The builder of the prepared copy.
@@ -51,6 +54,7 @@ def prepare_for(config: Config, data_dir: PathLike, *, manual_dir: PathLike | No
       DataError: see `prepare`.
     """
     options = dataclasses.asdict(config.data.shapes) if config.dataset == "shapes" else {}
+    options["max_bad_fraction"] = max_bad_fraction
     return prepare(config.dataset, local_dir(data_dir), manual_dir=manual_dir, **options)
 
 
@@ -118,7 +122,7 @@ def examples_of(config: Config, builder: tfds.core.DatasetBuilder, role: str) ->
     found = splits(config)
     if role not in found:
         raise DataError(f"--split={role}: expected one of {', '.join(found)}")
-    return Examples(builder, found[role])
+    return Examples(builder, found[role], f"--config.data.{role}_split")
 
 
 def caption_truth(config: Config) -> Callable[[int, str], bool] | None:

@@ -1,6 +1,5 @@
 """Checked reading of the user's files: an error names the file, the record and the field."""
 
-import os
 import pathlib
 from typing import TypeVar
 
@@ -110,25 +109,3 @@ def read_text(path: pathlib.Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise bad_record(path, f"line {line}", "", f"the byte 0x{data[error.start]:02x}", "UTF-8") from error
-
-
-def image_path(folder: pathlib.Path, name: str, file: object, record: str, key: str) -> pathlib.Path:
-    """Returns `folder/name`.
-
-    Args:
-      folder: the directory of the images.
-      name: a path below `folder`, as a file of captions has it.
-      file: the name of the file of captions, for messages.
-      record: the record's name, for messages.
-      key: the name of the field, for messages; may be empty.
-
-    Raises:
-      DataError: there is no such file, or the path leads out of the folder.
-    """
-    parts = pathlib.PurePath(name).parts
-    if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts:
-        raise bad_record(file, record, key, quoted(name), f"a path inside {folder}")
-    # pathlib's is_file raises OSError for a name that is too long (Python 3.11); os.path's returns False.
-    if not os.path.isfile(folder / name):
-        raise bad_record(file, record, key, f"{quoted(name)}, which is not in {folder}", "an image file")
-    return folder / name

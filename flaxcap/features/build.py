@@ -136,9 +136,9 @@ def _filenames(rows: dict[str, list[Row]]) -> list[str]:
 def _read_splits(config: config_lib.Config, builder: tfds.core.DatasetBuilder) -> dict[str, list[Row]]:
     """Returns the rows of every split by role. The preset's test split may be missing."""
     found = {}
-    for role, split in datasets.splits(config).items():
+    for role in datasets.splits(config):
         try:
-            examples = Examples(builder, split)
+            examples = datasets.examples_of(config, builder, role)
         except DataError as e:
             if role != "test":
                 raise

@@ -144,6 +144,31 @@ def test_bad_images_are_skipped_and_listed(tmp_path, capsys, caplog):
     assert "val: " not in caplog.text
 
 
+def test_missing_images_count_with_unreadable_ones(tmp_path, capsys):
+    names = [f"{number}.jpg" for number in range(6)]
+    splits = {"train": {name: [f"a picture {name}"] for name in names}, "val": {"v.jpg": ["this is seen"]}}
+    folder = write_folder(tmp_path / "mine", splits, {"1.jpg": b"no JPEG"})
+    (folder / "4.jpg").unlink()
+    config, data_dir = Config(dataset="folder", encoder=RANDOM), tmp_path / "data"
+    with pytest.raises(DataError, match=r"found no file for 1 of 7 images, .* \(train lacks 1 of 6\)"):
+        prepare(config, data_dir, manual_dir=folder, max_bad_fraction=0.1)
+    # One of six is missing, and one unreadable: each alone is allowed, both are not.
+    with pytest.raises(extract.BadImagesError, match=r"2 of 6 images cannot be read") as error:
+        prepare(config, data_dir, manual_dir=folder, max_bad_fraction=0.2)
+    assert "  4.jpg: the file is empty or missing" in str(error.value)
+    found = prepare(config, data_dir, manual_dir=folder, max_bad_fraction=0.4)
+    assert [s.filename for s in found.split("train").skipped()] == ["1.jpg", "4.jpg"]
+    assert "train: 4 images with features, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_split_that_repeats_another_one_is_logged(tmp_path, caplog):
+    train = {f"{number}.jpg": [f"a picture of {number} things"] for number in range(2)}
+    folder = write_folder(tmp_path / "mine", {"train": train, "val": {"v.jpg": ["this is seen"]}})
+    data = Data(val_split="train[:1]", test_split="")
+    prepare(Config(dataset="folder", encoder=RANDOM, data=data), tmp_path / "data", manual_dir=folder)
+    assert "val: 1 of its 1 images are in train too; the first is '0.jpg'" in caplog.text
+
+
 def test_a_train_split_of_bad_images_only_is_refused(tmp_path):
     folder = write_folder(tmp_path / "mine", {"train": {"a.jpg": ["x"]}, "val": {"b.jpg": ["x"]}}, {"a.jpg": b""})
     config = Config(dataset="folder", encoder=RANDOM)
@@ -206,6 +231,8 @@ def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
     with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Existing splits: ") as error:
         imported(tmp_path, splits)
     assert all(f"{other} (1 images)" in str(error.value) for other in splits)
+    assert str(error.value).startswith(f"--config.data.{role}_split={role}: ")
+    assert f"Set --config.data.{role}_split to one of these" in str(error.value)
     assert not list((tmp_path / "data" / "features").rglob("manifest.json"))
 
 

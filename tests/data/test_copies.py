@@ -107,10 +107,25 @@ def test_flickr8k_follows_its_split_files_and_images(tmp_path):
     (source / "Flickr8k.token.txt").write_text("".join(f"{name}#0\ta caption .\n" for name in names))
     (source / "Flickr_8k.trainImages.txt").write_text("0.jpg\n1.jpg\n")
     first = datasets.prepare("flickr8k", data_dir, manual_dir=source)
-    assert set(first.info.splits) == {"train"}
+    assert {s: i.num_examples for s, i in first.info.splits.items()} == {"train": 1, "val": 1}, "by a hash"
     (source / "Flickr_8k.devImages.txt").write_text("2.jpg\n")
     second = datasets.prepare("flickr8k", data_dir, manual_dir=source)
     assert {s: i.num_examples for s, i in second.info.splits.items()} == {"train": 2, "val": 1}
     picture(source / "Images" / "2.jpg", 250)
     third = datasets.prepare("flickr8k", data_dir)
     assert images(third)["2.jpg"] == (source / "Images" / "2.jpg").read_bytes()
+
+
+def test_a_missing_image_is_read_when_it_appears(folder, tmp_path):
+    (folder / "3.png").rename(tmp_path / "3.png")
+    copy = datasets.prepare("folder", tmp_path / "data", manual_dir=folder, max_bad_fraction=0.5)
+    assert images(copy)["3.png"] == b""
+    (tmp_path / "3.png").rename(folder / "3.png")
+    assert images(datasets.prepare("folder", tmp_path / "data"))["3.png"] == (folder / "3.png").read_bytes()
+
+
+def test_an_emptied_folder_leaves_the_copy(folder, data_dir):
+    before = images(datasets.prepare("folder", data_dir))
+    for file in folder.iterdir():
+        file.unlink()
+    assert images(datasets.prepare("folder", data_dir, manual_dir=folder)) == before

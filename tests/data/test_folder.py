@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import pathlib
 import shutil
@@ -12,7 +11,6 @@ from PIL import Image
 
 from flaxcap.data import datasets
 from flaxcap.data.base import DataError, Example, Examples
-from flaxcap.data.folder import split_by_name
 
 IMAGES = ["a.jpg", "b.png", "deep/c d.webp", "é.jpg"]
 CAPTIONS = {
@@ -101,29 +99,11 @@ def test_splits_of_the_file_are_used(folder, tmp_path):
     write_csv(folder, rows, ("image", "caption", "split"))
     builder = datasets.prepare("folder", tmp_path / "csv", manual_dir=folder)
     assert [e.filename for e in Examples(builder, "train")] == ["b.png", "é.jpg"]
-    assert [e.captions for e in Examples(builder, "dev")] == [("one", "four")]
+    assert [e.captions for e in Examples(builder, "val")] == [("one", "four")]
     (folder / "captions.csv").unlink()
     write_jsonl(folder, [{"image": name, "caption": text, "split": split} for name, text, split in rows])
     other = datasets.prepare("folder", tmp_path / "jsonl", manual_dir=folder)
     assert everything(other) == everything(builder)
-
-
-def test_split_by_name_is_stable_and_never_lacks_train_or_val():
-    names = [f"{k}.jpg" for k in range(2000)]
-    splits = split_by_name(names)
-    assert sorted(itertools.chain(*splits.values())) == sorted(names)
-    assert len(splits["train"]) == pytest.approx(1800, abs=50)
-    assert len(splits["val"]) == pytest.approx(100, abs=35)
-    assert split_by_name(names[::-1])["val"] == splits["val"][::-1]
-    fewer = split_by_name(names[:1000])
-    for split, members in fewer.items():
-        assert members == [name for name in splits[split] if name in set(names[:1000])]
-    for first in range(300):
-        for count in (2, 3, 5):
-            small = split_by_name(names[first : first + count])
-            assert small["train"]
-            assert small["val"]
-    assert split_by_name(splits["test"][:1]) == {"train": splits["test"][:1], "val": [], "test": []}
 
 
 def test_changed_captions_are_prepared_again(folder, tmp_path):
@@ -156,16 +136,17 @@ def test_changed_captions_are_prepared_again(folder, tmp_path):
         ),
         ("image;caption\na.jpg;x\n", r"line 1: found \[\"image;caption\"\]"),
         ("image,caption,caption\na.jpg,x,y\n", r"line 1: found .*expected the columns"),
-        ("image,caption\na.jpg,x\nb.png,two, three\n", r"line 3: found 3 values, expected 2; quote"),
-        ('image,caption\na.jpg,"x\ny"\nz.jpg,x\n', r"line 4, field 'image': found 'z\.jpg', which is not in"),
+        ("caption,image\nx,a.jpg\ntwo, three,b.png\n", r"line 3: found 3 values, expected 2; quote"),
+        ("image,caption,split\na.jpg,x,val\na.jpg,x, y,val\n", r"line 3: found 4 values, expected 3; quote"),
+        ('image,caption\na.jpg,"x\ny"\nz.jpg,x\n', r"captions\.csv, line 4, field 'image': found 'z\.jpg'"),
         ('image,caption\na.jpg,"x\n', r"captions\.csv, line 2: not CSV: unexpected end of data"),
-        ("image,caption\na.jpg,x\na.jpg,  \n", r"line 3, field 'caption': found \"  \", expected words"),
+        ("image,caption\na.jpg,  \n", r"captions\.csv: found no captions, expected at least one"),
         (
             "image,caption\n../my pictures/a.jpg,x\n",
             r"field 'image': found '\.\./my pictures/a\.jpg', expected a path in",
         ),
         ("image,caption\n/etc/passwd,x\n", r"field 'image': found '/etc/passwd', expected a path inside"),
-        ("image,caption\ndeep,x\n", r"field 'image': found 'deep', which is not in .*expected an image file"),
+        ("image,caption\ndeep,x\n", r"field 'image': found 'deep'$"),
         ("image,caption\n,x\n", r"line 2, field 'image': found ''"),
         ("image,caption,split\na.jpg,x,\n", r"line 2, field 'split': found \"\", expected a name"),
         ("image,caption,split\na.jpg,x,all\n", r"line 2, field 'split': found \"all\", expected a name"),
@@ -214,14 +195,9 @@ def test_the_error_of_bytes_that_are_not_utf8_names_them(folder, name):
         ),
         ({"image": "a.jpg", "captions": "x"}, r"line 2, field 'captions': found \"x\", expected a list"),
         (
-            {"image": "a.jpg", "captions": []},
-            r"line 2, field 'captions': found \[\], expected a list of one string",
-        ),
-        (
             {"image": "a.jpg", "captions": ["x", 2]},
             r"line 2, field 'captions': found \[\"x\", 2\], expected a list",
         ),
-        ({"image": "a.jpg", "captions": ["x", ""]}, r"line 2, field 'caption': found \"\", expected words"),
         (
             {"image": "a.jpg", "caption": "x", "split": None},
             r"line 2, field 'split': found null, expected a string",
@@ -246,10 +222,6 @@ def test_bad_coco_annotations(folder):
             r"captions\.json, images\[1\], field 'id': found 100 a second",
         ),
         (
-            lambda tree: tree["images"][1].update(file_name="b.png"),
-            r"field 'file_name': found 'b\.png' a second time",
-        ),
-        (
             lambda tree: tree["annotations"][1].update(id=0),
             r"annotations\[1\], field 'id': found 0 a second time",
         ),
@@ -262,12 +234,8 @@ def test_bad_coco_annotations(folder):
             r"field 'id': found true, expected a whole number",
         ),
         (
-            lambda tree: tree["annotations"][1].update(caption=" "),
-            r"annotation 1, field 'caption': found \" \"",
-        ),
-        (
             lambda tree: tree["images"][0].update(file_name="no.jpg"),
-            r"annotation 0, field 'image': found 'no\.jpg'",
+            r"images\[0\], field 'file_name': found 'no\.jpg'",
         ),
         (lambda tree: tree.update(images={}), r"captions\.json, field 'images': found {}, expected a list"),
         (
@@ -292,12 +260,15 @@ def test_an_image_without_annotation_is_left_out(folder, tmp_path):
 
 
 def test_the_captions_file_must_be_unambiguous(folder):
-    assert_fails(folder, r"my pictures: found no captions file, expected one of captions\.csv")
+    assert_fails(folder, r"my pictures: found no captions file, expected one of captions\.csv, .* \(docs/data\.md")
     (folder / "one.json").write_text("{}")
     (folder / "two.json").write_text("{}")
-    assert_fails(folder, r"found one\.json, two\.json, expected one of")
+    assert_fails(folder, r"found 2 layouts: another \.json \(one\.json\); another \.json \(two\.json\), expected")
     write_csv(folder, [("a.jpg", "x")])
     write_jsonl(folder, [])
-    assert_fails(folder, r"found captions\.csv, captions\.jsonl, expected one of")
+    assert_fails(
+        folder,
+        r"2 layouts: captions\.csv \(captions\.csv\); captions\.jsonl \(captions\.jsonl\), expected files of one",
+    )
     with pytest.raises(DataError, match=r"--manual_dir=.*gone: found no such directory"):
         datasets.prepare("folder", folder.parent, manual_dir=folder / "gone")

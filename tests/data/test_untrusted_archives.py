@@ -49,7 +49,7 @@ def test_paths_in_an_archive_are_not_followed(coco, tmp_path):
         tree = json.loads(archive.read(name))
     tree["images"][0]["file_name"] = "../../escaped"
     rewrite(coco / "annotations_trainval2014.zip", **{name: json.dumps(tree).encode()})
-    with pytest.raises(DataError, match=r"captions_train2014\.json, image 0, field 'file_name': found '\.\./"):
+    with pytest.raises(DataError, match=r"captions_train2014\.json, images\[0\], field 'file_name': found '\.\./"):
         datasets.prepare("coco_captions", tmp_path / "other", manual_dir=coco)
 
 

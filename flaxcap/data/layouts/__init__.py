@@ -1,0 +1,1 @@
+"""Layouts of captioned image folders: one module recognises and reads each."""
