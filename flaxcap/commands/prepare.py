@@ -19,7 +19,6 @@ from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, npy_maps, overlap, renewal, repair
 from flaxcap.features import store as store_lib
-from flaxcap.features.renewal import KnownFeatures
 from flaxcap.features.shards import Row, Split, StoreError
 from flaxcap.features.store import Store
 from flaxcap.files import disk_space, integrity, locks
@@ -232,7 +231,7 @@ def _extract(
             num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
             name=f"features of {role}",
-            known=KnownFeatures(store.path, role, split) if npy_dir is None else None,
+            known=renewal.known_features(store.path, role, split) if npy_dir is None else renewal.NOTHING_KNOWN,
         )
 
 

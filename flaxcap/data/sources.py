@@ -17,7 +17,7 @@ from flaxcap.files import integrity
 SOURCES = "sources.json"  # in the directory of a prepared copy
 
 
-class Source(NamedTuple):
+class SourceFile(NamedTuple):
     """A file as it was read."""
 
     size: int  # bytes; -1: there is no such file
@@ -29,7 +29,7 @@ class Sources(NamedTuple):
     """The files of a data set by their names below `root`."""
 
     root: str
-    files: dict[str, Source]
+    files: dict[str, SourceFile]
 
     @property
     def fingerprint(self) -> str:
@@ -59,7 +59,7 @@ def look(root: pathlib.Path, names: Iterable[str], known: Sources | None = None)
         if old is not None and (old.size, old.mtime) == (size, mtime):
             files[name] = old
         else:
-            files[name] = Source(size, mtime, _content(pathlib.Path(path)) if size >= 0 else "")
+            files[name] = SourceFile(size, mtime, _content(pathlib.Path(path)) if size >= 0 else "")
     return Sources(os.path.abspath(root), files)
 
 
@@ -90,7 +90,7 @@ def read(directory: epath.Path) -> Sources | None:
     try:
         tree = integrity.unseal((directory / SOURCES).read_bytes())
         columns = zip(tree["sizes"], tree["mtimes"], tree["contents"], strict=True)
-        return Sources(tree["root"], dict(zip(tree["names"], map(Source._make, columns), strict=True)))
+        return Sources(tree["root"], dict(zip(tree["names"], map(SourceFile._make, columns), strict=True)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from flaxcap import config as config_lib
 from flaxcap.encoders.base import ImageEncoder, Params
 from flaxcap.errors import UserError
-from flaxcap.features.renewal import KnownFeatures
+from flaxcap.features.renewal import NOTHING_KNOWN, KnownFeatures
 from flaxcap.features.shards import Skipped, Split
 from flaxcap.images.decode import ImageError
 from flaxcap.runtime import devices as devices_lib
@@ -87,7 +87,7 @@ def extract(
     num_workers: int,
     max_bad_fraction: float,
     name: str,
-    known: KnownFeatures | None = None,
+    known: KnownFeatures = NOTHING_KNOWN,
 ) -> None:
     """Computes and writes the split's unfinished shards. Of several processes each takes its share.
 
@@ -113,9 +113,9 @@ def extract(
     shards = [n for n in split.unfinished() if n % jax.process_count() == jax.process_index()]
     if not shards:
         return
-    copied = {n: known.rows(split, split.shard(n)) if known else [] for n in shards}
-    to_compute = {n: sorted(set(split.shard(n)) - set(copied[n])) for n in shards}
+    to_compute = {n: known.missing(split, split.shard(n)) for n in shards}
     images = sum(map(len, to_compute.values()))
+    kept = sum(len(split.shard(n)) for n in shards) - images
     skipped, begin = split.skipped(), time.perf_counter()
     with ThreadPoolExecutor(num_workers, "load") as loaders, ThreadPoolExecutor(1, "write") as writer:
         rows = itertools.chain.from_iterable(to_compute.values())
@@ -126,8 +126,7 @@ def extract(
             span, bad = split.shard(number), []
             good = _without_bad(itertools.islice(items, len(to_compute[number])), split, bad)
             feats_NPF = np.full((len(span), *array.shape[1:]), np.nan, array.dtype.numpy_dtype)
-            if known and copied[number]:
-                feats_NPF[np.array(copied[number]) - span.start] = known.read(split, copied[number])
+            known.fill(feats_NPF, split, span)
             for rows_I, feats_IPF in encode_ahead(good, encode, batch_size, at_once):
                 feats_NPF[rows_I - span.start] = feats_IPF
             skipped += bad
@@ -135,11 +134,8 @@ def extract(
             written.result()
             written = writer.submit(split.write, array, number, feats_NPF, bad)
         written.result()
-    kept = sum(map(len, copied.values()))
-    print(
-        f"{name}: {images} images, {images / (time.perf_counter() - begin):.1f} images/s"
-        + (f"; {kept} images have not changed" if kept else "")
-    )
+    unchanged = f"; {kept} images have not changed" if kept else ""
+    print(f"{name}: {images} images, {images / (time.perf_counter() - begin):.1f} images/s{unchanged}")
 
 
 def _load_ahead(

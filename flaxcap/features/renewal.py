@@ -60,30 +60,40 @@ class KnownFeatures:
     """Features that complete shards hold, by the digest of the image.
 
     Args:
-      path: the store's directory.
-      role: of the split.
-      new: the split. Without old splits nothing is known.
+      splits: the splits of these shards.
     """
 
-    def __init__(self, path: epath.Path, role: str, new: Split):
-        old = old_splits(path, role, new.shard_rows)
+    def __init__(self, splits: Sequence[Split] = ()):
         self._places: dict[str, tuple[Split, int]] = {}
-        for split in [*old, new] if old else []:
+        for split in splits:
             skipped = {s.row for s in split.skipped()}
             rows = (row for number in split.finished() for row in split.shard(number) if row not in skipped)
             self._places |= {split.rows[row].digest: (split, row) for row in rows}
 
-    def rows(self, split: Split, rows: Sequence[int]) -> list[int]:
-        """Returns those of a split's rows whose features are known."""
-        return [row for row in rows if split.rows[row].digest in self._places]
+    def missing(self, split: Split, rows: Sequence[int]) -> list[int]:
+        """Returns those of a split's rows whose features are not known."""
+        return [row for row in rows if not self._places or split.rows[row].digest not in self._places]
 
-    def read(self, split: Split, rows: Sequence[int]) -> np.ndarray:
-        """Returns `feats_NPF` of rows that are known."""
-        return np.stack([self._read(split.rows[row].digest) for row in rows])
+    def fill(self, feats_NPF: np.ndarray, split: Split, span: range) -> None:
+        """Writes the features that are known into those of the rows `span` of a split."""
+        for row in sorted(set(span) - set(self.missing(split, span))):
+            old, old_row = self._places[split.rows[row].digest]
+            feats_NPF[row - span.start] = old.read([old_row])[0]
 
-    def _read(self, digest: str) -> np.ndarray:
-        split, row = self._places[digest]
-        return split.read([row])[0]
+
+NOTHING_KNOWN = KnownFeatures()
+
+
+def known_features(path: epath.Path, role: str, new: Split) -> KnownFeatures:
+    """Returns what the split and those that were set aside for it hold; nothing if none was.
+
+    Args:
+      path: the store's directory.
+      role: "train", "val" or "test".
+      new: the split.
+    """
+    old = old_splits(path, role, new.shard_rows)
+    return KnownFeatures([*old, new]) if old else NOTHING_KNOWN
 
 
 def _old_directories(path: epath.Path, role: str) -> list[epath.Path]:

@@ -38,7 +38,7 @@ def run(path: epath.Path, split: Split, images: list[int], stop_at: int | None =
     def encode(images_IYX3: np.ndarray) -> np.ndarray:
         return np.broadcast_to(images_IYX3[:, :1, 0, :1], (len(images_IYX3), POSITIONS, WIDTH)).astype(np.float32)
 
-    known = renewal.KnownFeatures(path, "train", split)
+    known = renewal.known_features(path, "train", split)
     array = split.create_array(POSITIONS, WIDTH, "float32")
     options = {"batch_size": 2, "at_once": 1, "num_workers": 1, "max_bad_fraction": 1.0, "name": "test"}
     extract.extract(split, array, load, encode, known=known, **options)
@@ -67,7 +67,7 @@ def check(split: Split, images: list[int]) -> None:
 numbers = st.lists(st.integers(0, 12), min_size=1, max_size=14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(numbers, numbers)
 def test_only_new_images_are_computed(tmp_path_factory, before, after):
     path = epath.Path(tmp_path_factory.mktemp("store"))
@@ -84,7 +84,7 @@ def test_only_new_images_are_computed(tmp_path_factory, before, after):
     assert [file.name for file in path.iterdir()] == ["train"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(numbers, numbers, numbers, st.integers(0, 13))
 def test_an_interrupted_renewal_resumes_also_with_other_images(tmp_path_factory, before, between, after, stop_at):
     path = epath.Path(tmp_path_factory.mktemp("store"))
