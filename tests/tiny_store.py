@@ -65,7 +65,12 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         "positions_vary": False,
         "shard_rows": 16,
         "encoder": {"name": "imported", "weights_sha256": "0" * 64, "imported_from": "nowhere"},
-        "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
+        "vocabulary": {
+            "size": config.data.vocab_size,
+            "tokenizer": config.data.tokenizer,
+            "words": len(vocabulary),
+            "sha256": vocabulary.hash,
+        },
         "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in files}),
     }
     store.write_manifest(path, manifest)
