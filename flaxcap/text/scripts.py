@@ -74,7 +74,8 @@ def join(units: Sequence[str]) -> str:
     """
     out = list(units[:1])
     for before, after in itertools.pairwise(units):
-        if not (is_spaceless(before[0]) or is_spaceless(after[0])):
+        between_words = not (is_spaceless(before[0]) or is_spaceless(after[0]))
+        if between_words or _extends(after[0]) or before[-1] in _STACKING:  # the last two: only in misspelt text
             out.append(" ")
         out.append(after)
     return "".join(out)
