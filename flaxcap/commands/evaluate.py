@@ -29,7 +29,6 @@ from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
 
-
 UNITS = {
     "words": "words",
     "characters": "characters, not words: most of the references' text is of scripts without spaces between words",

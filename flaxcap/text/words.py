@@ -35,9 +35,11 @@ class _WordCharacters(dict[int, int | None]):
         category = unicodedata.category(char)
         if char in _KEPT:
             self[code] = ord(char)
-        elif char in _REMOVED or any(code in some for some in _VARIATION_SELECTORS):
-            self[code] = None
-        elif category == "Cf" and char not in _VISIBLE_FORMAT:
+        elif (
+            char in _REMOVED
+            or any(code in some for some in _VARIATION_SELECTORS)
+            or (category == "Cf" and char not in _VISIBLE_FORMAT)
+        ):
             self[code] = None
         else:
             self[code] = ord(" ") if category[0] in "PSCZ" or char in _BLANKS else ord(char)

@@ -244,9 +244,13 @@ def test_faults_of_captions_are_printed(tmp_path, capsys):
     splits = {"train": {"t.jpg": ["one two"]}, "val": {"v.jpg": ["two", "zzz ?", "qqq", "?!"]}}
     imported(tmp_path, splits, data__max_length=3)
     found = capsys.readouterr().out.splitlines()
-    assert "val: 1 of 4 (25%) captions contain no word, only punctuation or symbols; the first is '?!', of 'v.jpg'" in found
     assert (
-        "train: 1 of 1 (100%) captions are cut: they have more tokens than --config.data.max_length=3; the longest has 4"
+        "val: 1 of 4 (25%) captions contain no word, only punctuation or symbols; the first is '?!', of 'v.jpg'"
+        in found
+    )
+    assert (
+        "train: 1 of 1 (100%) captions are cut: they have more tokens than --config.data.max_length=3; the"
+        " longest has 4"
     ) in found
     assert any(line.startswith("val: 2 of 3 (66.7%) words are not in the vocabulary, which has 2: ") for line in found)
 

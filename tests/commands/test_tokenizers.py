@@ -16,9 +16,9 @@ def chinese(caption: str) -> str:
     return "".join(HAN[word] for word in caption.split()) + "。"
 
 
-@pytest.mark.parametrize("tokenizer", ["characters", "bpe"])
-def test_a_tokenizer_travels_with_the_model(tmp_path, capsys, tokenizer):
-    config = tiny_config(epochs=12, cider_epochs=1, learning_rate=3e-2)
+@pytest.mark.parametrize(("tokenizer", "cider_epochs"), [("characters", 0), ("bpe", 1)])
+def test_a_tokenizer_travels_with_the_model(tmp_path, capsys, tokenizer, cider_epochs):
+    config = tiny_config(epochs=12, cider_epochs=cider_epochs, learning_rate=3e-2)
     config.data.tokenizer = tokenizer
     stored = write_store(tmp_path / "data", config, text=chinese).vocabulary()
     assert stored.tokenizer_name == tokenizer

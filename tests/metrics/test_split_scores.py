@@ -16,7 +16,9 @@ WORDS = Vocabulary.of_captions([text for row in ROWS for text in row.captions], 
 
 
 def test_scores_are_those_of_the_metrics_and_swapped_captions_score_lower():
-    found, missing, unit = score_split(ROWS, TEXTS, WORDS, is_true=lambda image_id, text: (image_id == 7) == ("dog" in text))
+    found, missing, unit = score_split(
+        ROWS, TEXTS, WORDS, is_true=lambda image_id, text: (image_id == 7) == ("dog" in text)
+    )
     expected = scorer.score(TEXTS, [row.captions for row in ROWS])
     assert unit == "words"
     assert found.items() >= expected.items()

@@ -47,8 +47,8 @@ def test_a_language_without_spaces_is_recognised(train, val):
         " --config.data.tokenizer=characters"
     ]
     assert lines(train, train) == [
-        f"val: words have {len(train[0].rstrip('。'))} characters on average: the captions have no spaces between words;"
-        " use --config.data.tokenizer=characters"
+        f"val: words have {len(train[0].rstrip('。'))} characters on average: the captions have no spaces between"
+        " words; use --config.data.tokenizer=characters"
     ]
     assert not any("tokenizer" in line for line in lines(train, val, "characters"))
 
@@ -75,5 +75,7 @@ def test_captions_without_a_word_are_named_by_split():
 
 
 def test_a_name_cannot_write_to_the_terminal():
-    (line,) = warnings({"train": [("a.jpg", "a")], "val": [("\x1b[2J", "?"), ("b", "a")]}, Vocabulary.of_captions("a", 1), 9)
+    (line,) = warnings(
+        {"train": [("a.jpg", "a")], "val": [("\x1b[2J", "?"), ("b", "a")]}, Vocabulary.of_captions("a", 1), 9
+    )
     assert "\x1b" not in line
