@@ -9,7 +9,7 @@
 A tokenizer is made of its name and the vocabulary's tokens alone. So vocabulary.json holds all of it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from flaxcap.errors import UserError, quoted
@@ -92,8 +92,3 @@ def make(name: str, tokens: Sequence[str]) -> Tokenizer:
     if name == "bpe":
         return BpeTokenizer(tokens)
     raise UserError(f"tokenizer: found {quoted(name)}, expected one of {', '.join(NAMES)}")
-
-
-def learn_pieces(captions: Iterable[str], size: int) -> list[str]:
-    """Returns the pieces of tokenizer `bpe` in the order of their ids, see `bpe.learn`."""
-    return bpe.learn(captions, size)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from flaxcap.errors import UserError, quoted
-from flaxcap.text import tokenizers
+from flaxcap.text import bpe, tokenizers
 
 PAD, UNK, START, END = range(4)
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -60,7 +60,7 @@ class Vocabulary:
           UserError: there is no such tokenizer, or it lacks a package.
         """
         if tokenizer == "bpe":
-            best = tokenizers.learn_pieces(captions, size)
+            best = bpe.learn(captions, size)
         else:
             split = tokenizers.make(tokenizer, ()).split
             counts = collections.Counter(token for caption in captions for token in split(caption))
