@@ -35,7 +35,10 @@ class Data:
     test_split: str = field("test", "TFDS split for the final scores; empty: none", identity=("store",))
     max_images: int = field(0, "most images of each split; 0: all", least=0, identity=("store",))
     max_captions: int = field(0, "most captions of each split; 0: all", least=0, identity=("store",))
-    vocab_size: int = field(5000, "words in the vocabulary: the most frequent words of the training captions", least=1,
+    tokenizer: str = field("words", "tokens of captions: words; characters, in scripts without spaces between words;"
+                            " or bpe, pieces of words that are learned from the training captions",
+                            choices=("words", "characters", "bpe"), identity=("model",))  # fmt: skip
+    vocab_size: int = field(5000, "tokens in the vocabulary: the most frequent ones of the training captions", least=1,
                              identity=("model",))  # fmt: skip
     max_length: int = field(50, "most tokens of a caption, <start> and <end> included; longer captions are cut",
                              least=3, most=10_000, identity=("model",))  # fmt: skip

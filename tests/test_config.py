@@ -152,7 +152,7 @@ def test_every_field_has_a_help_and_every_number_a_lower_bound():
 MODEL = {f"model.{field.name}" for field in dataclasses.fields(config_lib.Model)}
 SHAPES = {f"data.shapes.{field.name}" for field in dataclasses.fields(config_lib.Shapes)}
 SPLITS = {f"data.{name}" for name in ("train_split", "val_split", "test_split", "max_images", "max_captions")}
-TEXT = {"data.vocab_size", "data.max_length"}
+TEXT = {"data.tokenizer", "data.vocab_size", "data.max_length"}
 WEIGHTS = {f"encoder.{name}" for name in ("name", "weights", "block", "image_size", "seed")}
 TYPES = {"encoder.dtype", "encoder.store_dtype"}
 STEPS = {f"train.{name}" for name in ("batch_images", "captions_per_image", "num_buckets", "steps_per_dispatch", "ema")}

@@ -107,9 +107,9 @@ def test_it_is_evaluated_captioned_and_exported(directory, capsys, monkeypatch):
 
     drawn, draw = [], plots.attention_plot
 
-    def spy(image, words, alpha_TP, path, grid, crop):
+    def spy(image, text, words, alpha_TP, path, grid, crop):
         drawn.append((np.shape(alpha_TP), grid, crop))
-        draw(image, words, alpha_TP, path, grid, crop)
+        draw(image, text, words, alpha_TP, path, grid, crop)
 
     monkeypatch.setattr(plots, "attention_plot", spy)
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """A finished store of synthetic features and captions, for tests that need no images."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -34,15 +35,24 @@ def tiny_config(**train: Any) -> Config:
     )
 
 
-def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> store.Store:
-    """Writes the store. The captions name a kind of image that the features show, so a model can learn it."""
+def write_store(
+    data_dir: pathlib.Path, config: Config, images: int = 40, text: Callable[[str], str] = str
+) -> store.Store:
+    """Writes the store. The captions name a kind of image that the features show, so a model can learn it.
+
+    Args:
+      data_dir: where the store is written.
+      config: names the store and its tokenizer.
+      images: of the training split.
+      text: returns the caption to write, of one of `WORDS`.
+    """
     path = store.path_for(data_dir, config)
     rng = np.random.default_rng(0)
     splits = {}
     for role, count in (("train", images), ("val", 11), ("test", 7)):
         kinds = rng.integers(4, size=count)
         rows = [
-            Row(i, f"{role}{i}.jpg", tuple(_caption(rng, k) for _ in range(int(rng.integers(1, 5)))))
+            Row(i, f"{role}{i}.jpg", tuple(text(_caption(rng, k)) for _ in range(int(rng.integers(1, 5)))))
             for i, k in enumerate(kinds)
         ]
         write_rows(path / role, rows)
@@ -53,7 +63,7 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
             split.mark_finished(number, [])
         splits[role] = {"split": role, "images": count}
     captions = [c for row in Split(path / "train", images, 16).rows for c in row.captions]
-    vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
+    vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size, config.data.tokenizer)
     integrity.write_atomically(path / "vocabulary.json", vocabulary.to_json())
     files = ["vocabulary.json", *(f"{role}/{name}" for role in splits for name in (CAPTIONS, ARRAY))]
     manifest = {
@@ -65,7 +75,12 @@ def write_store(data_dir: pathlib.Path, config: Config, images: int = 40) -> sto
         "positions_vary": False,
         "shard_rows": 16,
         "encoder": {"name": "imported", "weights_sha256": "0" * 64, "imported_from": "nowhere"},
-        "vocabulary": {"size": config.data.vocab_size, "words": len(vocabulary), "sha256": vocabulary.hash},
+        "vocabulary": {
+            "size": config.data.vocab_size,
+            "tokenizer": config.data.tokenizer,
+            "words": len(vocabulary),
+            "sha256": vocabulary.hash,
+        },
         "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in files}),
     }
     store.write_manifest(path, manifest)

@@ -264,7 +264,7 @@ def judge_preset(file: pathlib.Path, preset: Preset) -> str:
 
 
 vocabularies = (texts | values.map(json.dumps)) | st.lists(texts | values, max_size=4).map(
-    lambda words: json.dumps({"hash": "", "tokens": [*vocabulary.SPECIAL, *words]})
+    lambda words: json.dumps({"hash": "", "tokenizer": "words", "tokens": [*vocabulary.SPECIAL, *words]})
 )
 
 

@@ -85,7 +85,8 @@ def _map(folder: epath.Path, name: str, shape: FeatureShape) -> np.ndarray | str
 def _plot(captioner: Captioner, image: Any, caption: Caption, file: pathlib.Path) -> str:
     file.parent.mkdir(parents=True, exist_ok=True)
     thumbnail, encoder = Image.fromarray(decode.to_thumbnail(image)), captioner.encoder
-    plots.attention_plot(thumbnail, caption.words, caption.attention, file, encoder.grid, encoder.preprocess.crop)
+    text, words, alpha_TP = caption.text, caption.words, caption.attention
+    plots.attention_plot(thumbnail, text, words, alpha_TP, file, encoder.grid, encoder.preprocess.crop)
     return str(file)
 
 

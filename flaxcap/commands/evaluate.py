@@ -22,12 +22,17 @@ from flaxcap.features.shards import Row, Split
 from flaxcap.files import integrity
 from flaxcap.inference import coco_results
 from flaxcap.inference.captioner import Captioner
+from flaxcap.metrics import units
 from flaxcap.metrics.split_scores import score_split
 from flaxcap.runtime import sharding
-from flaxcap.text.vocabulary import SPECIAL
-from flaxcap.text.words import words
+from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 from flaxcap.training import step as step_lib
 from flaxcap.training import validation
+
+UNITS = {
+    "words": "words",
+    "characters": "characters, not words: most of the references' text is of scripts without spaces between words",
+}
 
 
 class Report(NamedTuple):
@@ -35,6 +40,7 @@ class Report(NamedTuple):
 
     scores: dict[str, float]
     missing: dict[str, str]  # the reason for each score that could not be computed
+    unit: str  # what scores count: "words", or "characters" in languages without spaces between words
 
 
 def evaluate(
@@ -90,7 +96,7 @@ def evaluate(
         builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
         rows, texts, log_probs = _caption_images(captioner, builder, split_name, seed)
     found["log_prob"] = float(np.mean(log_probs))
-    return _report(config, split_name, rows, texts, captioner.vocabulary.tokens, out_dir, found)
+    return _report(config, split_name, rows, texts, captioner.vocabulary, out_dir, found)
 
 
 def evaluate_file(
@@ -123,11 +129,11 @@ def evaluate_file(
     if (path / "manifest.json").exists():
         prepared = store.Store(path)
         rows = prepared.split(split_name).rows
-        vocabulary: Sequence[str] = prepared.vocabulary().tokens
+        vocabulary = prepared.vocabulary()
     else:
         builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
         rows = _rows(builder, config, split_name)
-        vocabulary = sorted({word for row in rows for text in row.captions for word in words(text)})
+        vocabulary = _vocabulary_of(rows)
     texts = coco_results.read(predictions, rows)
     return _report(config, split_name, rows, texts, vocabulary, out_dir, {})
 
@@ -137,13 +143,12 @@ def _report(
     split_name: str,
     rows: Sequence[Row],
     texts: Sequence[str],
-    vocabulary: Sequence[str],
+    vocabulary: Vocabulary,
     out_dir: epath.PathLike,
     found: dict[str, float],
 ) -> Report:
     """Scores captions, writes captions and scores, and returns the report. `found`: scores known already."""
-    known = [word for word in vocabulary if word not in SPECIAL]
-    more, missing = score_split(rows, texts, known, datasets.caption_truth(config))
+    more, missing, unit = score_split(rows, texts, vocabulary, datasets.caption_truth(config))
     found |= more
     out_dir = epath.Path(out_dir)
     integrity.write_atomically(out_dir / "predictions.json", coco_results.to_json(rows, texts))
@@ -151,11 +156,19 @@ def _report(
         "dataset": config.dataset,
         "split": split_name,
         "images": len(rows),
+        "unit": unit,
         "scores": found,
         "missing": missing,
     }
     integrity.write_atomically(out_dir / "scores.json", json.dumps(described, indent=2) + "\n")
-    return Report(found, missing)
+    return Report(found, missing, unit)
+
+
+def _vocabulary_of(rows: Sequence[Row]) -> Vocabulary:
+    """Returns a vocabulary of all references, for captions of a program whose own is not known."""
+    unit = units.unit_of([row.captions for row in rows])
+    tokens = {token for row in rows for text in row.captions for token in unit.split(text)}
+    return Vocabulary([*SPECIAL, *sorted(tokens)], unit.name)
 
 
 def _prepared(captioner: Captioner, data_dir: epath.PathLike) -> store.Store | None:
@@ -226,5 +239,6 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
         print(f"{name:{width}}  {value:.4f}")
     for name, reason in report.missing.items():
         print(f"{name:{width}}  none: {reason}")
+    print(f"scores count {UNITS[report.unit]}")
     print(f"{out_dir}/predictions.json, {out_dir}/scores.json")
     return 0

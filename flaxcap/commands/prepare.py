@@ -19,7 +19,7 @@ from flaxcap.encoders import base as encoders
 from flaxcap.encoders.base import ImageEncoder
 from flaxcap.features import build, extract, npy_maps, overlap, renewal, repair
 from flaxcap.features import store as store_lib
-from flaxcap.features.shards import Row, Split, StoreError
+from flaxcap.features.shards import Split, StoreError
 from flaxcap.features.store import Store
 from flaxcap.files import disk_space, integrity, locks
 from flaxcap.files.integrity import Checksum
@@ -27,8 +27,8 @@ from flaxcap.files.params import load_params
 from flaxcap.images import decode
 from flaxcap.images.preprocess import Preprocess
 from flaxcap.runtime import multihost
+from flaxcap.text import report
 from flaxcap.text.vocabulary import Vocabulary
-from flaxcap.text.words import words
 
 
 def prepare(
@@ -148,30 +148,22 @@ def _write_all_but_features(
     }
     for line in overlap.lines(rows):
         logging.warning("%s", line)
-    captions = (caption for row in rows["train"] for caption in row.captions)
-    vocabulary = Vocabulary.of_captions(captions, config.data.vocab_size)
-    for role in rows:
-        _warn_of_unknown_words(role, rows[role], vocabulary)
+    captions = {role: [(row.filename, text) for row in some for text in row.captions] for role, some in rows.items()}
+    training_captions = (caption for _, caption in captions["train"])
+    vocabulary = Vocabulary.of_captions(training_captions, config.data.vocab_size, config.data.tokenizer)
+    for line in report.warnings(captions, vocabulary, config.data.max_length):
+        print(line)
     text = vocabulary.to_json()
     integrity.write_atomically(path / store_lib.VOCABULARY, text)
     manifest["vocabulary"] = {
         "size": config.data.vocab_size,
+        "tokenizer": config.data.tokenizer,
         "words": len(vocabulary),
         "sha256": vocabulary.hash,
     }
     checksums[store_lib.VOCABULARY] = Checksum.of_bytes(text.encode())
     manifest["files"] = integrity.checksums_to_json(checksums)
     store_lib.write_manifest(path, manifest)
-
-
-def _warn_of_unknown_words(role: str, rows: list[Row], vocabulary: Vocabulary) -> None:
-    unknown = [(row, c) for row in rows for c in row.captions if not any(w in vocabulary.ids for w in words(c))]
-    if unknown:
-        row, caption = unknown[0]
-        logging.warning(
-            "%s: %d captions contain no word of the vocabulary; the first is %r, of %s",
-            role, len(unknown), caption[:80], row.filename,
-        )  # fmt: skip
 
 
 def _check_same(

@@ -172,6 +172,8 @@ def _join(
     eval_step = step_lib.make_eval_step(bind, mesh, config.train, source.encode)
     generator = generate.Generator(bind, config.decode)
     validate = validation.Validation(config, prepared.split("val"), vocabulary, mesh, generator, eval_step, source)
+    if validate.unit != "words":
+        print(f"CIDEr counts {validate.unit}: the validation captions have no spaces between words")
     multihost.first_does(lambda: checkpoints_lib.repair(workdir / "checkpoints"))
     checkpoints = Checkpoints(workdir / "checkpoints", config.train.keep_latest)
     state = init_state(init, optimizer, config.seed, mesh, config.train.ema, source.trained)

@@ -96,7 +96,7 @@ class Store:
             self.checksums = integrity.checksums_from_json(self.manifest["files"])
             # A field that is missing is named now, not where it is used.
             _ = self.manifest["source"], self.manifest["fingerprint"], self.manifest["encoder"]["weights_sha256"]
-            _ = self.manifest["vocabulary"]["size"], self.manifest["vocabulary"]["sha256"]
+            _ = [self.manifest["vocabulary"][name] for name in ("size", "tokenizer", "sha256")]
             _ = self.checksums[VOCABULARY], [self._split_checksums(role) for role in self._images]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             remedy = "`flaxcap prepare` restores it"
@@ -110,7 +110,8 @@ class Store:
         """Returns the finished store of a preset.
 
         Raises:
-          StoreError: there is no store, shards are not finished, or the vocabulary has another size than the preset's.
+          StoreError: there is no store, shards are not finished, or the vocabulary has another size or tokenizer than
+            the preset's.
         """
         store = cls(path_for(data_dir, config))
         remedy = "run `flaxcap prepare` with the same --config and --data_dir"
@@ -118,12 +119,16 @@ class Store:
             left = len(store.split(role).unfinished())
             if left:
                 raise StoreError(f"{store.path}: {left} shards of split {role!r} are not finished; {remedy}")
-        size = store.manifest["vocabulary"]["size"]
-        if size != config.data.vocab_size:
-            raise StoreError(
-                f"{store.path}: found a vocabulary made with --config.data.vocab_size={size}, expected"
-                f" {config.data.vocab_size}; {remedy}"
-            )
+        made = store.manifest["vocabulary"]
+        for name, found, expected in (
+            ("vocab_size", made["size"], config.data.vocab_size),
+            ("tokenizer", made["tokenizer"], config.data.tokenizer),
+        ):
+            if found != expected:
+                raise StoreError(
+                    f"{store.path}: found a vocabulary made with --config.data.{name}={found}, expected"
+                    f" {expected}; {remedy}"
+                )
         return store
 
     def split(self, role: str) -> Split:

@@ -32,7 +32,7 @@ class Caption(NamedTuple):
     """A caption of an image."""
 
     text: str
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # tokens: words, characters, or pieces of which "▁" marks the first of a word
     log_prob: float  # nats, <end> included
     attention: np.ndarray  # float32 [words, P]: attention weights of each word over the positions
 
@@ -187,9 +187,8 @@ class Captioner:
                 yield Captioned(image, next(captions))
 
     def _caption(self, tokens_T: np.ndarray, log_prob: np.ndarray, alpha_TP: np.ndarray) -> Caption:
-        text = self.vocabulary.decode(tokens_T)
-        words = tuple(text.split(" ")) if text else ()  # not split(): a vocabulary's word may hold other spaces
-        return Caption(text, words, float(log_prob), alpha_TP[: len(words)])
+        words = tuple(self.vocabulary.tokens_of(tokens_T))
+        return Caption(self.vocabulary.decode(tokens_T), words, float(log_prob), alpha_TP[: len(words)])
 
     def _load(self, source: Source | Callable[[], bytes]) -> tuple[Any, np.ndarray | str]:
         """Returns an image and its pixels, or the reason why there are none."""

@@ -59,6 +59,7 @@ def _points(lines: list[dict], name: str) -> list[tuple[int, float]]:
 
 def attention_plot(
     image: Image.Image,
+    text: str,
     words: Sequence[str],
     alpha_TP: np.ndarray,
     path: str | os.PathLike[str],
@@ -72,7 +73,8 @@ def attention_plot(
 
     Args:
       image: as the user sees it.
-      words: of the caption.
+      text: the caption.
+      words: its words, or other tokens.
       alpha_TP: attention weights, a row for each word. More rows are ignored.
       path: of the PNG.
       grid: rows and columns of the positions, in reading order; None: the positions have no layout.
@@ -82,7 +84,7 @@ def attention_plot(
     # The number of columns with the fewest empty cells.
     columns = max(count, 3) if count < 7 else min(range(4, 8), key=lambda c: (-count % c, -c))
     rows = -(-count // columns)
-    caption = textwrap.wrap(" ".join(words), 15 * columns) or ["(no word)"]
+    caption = textwrap.wrap(text, 15 * columns) or ["(no word)"]
     # In inches. A cell is 0.3 to 2 times as high as wide; an image of another aspect is centred in its cell.
     width, height, label, gap = 2.2, 2.2 * float(np.clip(image.height / image.width, 0.3, 2)), 0.3, 0.1
     top, bottom = 0.2 + 0.25 * len(caption), 0.3

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 
 from flaxcap.errors import UserError
-from flaxcap.metrics.ptb import tokenize
+from flaxcap.metrics.units import WORDS, Unit
 
 _MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
@@ -32,13 +32,14 @@ class _Failed(Exception):
 
 
 def score(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], timeout: float = 3600
+    candidates: Sequence[str], references: Sequence[Sequence[str]], unit: Unit = WORDS, timeout: float = 3600
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Returns the corpus's METEOR and SPICE, each from 0 to 1, and for each missing one the reason.
 
     Args:
       candidates: one caption for each image.
       references: for each image, its captions.
+      unit: the tokens of captions. SPICE parses English sentences, so it has no score of characters.
       timeout: seconds for each program.
 
     Raises:
@@ -47,12 +48,14 @@ def score(
     if len(candidates) != len(references) or not all(references) or not candidates:
         found = f"{len(candidates)} captions, references of {len(references)} images"
         raise UserError(f"METEOR and SPICE: found {found}, expected a caption and references for each image")
-    texts = [" ".join(tokenize(caption)) for caption in candidates]
-    reference_texts = [[" ".join(tokenize(caption)) for caption in some] for some in references]
+    texts = [" ".join(unit.tokenize(caption)) for caption in candidates]
+    reference_texts = [[" ".join(unit.tokenize(caption)) for caption in some] for some in references]
     scores: dict[str, float] = {}
     missing: dict[str, str] = {}
     for name, run in (("METEOR", _meteor), ("SPICE", _spice)):
         try:
+            if name == "SPICE" and unit is not WORDS:
+                raise _Failed(f"SPICE parses English words, and these captions are scored by {unit.name}")
             scores[name] = run(texts, reference_texts, timeout)
         except _Failed as e:
             missing[name] = str(e)

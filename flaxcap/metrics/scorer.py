@@ -10,6 +10,8 @@
 | ROUGE_L        | 0 to 1  | ROUGE-L                                                                              |
 | CIDEr          | 0 to 10 | CIDEr-D: pycocoevalcap's CIDEr, and the one that papers report                       |
 | CIDEr_original | 0 to 1  | CIDEr by its original formula, without the changes of CIDEr-D; see `metrics.cider`   |
+
+In languages without spaces between words, characters take the place of words, see `metrics.units`.
 """
 
 from collections.abc import Sequence
@@ -20,14 +22,14 @@ from flaxcap.errors import UserError
 from flaxcap.metrics.bleu import bleu
 from flaxcap.metrics.cider import Cider
 from flaxcap.metrics.ngrams import ORDERS, References
-from flaxcap.metrics.ptb import tokenize
 from flaxcap.metrics.rouge import rouge_l
+from flaxcap.metrics.units import unit_of
 
 BLEU = tuple(f"Bleu_{n}" for n in range(1, ORDERS + 1))
 
 
 class Scorer:
-    """Scores captions against the references of their images."""
+    """Scores captions against the references of their images. `unit`: what counts as a token."""
 
     def __init__(self, references: Sequence[Sequence[str]]):
         """Tokenises and counts the references.
@@ -38,7 +40,8 @@ class Scorer:
         Raises:
           UserError: there are no images, or an image has no reference.
         """
-        self._references = [[tokenize(caption) for caption in some] for some in references]
+        self.unit = unit_of(references)
+        self._references = [[self.unit.tokenize(caption) for caption in some] for some in references]
         self._ngrams = References(self._references)
         self._cider = Cider(self._ngrams)
 
@@ -59,7 +62,7 @@ class Scorer:
         The corpus's score is the mean of the images' scores. BLEU is the exception: it adds the counts of all images
         first.
         """
-        words = [tokenize(caption) for caption in candidates]
+        words = [self.unit.tokenize(caption) for caption in candidates]
         matches = self._ngrams.match(words, self._checked(candidates, None))
         bleu_corpus, bleu_each = bleu(matches, self._ngrams)
         each = {
@@ -84,7 +87,8 @@ class Scorer:
           UserError: the numbers of candidates and images differ, or an index is out of range.
         """
         images = self._checked(candidates, images)
-        return self._cider.cider_d(self._ngrams.match([tokenize(caption) for caption in candidates], images))
+        words = [self.unit.tokenize(caption) for caption in candidates]
+        return self._cider.cider_d(self._ngrams.match(words, images))
 
     def _checked(self, candidates: Sequence[str], images: Sequence[int] | np.ndarray | None) -> np.ndarray:
         """Returns the index of each candidate's image, int64 [candidates]; UserError for bad ones."""

@@ -1,19 +1,29 @@
 """All scores of a split's captions: the numbers in `scores.json`."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from flaxcap.features.shards import Row
 from flaxcap.metrics import diagnostics, meteor_spice
 from flaxcap.metrics.scorer import Scorer
+from flaxcap.text.vocabulary import Vocabulary
 
 IsTrue = Callable[[int, str], bool]
 
 
+class SplitScores(NamedTuple):
+    """The scores of a split's captions."""
+
+    values: dict[str, float]
+    missing: dict[str, str]  # for METEOR and SPICE, the reason why there is none
+    unit: str  # what scores and lengths count: "words", or "characters" in languages without spaces between words
+
+
 def score_split(
-    rows: Sequence[Row], texts: Sequence[str], vocabulary: Collection[str], is_true: IsTrue | None = None
-) -> tuple[dict[str, float], dict[str, str]]:
+    rows: Sequence[Row], texts: Sequence[str], vocabulary: Vocabulary, is_true: IsTrue | None = None
+) -> SplitScores:
     """Scores one caption for each image of a split.
 
         Bleu_1 … CIDEr_original   see `metrics.scorer`
@@ -26,16 +36,13 @@ def score_split(
     Args:
       rows: the images with their references.
       texts: one caption for each image.
-      vocabulary: the words that the model can write.
+      vocabulary: of the model.
       is_true: tells from an image id and a caption whether the caption is true of the image.
-
-    Returns:
-      The scores by name, and for each of METEOR and SPICE that is missing the reason.
     """
     references = [row.captions for row in rows]
     scorer = Scorer(references)
     scores = scorer.score(texts)
-    java_scores, missing = meteor_spice.score(texts, references)
+    java_scores, missing = meteor_spice.score(texts, references, scorer.unit)
     # Half a split away: no image keeps its own caption, and the result needs no seed.
     half = len(texts) // 2
     swapped = [*texts[half:], *texts[:half]]
@@ -43,5 +50,6 @@ def score_split(
     if is_true is not None:
         for name, some in (("true", texts), ("true_swapped", swapped)):
             scores[name] = float(np.mean([is_true(row.image_id, text) for row, text in zip(rows, some, strict=True)]))
-    report = diagnostics.health(texts, references, vocabulary)
-    return scores | {f"health/{name}": value for name, value in report.items()}, missing
+    report = diagnostics.health(texts, references, vocabulary, scorer.unit)
+    scores |= {f"health/{name}": value for name, value in report.items()}
+    return SplitScores(scores, missing, scorer.unit.name)

@@ -39,7 +39,7 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
                 word, *values = line.decode().rstrip().split(" ")
                 if number == 1 and len(values) == 1:
                     continue
-                if word not in vocabulary.ids:
+                if (token := vocabulary.id_of_word(word)) is None:
                     continue
                 if len(values) != width:
                     raise EmbeddingsError(
@@ -49,7 +49,7 @@ def read(path: epath.PathLike, vocabulary: Vocabulary, width: int) -> dict[int, 
                 vector = np.array(values, np.float32)
                 if not np.isfinite(vector).all():
                     raise ValueError("a number that is not finite")
-                found[vocabulary.ids[word]] = vector
+                found[token] = vector
     except EmbeddingsError:
         raise
     except OSError as e:

@@ -23,7 +23,7 @@ from flaxcap.input_pipeline.batching import Batch
 from flaxcap.input_pipeline.device_feed import Feed, Inputs
 from flaxcap.metrics.cider import Cider
 from flaxcap.metrics.ngrams import References
-from flaxcap.metrics.ptb import tokenize
+from flaxcap.metrics.units import unit_of
 from flaxcap.models import output_layer
 from flaxcap.models.decoder import Bind, Params, with_output
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
@@ -58,7 +58,8 @@ class SelfCritical:
         self._config, self._feed, self._vocabulary = config, feed, vocabulary
         self._lengths = [*feed.lengths, config.decode.max_length + 1]
         self._sample = jax.jit(_make_sample(bind, config, mesh))
-        self._references = References([[[*tokenize(text), _END] for text in texts] for texts in captions])
+        self._tokenize = unit_of(captions).tokenize
+        self._references = References([[[*self._tokenize(text), _END] for text in texts] for texts in captions])
         self._cider = Cider(self._references)
 
     def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> tuple[Inputs, np.ndarray]:
@@ -92,7 +93,7 @@ class SelfCritical:
         """
         images, captions = tokens_ICT.shape[:2]
         texts = [self._vocabulary.decode(t) for t in tokens_ICT.reshape(images * captions, -1)]
-        words = [[*tokenize(text), _END] for text in texts]
+        words = [[*self._tokenize(text), _END] for text in texts]
         image_B = np.repeat(np.maximum(rows_I, 0), captions)
         rewards = self._cider.cider_d(self._references.match(words, image_B)).reshape(images, captions)
         others = (rewards.sum(1, keepdims=True) - rewards) / (captions - 1)

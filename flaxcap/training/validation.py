@@ -190,6 +190,7 @@ class Validation:
         self._encode = encode and jax.jit(encode, compiler_options=devices.convolving())
         self._plan, self._feed = make_feed(config, split, vocabulary, mesh, source=source, frozen=frozen)
         self._scorer = scorer.Scorer([split.rows[row].captions for row in self._rows])
+        self.unit = self._scorer.unit.name  # "words" or "characters": what CIDEr counts
 
     def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Returns "loss" (nats per token) and "accuracy" of the true captions, and the "cider" of generated ones.

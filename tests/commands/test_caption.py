@@ -123,9 +123,10 @@ def test_attention_is_plotted_over_the_image(captioner, tmp_path, monkeypatch):
     drawn = []
     plot = caption.plots.attention_plot
 
-    def spy(image, words, *args):
+    def spy(image, text, words, *args):
+        assert text == " ".join(words)
         drawn.append((image, list(words)))
-        plot(image, words, *args)
+        plot(image, text, words, *args)
 
     monkeypatch.setattr(caption.plots, "attention_plot", spy)
     found = [f for f in caption.caption(captioner, sources, plot_dir=tmp_path / "plots") if not f.reason]

@@ -96,7 +96,8 @@ def test_the_store_holds_captions_features_and_their_origin(undisturbed):
     assert manifest["encoder"]["preprocessing"] == decode.describe(encoder.preprocess)
     assert len(manifest["encoder"]["weights_sha256"]) == 64
     vocabulary = found.vocabulary()
-    assert manifest["vocabulary"] == {"size": 5000, "words": len(vocabulary), "sha256": vocabulary.hash}
+    expected = {"size": 5000, "tokenizer": "words", "words": len(vocabulary), "sha256": vocabulary.hash}
+    assert manifest["vocabulary"] == expected
     assert {"ring", "left", "above", "striped"} <= set(vocabulary.ids)
 
 

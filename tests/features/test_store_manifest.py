@@ -41,7 +41,12 @@ def make(path: epath.Path, config: Config) -> epath.Path:
         "feature_dim": 4,
         "positions_vary": False,
         "shard_rows": 2,
-        "vocabulary": {"size": config.data.vocab_size, "words": len(VOCABULARY), "sha256": VOCABULARY.hash},
+        "vocabulary": {
+            "size": config.data.vocab_size,
+            "tokenizer": config.data.tokenizer,
+            "words": len(VOCABULARY),
+            "sha256": VOCABULARY.hash,
+        },
         "files": integrity.checksums_to_json({name: integrity.Checksum.of_file(path / name) for name in FILES}),
     }
     write_manifest(path, manifest)

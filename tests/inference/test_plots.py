@@ -27,7 +27,7 @@ def attention(
     crop: float = 0.0,
 ) -> np.ndarray:
     path = tmp_path / "plot.png"
-    plots.attention_plot(image, words, alpha_TP, path, grid, crop)
+    plots.attention_plot(image, " ".join(words), words, alpha_TP, path, grid, crop)
     return pixels(path)
 
 

@@ -4,9 +4,11 @@ import pytest
 
 from flaxcap.errors import UserError
 from flaxcap.metrics.diagnostics import health
+from flaxcap.metrics.units import CHARACTERS
+from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 
 REFERENCES = [["A dog leaps.", "Dogs leap far!"], ["the cat sleeps on"]]
-VOCABULARY = ["a", "dog", "on", "cat", "the", "runs", "very", "sleeps"]
+VOCABULARY = Vocabulary([*SPECIAL, "a", "dog", "on", "cat", "the", "runs", "very", "sleeps"])
 
 
 def report(*captions: str) -> dict[str, float]:
@@ -58,6 +60,20 @@ def test_captions_that_end_in_a_function_word(end):
     assert report(f"a dog {end} runs.")["function_word_end"] == 0
 
 
+def test_characters_take_the_place_of_words():
+    vocabulary = Vocabulary([*SPECIAL, *"一只狗猫跑看"], "characters")
+    found = health(["一只狗狗跑", "猫跑dog"], [["一只狗。"], ["两只猫在 park"]], vocabulary, CHARACTERS)
+    assert found["words_used"] == 6
+    assert found["vocabulary_used"] == 5 / 6
+    assert found["repeats_1"] == 1 / 2
+    assert (found["length"], found["reference_length"]) == (8 / 2, 8 / 2)
+
+
+def test_the_share_of_the_vocabulary_counts_its_tokens():
+    vocabulary = Vocabulary([*SPECIAL, "do", "▁do", *"▁dogs"], "bpe")
+    assert health(["Dog"], [["a dog"]], vocabulary)["vocabulary_used"] == 2 / 7
+
+
 def test_all_values_are_floats():
     assert all(isinstance(value, float) for value in report("a dog").values())
 
@@ -68,4 +84,4 @@ def test_all_values_are_floats():
 def test_an_empty_input_is_refused(captions, references, vocabulary):
     message = r"found \d captions, \d references, \d vocabulary words, expected at least one of each"
     with pytest.raises(UserError, match=message):
-        health(captions, references, vocabulary)
+        health(captions, references, Vocabulary([*SPECIAL, *vocabulary]))
