@@ -62,7 +62,8 @@ def _what_failed(error: Exception, path: str) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     hint = nearest(unknown[1], flatten(Config())) if unknown else ""
-    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}{hint}"
+    message = str(error).partition(". Did you mean")[0]  # Python 3.13 knows the field, but not its group
+    return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {message}{hint}"
 
 
 def to_json(config: Config) -> str:

