@@ -26,7 +26,7 @@ def test_an_encoder_is_made_from_its_preset(monkeypatch):
 
 
 def test_an_unknown_encoder_is_refused_with_a_hint():
-    message = r"--config\.encoder\.name=inception_v2: expected one of imported, inception_v3; did you mean 'inception_v3'\?"
+    message = r"encoder\.name=inception_v2: expected one of imported, inception_v3; did you mean 'inception_v3'\?"
     with pytest.raises(ConfigError, match=message):
         base.make(Encoder("inception_v2"))
 
