@@ -42,7 +42,7 @@ class Data:
                              identity=("model",))  # fmt: skip
     max_length: int = field(50, "most tokens of a caption, <start> and <end> included; longer captions are cut",
                              least=3, most=10_000, identity=("model",))  # fmt: skip
-    shapes: Shapes = group(Shapes, "the rendered data set `shapes`", identity=("store",))
+    shapes: Shapes = group(Shapes, "the rendered data set `shapes`", identity=("store",), only="dataset=shapes")
 
 
 @dataclasses.dataclass
@@ -63,7 +63,8 @@ class Encoder:
                              least=0, most=1 << 16)  # fmt: skip
     shard_images: int = field(1024, "images in a file of features; prepare resumes at the first unfinished file",
                                least=1)  # fmt: skip
-    seed: int = field(0, "seed of random weights", least=0, most=2**32 - 1, identity=("store", "model"))
+    seed: int = field(0, "seed of random weights", least=0, most=2**32 - 1, identity=("store", "model"),
+                       only="encoder.weights=random")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -109,9 +110,10 @@ class Finetune:
 
     block: str = field("", "first block of the encoder to train; empty: none, training reads prepared features",
                         identity=("run",))  # fmt: skip
-    learning_rate: float = field(1e-5, "peak learning rate of the encoder", above=0)
-    flip: bool = field(True, "mirror half of the images")
-    crop: float = field(0.8, "smallest share of an image's sides that a random crop keeps", above=0, most=1)
+    learning_rate: float = field(1e-5, "peak learning rate of the encoder", above=0, only="train.finetune.block")
+    flip: bool = field(True, "mirror half of the images", only="train.finetune.block")
+    crop: float = field(0.8, "smallest share of an image's sides that a random crop keeps", above=0, most=1,
+                         only="train.finetune.block")  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -121,32 +123,37 @@ class Train:
     batch_images: int = field(64, "images in a step, over all devices", least=1, identity=("run",))
     captions_per_image: int = field(5, "captions of an image in a step", least=1, identity=("run",))
     epochs: int = field(20, "passes over the training captions", least=0)
-    learning_rate: float = field(1e-3, "peak learning rate of Adam", above=0)
-    warmup_steps: int = field(100, "steps of linear warm-up", least=0)
+    learning_rate: float = field(1e-3, "peak learning rate of Adam", above=0, only="train.epochs")
+    warmup_steps: int = field(100, "steps of linear warm-up", least=0, only="train.epochs")
     schedule: str = field("cosine", "learning rate after the warm-up: decay to 2% at the end of each stage, constant,"
                            " or times plateau_factor after each plateau_epochs without a better validation score",
                            choices=("cosine", "constant", "plateau"))  # fmt: skip
-    plateau_epochs: int = field(2, "schedule=plateau: epochs without a better validation score", least=1)
-    plateau_factor: float = field(0.5, "schedule=plateau: factor of the learning rate", above=0, most=1)
+    plateau_epochs: int = field(2, "epochs without a better validation score that lower the learning rate", least=1,
+                                 only="train.schedule=plateau")  # fmt: skip
+    plateau_factor: float = field(0.5, "factor of the learning rate on a plateau", above=0, most=1,
+                                   only="train.schedule=plateau")  # fmt: skip
     stop_after: int = field(0, "epochs without a better validation score that end the run; 0: none do", least=0)
     weight_decay: float = field(0.0, "decay of matrices, decoupled from the gradient and times the learning rate"
                                  " (AdamW)", least=0)  # fmt: skip
     ema: float = field(0.0, "decay of a moving average of the parameters, which is validated and kept; 0: no average",
                         least=0, below=1, identity=("run",))  # fmt: skip
-    dropout: Dropout = group(Dropout, "rates of dropout")
+    dropout: Dropout = group(Dropout, "rates of dropout", only="train.epochs")
     label_smoothing: float = field(0.0, "share of a target's probability that is spread over all words", least=0,
-                                    below=1)  # fmt: skip
+                                    below=1, only="train.epochs")  # fmt: skip
     doubly_stochastic: float = field(0.0, "weight of a regulariser: a caption's attention weights sum to 1 at each"
-                                      " position", least=0)  # fmt: skip
+                                      " position", least=0, only="train.epochs")  # fmt: skip
     scheduled_sampling: float = field(0.0, "share of input words replaced by the model's own at the end of training;"
-                                       " it grows linearly", least=0, most=1)  # fmt: skip
+                                       " it grows linearly", least=0, most=1, only="train.epochs")  # fmt: skip
     cider_epochs: int = field(0, "epochs of self-critical training on CIDEr, after the other epochs", least=0)
-    cider_learning_rate: float = field(5e-5, "peak learning rate of self-critical training, without warm-up", above=0)
+    cider_learning_rate: float = field(5e-5, "peak learning rate of self-critical training, without warm-up", above=0,
+                                        only="train.cider_epochs")  # fmt: skip
     cider_temperature: float = field(1.0, "temperature of self-critical sampling; less than 1 after label smoothing",
-                                      above=0)  # fmt: skip
+                                      above=0, only="train.cider_epochs")  # fmt: skip
     finetune: Finetune = group(Finetune, "a second stage, which starts with --init_from")
-    hard_reward: float = field(0.1, "attention=hard: weight of the reward for the drawn positions", least=0)
-    hard_entropy: float = field(0.01, "attention=hard: weight of the entropy of the attention weights", least=0)
+    hard_reward: float = field(0.1, "weight of the reward for the drawn positions", least=0,
+                                only="train.epochs, model.attention=hard")  # fmt: skip
+    hard_entropy: float = field(0.01, "weight of the entropy of the attention weights", least=0,
+                                 only="train.epochs, model.attention=hard")  # fmt: skip
     clip_norm: float = field(5.0, "largest global norm of the gradient; 0: no clipping", least=0)
     dtype: str = field("float32", "arithmetic of the decoder; parameters and loss are always float32",
                         choices=("float32", "bfloat16"))  # fmt: skip
@@ -167,19 +174,23 @@ class Train:
 
 @dataclasses.dataclass
 class Decode:
-    """Decoding of captions."""
+    """Decoding of captions. The sampling of self-critical training takes only `max_length` from here."""
 
     method: str = field("greedy", "decoding method", choices=("greedy", "sample", "beam"))
     max_length: int = field(30, "most tokens of a generated caption, <end> included", least=1, most=10_000)
-    temperature: float = field(1.0, "sampling: divisor of the logits", above=0)
-    top_k: int = field(0, "sampling: number of the most probable words to draw from; 0: all", least=0)
-    top_p: float = field(1.0, "sampling: draw from the fewest words that together have this probability", above=0,
-                          most=1)  # fmt: skip
-    beam_width: int = field(5, "beam search: hypotheses of an image at each step", least=1, most=1000)
-    length_penalty: float = field(0.0, "beam search: captions rank by log-probability / length ** length_penalty",
-                                   least=0)  # fmt: skip
-    no_repeat_ngram: int = field(0, "beam search: length of word sequences that occur once at most; 0: no limit",
+    min_length: int = field(0, "fewest tokens of a generated caption, <end> not included", least=0, most=9_999)
+    no_repeat_ngram: int = field(0, "length of token sequences that occur once at most in a caption; 0: no limit",
                                   least=0)  # fmt: skip
+    bad_endings: str = field("", "words that no caption ends in: english (function words), or a list separated by"
+                              " spaces; empty: captions end in any word")  # fmt: skip
+    temperature: float = field(1.0, "divisor of the logits", above=0, only="decode.method=sample")
+    top_k: int = field(0, "number of the most probable words to draw from; 0: all", least=0,
+                        only="decode.method=sample")  # fmt: skip
+    top_p: float = field(1.0, "draw from the fewest words that together have this probability", above=0, most=1,
+                          only="decode.method=sample")  # fmt: skip
+    beam_width: int = field(5, "hypotheses of an image at each step", least=1, most=1000, only="decode.method=beam")
+    length_penalty: float = field(0.0, "captions rank by log-probability / length ** length_penalty", least=0,
+                                   only="decode.method=beam")  # fmt: skip
     batch_size: int = field(64, "images decoded at once", least=1, most=1 << 16)
 
 
@@ -235,5 +246,10 @@ def check(config: Config) -> Config:
         raise ConfigError(
             f"--config.train.finetune.block={train.finetune.block} with cider_epochs={train.cider_epochs}: expected"
             " one of the two in a run"
+        )
+    if config.decode.min_length >= config.decode.max_length:
+        raise ConfigError(
+            f"--config.decode.min_length={config.decode.min_length} with max_length={config.decode.max_length}:"
+            " expected less, because <end> follows the last word"
         )
     return config

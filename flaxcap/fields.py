@@ -72,6 +72,26 @@ class Rules:
         return ""
 
 
+class Condition(NamedTuple):
+    """A condition on another field, without which a field has no effect."""
+
+    name: str  # the other field's full name
+    value: str  # its value; "": any but 0 and empty text
+
+    def holds(self, found: Any) -> bool:
+        """Returns True if the other field's value meets the condition."""
+        return found == self.value if self.value else bool(found)
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}" if self.value else self.name
+
+
+def _conditions(only: str) -> tuple[Condition, ...]:
+    """Parses "NAME=VALUE" and "NAME", separated by commas."""
+    parts = (part.strip().partition("=") for part in only.split(",") if part)
+    return tuple(Condition(name, value) for name, _, value in parts)
+
+
 def field(
     default: Any,
     help: str,
@@ -83,6 +103,7 @@ def field(
     choices: tuple[str, ...] = (),
     nonempty: str = "",
     identity: tuple[Identity, ...] = (),
+    only: str = "",
 ) -> Any:
     """Declares a field by its default, its `Rules`, and what it identifies in addition to what its group does.
 
@@ -92,14 +113,18 @@ def field(
       identity: "store": prepared features of another value cannot be used. "model": trained parameters of another
         value cannot be used. "run": a run cannot resume with another value, which also holds for the fields of a store
         or a model.
+      only: the other fields that the field needs to have an effect, by full name: "decode.method=beam" needs this
+        value, "train.cider_epochs" any but 0 and empty text. Several are separated by commas.
     """
     rules = Rules(help, least, most, above, below, choices, nonempty)
-    return dataclasses.field(default=default, metadata={"rules": rules, "identity": identity})
+    metadata = {"rules": rules, "identity": identity, "only": _conditions(only)}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(cls: type, help: str, identity: tuple[Identity, ...] = ()) -> Any:
-    """Declares a group of fields; `identity` holds for each of them."""
-    return dataclasses.field(default_factory=cls, metadata={"rules": Rules(help), "identity": identity})
+def group(cls: type, help: str, identity: tuple[Identity, ...] = (), only: str = "") -> Any:
+    """Declares a group of fields; `identity` and `only` hold for each of them."""
+    metadata = {"rules": Rules(help), "identity": identity, "only": _conditions(only)}
+    return dataclasses.field(default_factory=cls, metadata=metadata)
 
 
 class Field(NamedTuple):
@@ -109,15 +134,19 @@ class Field(NamedTuple):
     type: type
     rules: Rules
     identity: frozenset[Identity]  # its own and its groups'
+    only: tuple[Condition, ...]  # its groups' and its own
 
 
-def flatten(config: Any, prefix: str = "", identity: frozenset[Identity] = frozenset()) -> dict[str, Field]:
+def flatten(
+    config: Any, prefix: str = "", identity: frozenset[Identity] = frozenset(), only: tuple[Condition, ...] = ()
+) -> dict[str, Field]:
     """Returns every field by its full name.
 
     Args:
       config: a preset or a group of one.
       prefix: the group's full name and a dot; "" for a preset.
       identity: what the group identifies.
+      only: the group's conditions.
 
     Returns:
       {"train.epochs": Field(...), ...}, in the order of declaration.
@@ -125,8 +154,9 @@ def flatten(config: Any, prefix: str = "", identity: frozenset[Identity] = froze
     found = {}
     for f in dataclasses.fields(config):
         value, own = getattr(config, f.name), identity | set(f.metadata["identity"])
+        needs = only + f.metadata["only"]
         if dataclasses.is_dataclass(value):
-            found |= flatten(value, f"{prefix}{f.name}.", own)
+            found |= flatten(value, f"{prefix}{f.name}.", own, needs)
         else:
-            found[prefix + f.name] = Field(value, cast(type, f.type), f.metadata["rules"], own)
+            found[prefix + f.name] = Field(value, cast(type, f.type), f.metadata["rules"], own, needs)
     return found

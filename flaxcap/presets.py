@@ -120,7 +120,8 @@ def override(config: Config, arguments: Sequence[str], command: str, file: str |
       file: the file that the preset came from; errors in fields without an override name it.
 
     Raises:
-      ConfigError: a field is unknown, its value has the wrong type, or `check` refuses the preset.
+      ConfigError: a field is unknown, its value has the wrong type, `check` refuses the preset, or an overridden field
+        has no effect in it.
     """
     config = copy.deepcopy(config)
     known = flatten(config)
@@ -142,7 +143,24 @@ def override(config: Config, arguments: Sequence[str], command: str, file: str |
         setattr(functools.reduce(getattr, groups, config), last, value)
         names.append(name)
     try:
-        return check(config)
+        check(config)
     except ConfigError as e:
         overridden = any(str(e).startswith(f"--config.{name}") for name in names)
         raise e if overridden or not file else ConfigError(f"{file}: {e}") from e
+    _check_used(config, names)
+    return config
+
+
+def _check_used(config: Config, names: Sequence[str]) -> None:
+    """Raises ConfigError if one of the fields with these full names has no effect in the preset."""
+    fields = flatten(config)
+    for name in names:
+        for condition in fields[name].only:
+            found = fields[condition.name].value
+            if not condition.holds(found):
+                wanted = condition if condition.value else f"{condition} to be set"
+                raise ConfigError(
+                    f"--config.{name}={cut(str(fields[name].value))}: has no effect,"
+                    f" found {condition.name}={quoted(found) if found == '' else found}, expected {wanted};"
+                    f" set --config.{condition.name} too, or leave --config.{name} out"
+                )

@@ -74,6 +74,7 @@ GROUPS = {name: cls for name, cls in vars(config_lib).items() if dataclasses.is_
         ("decode.beam_width", 0, "1 to 1000"),
         ("decode.length_penalty", -0.1, "0 or more"),
         ("decode.no_repeat_ngram", -1, "0 or more"),
+        ("decode.min_length", -1, "0 to 9999"),
         ("decode.top_k", -1, "0 or more"),
         ("data.max_images", -1, "0 or more"),
         ("data.max_captions", -1, "0 or more"),
@@ -110,6 +111,7 @@ def test_a_bad_value_is_named_with_what_was_expected(field, value, expected):
     ("values", "message"),
     [
         ({"model__tied": True, "model__embedding_dim": 7}, "model.tied: embedding_dim=7 and head_dim=512 are expected"),
+        ({"decode__min_length": 30}, "--config.decode.min_length=30 with max_length=30: expected less"),
         ({"train__epochs": 0}, "train.epochs=0 and cider_epochs=0: expected more than 0 of either"),
         ({"train__cider_epochs": 1, "train__captions_per_image": 1}, "captions_per_image=1: expected 2 or more"),
         (

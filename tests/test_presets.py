@@ -141,8 +141,8 @@ def test_a_file_that_is_no_preset(tmp_path):
         ("--config.model.positions", "model.positions", True),
         ("--config.model.positions=true", "model.positions", True),
         ("--config.model.positions=1", "model.positions", True),
-        ("--config.train.finetune.flip=False", "train.finetune.flip", False),
-        ("--config.train.finetune.flip=0", "train.finetune.flip", False),
+        ("--config.model.tied=False", "model.tied", False),
+        ("--config.model.tied=0", "model.tied", False),
         ("--config.model.embeddings=a=b c", "model.embeddings", "a=b c"),
         ("--config.model.embeddings='x'", "model.embeddings", "'x'"),
         ("--config.model.embeddings=1", "model.embeddings", "1"),
@@ -186,6 +186,64 @@ def test_a_bad_override_is_explained(argument, message):
         override(Config(), [argument], "train", "p.json")
     assert message in str(error.value)
     assert not str(error.value).startswith("p.json")
+
+
+CONDITIONAL = {name: field.only for name, field in flatten(Config()).items() if field.only}
+
+
+def test_fields_of_other_methods_are_declared():
+    """Every field of a group has the group's conditions."""
+    of_method = {name: str(only[-1]) for name, only in CONDITIONAL.items() if name.startswith("decode.")}
+    assert of_method == {
+        **dict.fromkeys(("decode.temperature", "decode.top_k", "decode.top_p"), "decode.method=sample"),
+        **dict.fromkeys(("decode.beam_width", "decode.length_penalty"), "decode.method=beam"),
+    }
+    shapes = [name for name in flatten(Config()) if name.startswith("data.shapes.")]
+    assert shapes
+    assert {tuple(map(str, CONDITIONAL[name])) for name in shapes} == {("dataset=shapes",)}
+    assert list(map(str, CONDITIONAL["train.hard_reward"])) == ["train.epochs", "model.attention=hard"]
+    assert str(CONDITIONAL["train.cider_temperature"][0]) == "train.cider_epochs"
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_an_override_without_effect_is_refused(name):
+    """The preset itself may hold such a field. The override is accepted once the other field has the needed value."""
+    names = {condition.name for condition in CONDITIONAL[name]}
+    needed = {
+        condition.name: condition.value or ("mixed10" if condition.name == "train.finetune.block" else "1")
+        for condition in CONDITIONAL[name]
+    }
+    other = {
+        "decode.method": "greedy", "dataset": "folder", "encoder.weights": "imagenet", "train.schedule": "cosine",
+        "model.attention": "soft", "train.cider_epochs": "0", "train.epochs": "0", "train.finetune.block": "",
+    }  # fmt: skip
+    value = flatten(Config())[name].value
+    mine = f"--config.{name}={value}"
+    # Without epochs a run is self-critical.
+    base = changed(train__cider_epochs=1) if "train.epochs" in names else Config()
+    met = [f"--config.{field}={text}" for field, text in needed.items()]
+    assert flatten(override(base, [mine, *met], "train", "p.json"))[name].value == value
+    for field in needed:
+        unmet = [*met, f"--config.{field}={other[field]}"]
+        with pytest.raises(ConfigError) as error:
+            override(base, [mine, *unmet], "train", "p.json")
+        found = other[field] or "''"
+        wanted = CONDITIONAL[name][list(needed).index(field)]
+        assert str(error.value).startswith(f"{mine}: has no effect, found {field}={found}, expected {wanted}")
+        assert flatten(override(base, unmet, "train"))[name].value == value  # from the preset: not refused
+
+
+def test_the_error_of_an_override_without_effect_names_field_method_and_remedy():
+    with pytest.raises(ConfigError) as error:
+        override(Config(), ["--config.decode.beam_width=3"], "caption")
+    assert str(error.value) == (
+        "--config.decode.beam_width=3: has no effect, found decode.method=greedy, expected decode.method=beam;"
+        " set --config.decode.method too, or leave --config.decode.beam_width out"
+    )
+    with pytest.raises(ConfigError, match=r"found decode\.method=beam, expected decode\.method=sample; set --config"):
+        override(Config(), ["--config.decode.method=beam", "--config.decode.top_k=40"], "caption")
+    with pytest.raises(ConfigError, match=r"found train\.cider_epochs=0, expected train\.cider_epochs to be set; set"):
+        override(Config(), ["--config.train.cider_temperature=0.7"], "train")
 
 
 def test_an_error_in_a_field_without_an_override_names_the_file():

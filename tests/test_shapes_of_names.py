@@ -177,7 +177,7 @@ def decode(variant: dict[str, Any], vary: bool = False, members: int = 1, **opti
     distinct(sizes)
     with Recorder(MODULES, sizes) as recorder:
         bind, init = create(config, vary)
-        generator = generate.Generator([bind] * members, config.decode)
+        generator = generate.Generator([bind] * members, config.decode, WORDS)
         params = [jax.eval_shape(init, jax.random.key(0))] * members
         frozen = jax.eval_shape(lambda params: generator.freeze(*params), params)
         feats_IPF = jax.ShapeDtypeStruct((images, P, F), jnp.float32)
@@ -218,7 +218,8 @@ def recorders() -> dict[str, Recorder]:
     for name in ("gru", "positions", "all"):
         found[f"greedy {name}"] = decode(VARIANTS[name], method="greedy")
         found[f"beam {name}"] = decode(VARIANTS[name], method="beam", beam_width=WIDTH)
-    found["beam, no repeats"] = decode({}, method="beam", beam_width=WIDTH, no_repeat_ngram=2)
+    constrained: dict[str, Any] = {"no_repeat_ngram": 2, "min_length": 2, "bad_endings": "aa"}
+    found["beam, constrained"] = decode({}, method="beam", beam_width=WIDTH, **constrained)
     found["greedy, positions vary"] = decode({"initial_state": "mean"}, True, method="greedy")
     found["greedy, ensemble"] = decode({}, members=2, method="greedy")
     found["sample"] = decode({}, method="sample", top_k=6, top_p=0.5)

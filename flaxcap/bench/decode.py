@@ -1,6 +1,7 @@
 """`flaxcap bench decode`: captions of synthetic features, for batches and for single images."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 
@@ -58,7 +59,9 @@ class _EndlessCaptioner:
         bind, init = decoder_lib.create(config, sizes)
         params = jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
         endless = decoder_lib.with_output(bind, lambda weights: output_layer.exclude(weights, slice(END, END + 1)))
-        self._decode = generate.Generator(endless, config.decode)
+        # The synthetic vocabulary has no other list of words.
+        options = dataclasses.replace(config.decode, bad_endings="english" if config.decode.bad_endings else "")
+        self._decode = generate.Generator(endless, options, synthetic.vocabulary(config.data))
         self._frozen = self._decode.freeze(params)
         self._seed = config.seed
         # Features are on the device before the first repetition: `flaxcap bench input` measures their transfer.

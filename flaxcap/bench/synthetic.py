@@ -6,8 +6,9 @@ import numpy as np
 
 from flaxcap import config as config_lib
 from flaxcap.input_pipeline.batching import Batch, Plan
+from flaxcap.text import function_words
 from flaxcap.text.tokens import Tokens
-from flaxcap.text.vocabulary import END, START
+from flaxcap.text.vocabulary import END, SPECIAL, START, Vocabulary
 
 CAPTIONS = 5  # an image
 SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, with <start> and <end>
@@ -17,6 +18,12 @@ BLOCK = 256  # images with different features; later images repeat them, to save
 def vocabulary_size(data: config_lib.Data) -> int:
     """Returns the number of token ids. The first four are no words."""
     return max(data.vocab_size + 1, END + 2)
+
+
+def vocabulary(data: config_lib.Data) -> Vocabulary:
+    """Returns a vocabulary of English function words, at most half of the words, and of numbers."""
+    size = vocabulary_size(data) - len(SPECIAL)
+    return Vocabulary([*SPECIAL, *[*sorted(function_words.ENGLISH)[: size // 2], *map(str, range(size))][:size]])
 
 
 def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:

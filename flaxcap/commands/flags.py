@@ -177,10 +177,11 @@ def _fields_help(group: Any, prefix: str = "") -> list[str]:
     lines, groups = [], []
     for f in dataclasses.fields(group):
         value, name, rules = getattr(group, f.name), prefix + f.name, f.metadata["rules"]
+        needs = "".join(f" (needs {condition})" for condition in f.metadata["only"])
         if dataclasses.is_dataclass(value):
-            groups += ["", f"{name}: {rules.help}", *_fields_help(value, f"{name}.")]
+            groups += ["", f"{name}: {rules.help}{needs}", *_fields_help(value, f"{name}.")]
         else:
             bounds = f" [{rules.bounds}]" if rules.bounds else ""
             choices = f" <{'|'.join(rules.choices)}>" if rules.choices else ""
-            lines.append(f"  {name} = {value!r}: {rules.help}{bounds}{choices}")
+            lines.append(f"  {name} = {value!r}: {rules.help}{bounds}{choices}{needs}")
     return lines + groups

@@ -170,7 +170,7 @@ def _join(
     optimizer = make_optimizer(config.train)
     train_step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, first_stage, source.encode)
     eval_step = step_lib.make_eval_step(bind, mesh, config.train, source.encode)
-    generator = generate.Generator(bind, config.decode)
+    generator = generate.Generator(bind, config.decode, vocabulary)
     validate = validation.Validation(config, prepared.split("val"), vocabulary, mesh, generator, eval_step, source)
     if validate.unit != "words":
         print(f"CIDEr counts {validate.unit}: the validation captions have no spaces between words")

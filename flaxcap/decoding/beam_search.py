@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcap.config import Decode
+from flaxcap.decoding.constraints import Constraints
 from flaxcap.decoding.step import BLOCK, FIRST_WORD, Decoded, Step
 from flaxcap.text.vocabulary import END, PAD, START
 
@@ -33,7 +34,7 @@ class _Beams(NamedTuple):
     ended: _Ended
 
 
-def beam_search(step: Step, config: Decode) -> Decoded:
+def beam_search(step: Step, config: Decode, constraints: Constraints) -> Decoded:
     """Returns each image's best caption by log-probability / length ** length_penalty.
 
     Wu et al. 2016 (arXiv:1609.08144), section 7, use this normalisation; <end> counts as a token. Each step ranks all
@@ -42,6 +43,11 @@ def beam_search(step: Step, config: Decode) -> Decoded:
     than the best ended one: a log-probability only falls, and at best it is divided by the greatest length.
 
     The hypotheses take the place of an image's captions: they share its memory. The first step has one.
+
+    Args:
+      step: of the decoders and images.
+      config: the width and the length penalty.
+      constraints: on the captions.
     """
     images, length, width = step.images, config.max_length, config.beam_width
 
@@ -63,10 +69,8 @@ def beam_search(step: Step, config: Decode) -> Decoded:
         carries, logits_BV, alpha_IKP = step(s.carries, s.last_IK, s.t)
         beams = s.last_IK.shape[1]
         base_IK = s.log_prob_IK - jax.nn.logsumexp(logits_BV, -1).reshape(images, beams)
+        logits_BV = constraints.restrict(logits_BV, s.tokens_IKT, s.last_IK, s.t)
         ends_IK = base_IK + logits_BV[:, END].reshape(images, beams)
-        if 0 < config.no_repeat_ngram < length:
-            repeats = _repeats(s.tokens_IKT, s.t, config.no_repeat_ngram).reshape(images * beams, -1)
-            logits_BV = jax.vmap(lambda x, ids: x.at[ids].set(-jnp.inf))(logits_BV, repeats)
         # The K best of all words are among the K best after each hypothesis: the others need no log-probability.
         top_logits, top_words = _top_words(logits_BV, min(width, step.words - FIRST_WORD))
         top_log_probs = base_IK[..., None] + top_logits.reshape(images, beams, -1)
@@ -121,16 +125,6 @@ def beam_search(step: Step, config: Decode) -> Decoded:
 def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
     """Returns x[i, index[i, j]], as a gather that keeps each image on its own device."""
     return jax.vmap(lambda x, index: x[index])(x, index)
-
-
-def _repeats(tokens_IKT: jax.Array, t: jax.Array, n: int) -> jax.Array:
-    """Returns the words `[I, K, T - n]` that would, as token t, repeat a run of n tokens; <pad> where none would."""
-    starts = tokens_IKT.shape[-1] - n
-    recent = jax.lax.dynamic_slice_in_dim(tokens_IKT, t - n + 1, n - 1, 2)
-    repeats = (jnp.arange(starts) <= t - n)[None, None]
-    for k in range(n - 1):
-        repeats &= tokens_IKT[..., k : k + starts] == recent[..., k : k + 1]
-    return jnp.where(repeats, tokens_IKT[..., n - 1 : n - 1 + starts], PAD)
 
 
 def _top_words(x_BV: jax.Array, k: int, block: int = BLOCK) -> tuple[jax.Array, jax.Array]:

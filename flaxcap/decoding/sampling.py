@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcap.config import Decode
+from flaxcap.decoding.constraints import Constraints
 from flaxcap.decoding.step import Step
 from flaxcap.text.vocabulary import END, PAD, START
 
@@ -28,12 +29,15 @@ class _Loop(NamedTuple):
     captions: DecodedCaptions
 
 
-def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1) -> DecodedCaptions:
+def one_by_one(
+    step: Step, config: Decode, constraints: Constraints, keys_I: jax.Array, captions: int = 1
+) -> DecodedCaptions:
     """Returns greedy or sampled captions.
 
     Args:
       step: of the decoders and images.
       config: the method, and what restricts sampling.
+      constraints: on the captions.
       keys_I: a PRNG key for each image; greedy decoding ignores it.
       captions: K, captions an image.
     """
@@ -43,7 +47,8 @@ def one_by_one(step: Step, config: Decode, keys_I: jax.Array, captions: int = 1)
         carries, logits_BV, alpha_IKP = step(s.carries, s.last_IK, s.t)
         ids_V = jnp.arange(logits_BV.shape[-1])
         allowed_V = jnp.where(s.t == length - 1, ids_V == END, ids_V >= END)
-        allowed_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
+        restricted_BV = constraints.restrict(logits_BV, s.captions.tokens_IKT, s.last_IK, s.t)
+        allowed_BV = jnp.where(allowed_V[None], restricted_BV, -jnp.inf)
         if config.method == "greedy":
             # The result of argmax, which takes several times as long in XLA:CPU (jaxlib 0.10).
             best_BV = allowed_BV == allowed_BV.max(-1, keepdims=True)

@@ -70,7 +70,7 @@ class Captioner:
     @functools.cached_property
     def generator(self) -> Generator:
         """The decoding programs of the preset's method."""
-        return Generator([self.bind, *(other.bind for other in self.others)], self.config.decode)
+        return Generator([self.bind, *(other.bind for other in self.others)], self.config.decode, self.vocabulary)
 
     @functools.cached_property
     def frozen(self) -> tuple:

@@ -5,14 +5,9 @@ from collections.abc import Sequence
 
 from flaxcap.errors import UserError
 from flaxcap.metrics.units import WORDS, Unit
+from flaxcap.text import function_words
 from flaxcap.text.vocabulary import SPECIAL, Vocabulary
 
-# A word must follow them. 1% of Flickr8k's captions end in one, most of these in "on".
-FUNCTION_WORDS = frozenset({
-    "a", "an", "the", "this", "these", "his", "its", "their", "and", "or", "but", "while", "as", "that", "which", "who",
-    "of", "with", "in", "on", "at", "to", "from", "by", "for", "into", "onto", "near", "next", "over", "under", "very",
-    "between", "through", "across", "beside", "along", "against", "during", "is", "are", "was", "were", "be", "being",
-})  # fmt: skip
 REPEATED = (1, 2, 3, 4)  # words
 
 
@@ -22,7 +17,7 @@ def health(
     """Returns a report on the captions of a split. Values are shares from 0 to 1 unless the table says otherwise.
 
         empty                captions without a word
-        function_word_end    captions that end in one of FUNCTION_WORDS
+        function_word_end    captions that end in one of `function_words.ENGLISH`
         unique               distinct captions, of all captions
         words_used           distinct words in the captions (a number)
         vocabulary_used      tokens of the vocabulary that the captions contain
@@ -54,7 +49,7 @@ def health(
 
     return {
         "empty": share([not caption for caption in captions]),
-        "function_word_end": share([bool(caption) and caption[-1] in FUNCTION_WORDS for caption in captions]),
+        "function_word_end": share([bool(caption) and caption[-1] in function_words.ENGLISH for caption in captions]),
         "unique": len(set(captions)) / len(captions),
         "words_used": float(len(used)),
         "vocabulary_used": len(used_tokens & known) / len(known),

@@ -138,6 +138,8 @@ def _make_sample(bind: Bind, config: Config, mesh: Mesh) -> Any:
     """Returns `sample(params, bank_NPF, index_JI, key, step) -> tokens_JICT, longest`.
 
     Each device samples for its own images. `longest`, int32 []: the tokens of the longest caption of all devices.
+    `decode.min_length`, `no_repeat_ngram` and `bad_endings` do not apply: the gradient needs samples of the model's own
+    distribution. Their faults lower the reward.
     """
     options = Decode(method="sample", max_length=config.decode.max_length)
     captions, bind = config.train.captions_per_image, _sampling(bind, config.train)

@@ -124,8 +124,11 @@ def test_decode(tmp_path, capsys):
     assert json.loads(line) == line_of(capsys.readouterr().out)
 
 
-def test_decode_by_beam_search():
-    beam = dataclasses.replace(TINY, decode=Decode(method="beam", beam_width=3, max_length=5, batch_size=1))
+@pytest.mark.parametrize("options", [{}, {"no_repeat_ngram": 1, "min_length": 2, "bad_endings": "of the"}])
+def test_decode_by_beam_search(options):
+    """Constraints do not shorten the captions: every run does equal work."""
+    decode = Decode(method="beam", beam_width=3, max_length=5, batch_size=1, **options)
+    beam = dataclasses.replace(TINY, decode=decode)
     result = runner.bench("decode", beam, **GIVEN)
     assert (result["facts"]["method"], result["facts"]["tokens_a_caption"]) == ("beam", 5)
     for figures in result["repetitions"]:

@@ -74,3 +74,6 @@ def test_help_lists_choices_and_bounds(capsys):
     assert "--split: <train|val|test>" in out
     assert re.search(r"model\.cell = 'gru': .* <gru\|lstm>$", out, re.MULTILINE)
     assert re.search(r"train\.dropout\.image = 0\.0: .* \[0 to 0\.99\]$", out, re.MULTILINE)
+    assert re.search(r"decode\.beam_width = 5: hyp.* \[1 to 1000\] \(needs decode\.method=beam\)$", out, re.MULTILINE)
+    assert re.search(r"train\.cider_temperature = .* \(needs train\.cider_epochs\)$", out, re.MULTILINE)
+    assert re.search(r"^data\.shapes: .* \(needs dataset=shapes\)$", out, re.MULTILINE)

@@ -1,143 +1,25 @@
 """Beam search against a plain beam search, against all possible captions, and against teacher forcing."""
 
-import functools
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_decoding import FEATS_IPF, MODELS, Ensemble, I, Small, T, V, caption, plain_beam_search, small
 
-from flaxcap.config import Config, Decode, Model, Train
-from flaxcap.decoding import beam_search, generate
-from flaxcap.decoding.step import FIRST_WORD, Decoded
-from flaxcap.models import decoder as decoder_lib
-from flaxcap.models import output_layer
+from flaxcap.decoding import beam_search
+from flaxcap.decoding.constraints import Constraints
+from flaxcap.decoding.step import FIRST_WORD
 from flaxcap.runtime import sharding
 from flaxcap.text.vocabulary import END, PAD, START, UNK
 
-F, V, I, T = 12, 20, 8, 9
-WIDTHS: dict[str, Any] = {"image_dim": 6, "embedding_dim": 5, "attention_dim": 7, "hidden_dim": 8, "head_dim": 9}
-FEATS_IPF = jax.random.normal(jax.random.key(9), (I, 64, F))
-
-
-class Small:
-    """A decoder with large random parameters: its captions differ, and have different lengths."""
-
-    def __init__(self, vocabulary: int, seed: int = 26, end: float = 1.0, **options: Any):
-        precision = {name: options.pop(name) for name in ("dtype", "matmul_dtype") if name in options}
-        config = Config(model=Model(**WIDTHS | options), train=Train(**precision))
-        self.bind, init = decoder_lib.create(config, decoder_lib.Sizes(64, F, vocabulary))
-        leaves, tree = jax.tree.flatten(init(jax.random.key(3)))
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        noise = [0.8 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-        self.params = jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
-        self.params = self.biased(END=end)
-        self.runs: dict[str, Any] = {}
-
-        @jax.jit
-        def forced(params: decoder_lib.Params, feats_PF: jax.Array, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-            decoder = self.bind(params)
-            states_TICS, alpha_TICP = decoder(feats_PF[None], tokens_T[None, None])
-            logits_TV = output_layer.logits(decoder.output_weights(), states_TICS[:, 0, 0])
-            return jax.nn.log_softmax(logits_TV), alpha_TICP[:, 0, 0]
-
-        self.forced = forced
-
-    def biased(self, **bias: float) -> decoder_lib.Params:
-        """Returns the parameters with numbers added to special tokens' biases, as in `PAD=3.0`."""
-        ids = {"PAD": PAD, "UNK": UNK, "START": START, "END": END}
-        bias_V = self.params["vocabulary"]["bias"]
-        for name, value in bias.items():
-            bias_V = bias_V.at[ids[name]].add(value)
-        return self.params | {"vocabulary": self.params["vocabulary"] | {"bias": bias_V}}
-
-    def run(self, feats_IPF: Any = FEATS_IPF, params: decoder_lib.Params | None = None, **options: Any) -> Decoded:
-        config = Decode(**{"max_length": T, "method": "beam", "beam_width": 3, **options})
-        name = str(config)
-        if name not in self.runs:
-            self.runs[name] = generate.Generator(self.bind, config)
-        params = self.params if params is None else params
-        generator = self.runs[name]
-        return jax.device_get(generator(generator.freeze(params), feats_IPF, jax.random.key(0)))
-
-    def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
-        """Runs teacher forcing.
-
-        Returns:
-          The log-probabilities `[tokens + 1, V]` after each prefix, and the attention weights `[tokens + 1, P]`.
-        """
-        padded = np.full(length, PAD)
-        padded[: len(tokens) + 1] = START, *tokens
-        log_probs, alpha = self.forced(self.params, FEATS_IPF[image], padded)
-        return np.array(log_probs)[: len(tokens) + 1], np.array(alpha)[: len(tokens) + 1]
-
-
-@functools.cache
-def small(**options: Any) -> Small:
-    return Small(V, **options)
-
-
-class Ensemble:
-    """An ensemble of decoders: a word's probability is the mean of the members' probabilities."""
-
-    def __init__(self, *members: Small):
-        self.members = members
-
-    def run(self, **options: Any) -> Decoded:
-        config = Decode(**{"max_length": T, "method": "beam", **options})
-        generator = generate.Generator([m.bind for m in self.members], config)
-        frozen = generator.freeze(*(m.params for m in self.members))
-        return jax.device_get(generator(frozen, FEATS_IPF, jax.random.key(0)))
-
-    def follow(self, image: int, tokens: tuple[int, ...], length: int = T) -> tuple[np.ndarray, np.ndarray]:
-        log_probs, alphas = zip(*(m.follow(image, tokens, length) for m in self.members), strict=True)
-        return np.log(np.mean(np.exp(log_probs), 0)), np.mean(alphas, 0)
-
-
-def caption(tokens_T: Any) -> tuple[int, ...]:
-    """Returns the tokens up to and including the first <end>."""
-    return tuple(tokens_T[: int(np.argmax(tokens_T == END)) + 1].tolist())
+FREE = Constraints(T)
 
 
 def repeats(tokens: tuple[int, ...], n: int) -> bool:
     runs = list(zip(*[tokens[k:] for k in range(n)], strict=False))
     return len(set(runs)) < len(runs)
-
-
-def plain_beam_search(
-    of: Small | Ensemble, image: int, width: int, penalty: float = 0.0, n: int = 0
-) -> tuple[tuple[int, ...], float]:
-    """Searches for one image, one hypothesis at a time.
-
-    Args:
-      of: the decoder or ensemble.
-      image: the index of the image.
-      width: hypotheses.
-      penalty: the length penalty.
-      n: no run of n words may occur twice; 0: any run may.
-
-    Returns:
-      The best caption and its log-probability.
-    """
-    live, ended = [((), 0.0)], []
-    for t in range(T):
-        after = []
-        for tokens, log_prob in live:
-            next_V = of.follow(image, tokens)[0][-1]
-            for token in [END] if t == T - 1 else range(END, V):
-                if not (n and repeats((*tokens, token), n)):
-                    after.append(((*tokens, token), log_prob + float(next_V[token])))
-        after.sort(key=lambda x: -x[1])
-        ended += [x for x in after[:width] if x[0][-1] == END]
-        live = [x for x in after if x[0][-1] != END][:width]
-        if len(ended) >= width:
-            break
-    return max(ended, key=lambda x: x[1] / len(x[0]) ** penalty)
-
-
-MODELS = [{}, {"cell": "lstm", "initial_state": "mean", "attention_gate": True, "seed": 12, "end": 0.0}]
 
 
 @pytest.mark.parametrize("options", [*MODELS, {"dtype": "bfloat16"}, {"matmul_dtype": "bfloat16"}])
@@ -157,7 +39,7 @@ def test_it_finds_the_captions_of_a_plain_beam_search(options, width, penalty, n
     of = small(**options)
     found = of.run(beam_width=width, length_penalty=penalty, no_repeat_ngram=n)
     for i in range(I):
-        tokens, log_prob = plain_beam_search(of, i, width, penalty, n)
+        tokens, log_prob = plain_beam_search(of, i, width, penalty, Constraints(T, no_repeat_ngram=n))
         assert caption(found.tokens_IT[i]) == tokens
         np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
 
@@ -167,7 +49,7 @@ def test_an_ensemble_finds_the_captions_of_a_plain_beam_search_over_mean_probabi
     of = Ensemble(*(small(**options) for options in MODELS))
     found = of.run(beam_width=3, length_penalty=1.0)
     for i in range(I):
-        tokens, log_prob = plain_beam_search(of, i, 3, 1.0)
+        tokens, log_prob = plain_beam_search(of, i, 3, 1.0, FREE)
         assert caption(found.tokens_IT[i]) == tokens
         np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
         np.testing.assert_allclose(found.alpha_ITP[i, : len(tokens)], of.follow(i, tokens[:-1])[1], atol=1e-5)
@@ -179,7 +61,7 @@ def test_a_deep_and_tied_decoder_finds_the_captions_of_a_plain_beam_search():
     of = small(output="deep", tied=True, head_dim=5, seed=4)
     found = of.run(beam_width=3)
     for i in range(I):
-        tokens, log_prob = plain_beam_search(of, i, 3)
+        tokens, log_prob = plain_beam_search(of, i, 3, 0.0, FREE)
         assert caption(found.tokens_IT[i]) == tokens
         np.testing.assert_allclose(found.log_prob_I[i], log_prob, rtol=1e-4)
     assert len({caption(t) for t in found.tokens_IT}) > 3
