@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 SIZES = ((0, 0), (0, 7), (7, 0), (1, 65_000), (9_000, 9_000), (16_383, 16_383), (65_535, 65_535))
 
@@ -70,6 +70,12 @@ def sound(seed: int = 0) -> dict[str, bytes]:
         "strips.tif": encoded(rgb, "TIFF"),
         "packed.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
     }
+    if features.check("avif"):
+        found |= {
+            "plain.avif": encoded(rgb, "AVIF", exif=rotated[6], icc_profile=profile),
+            "alpha.avif": encoded(rgba, "AVIF", subsampling="4:4:4"),
+            "moving.avif": encoded(rgb, "AVIF", **animated),
+        }
     return found | {f"turned{n}.jpg": encoded(rgb, "JPEG", exif=exif) for n, exif in enumerate(rotated)}
 
 

@@ -19,6 +19,7 @@ from flaxcap.features.npy_maps import FeatureShape, read_filled
 from flaxcap.features.shards import StoreError
 from flaxcap.files.integrity import is_inside
 from flaxcap.images import decode, fetch
+from flaxcap.images.sources import Sources
 from flaxcap.inference import plots
 from flaxcap.inference.captioner import Caption, Captioner, stem
 
@@ -90,9 +91,9 @@ def _plot(captioner: Captioner, image: Any, caption: Caption, file: pathlib.Path
     return str(file)
 
 
-def from_sources(sources: list[str], *, private_urls: bool = False) -> NamedImages:
-    """Returns the images of paths, directories and addresses. `private_urls`: also of addresses that are not public."""
-    return [(name, lambda name=name: fetch.read(name, private=private_urls)) for name in fetch.names(sources)]
+def from_sources(names: Iterable[str], *, private_urls: bool = False) -> NamedImages:
+    """Returns the images of files and addresses. `private_urls`: also of addresses that are not public."""
+    return [(name, lambda name=name: fetch.read(name, private=private_urls)) for name in names]
 
 
 def from_split(captioner: Captioner, data_dir: epath.PathLike, role: str, count: int) -> NamedImages:
@@ -118,11 +119,14 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     if bool(positional) == bool(flags.split):
         raise UserError("name images to caption (files, directories, addresses), or a --split")
     captioner = from_flags.captioner(flags, config)
+    sources = Sources(positional, recursive=flags.recursive)
     if positional:
-        images = from_sources(positional, private_urls=flags.allow_private_urls)
+        images = from_sources(sources.images, private_urls=flags.allow_private_urls)
     else:
         images = from_split(captioner, flags.data_dir, flags.split, flags.num_images)
-    failed = 0
+    failed = len(sources.failed)
+    for name, reason in sources.failed:
+        print(f"{plain(name)}: {plain(reason)}", file=sys.stderr)
     npy_dir = flags.npy_dir or (captioner.about.get("imported_from") if flags.split else None)
     plot_dir = flags.out_dir if flags.plot else None
     for found in caption(captioner, images, npy_dir=npy_dir, plot_dir=plot_dir, seed=flags.seed):
@@ -134,4 +138,6 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
         print(f"{plain(found.name)}: {plain(found.caption)}  (log-probability {found.log_prob:.2f})")
         if found.plot:
             print(f"  {found.plot}")
+    for note in sources.notes():
+        print(f"flaxcap caption: {plain(note)}", file=sys.stderr)
     return FAILED if failed else 0

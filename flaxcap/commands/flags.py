@@ -121,6 +121,7 @@ def _define_caption(to: dict[str, Any]) -> None:
     flags.DEFINE_string(
         "npy_dir", None, "feature maps FILENAME.npy, for a model that was trained on imported maps", **to
     )
+    flags.DEFINE_boolean("recursive", False, "also caption the images in subdirectories of directories", **to)
     flags.DEFINE_boolean("plot", False, "draw the attention weights of each word", **to)
     flags.DEFINE_string("out_dir", "captions", "directory for the drawings", **to)
     flags.DEFINE_boolean(

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, UnidentifiedImageError
 
 from flaxcap.files import size_limits
 from flaxcap.images import headers
+from flaxcap.images.formats import FORMATS, unreadable
 from flaxcap.images.headers import ImageError
 from flaxcap.images.preprocess import Preprocess, centre
 
-# Formats that Pillow 13 decodes itself. Others are rare, and EPS starts an external program.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several threads decode images already
 
 # Written to a store's manifest and to exports: features match only images that were decoded in the same way.
 DECODING = (
@@ -41,7 +41,8 @@ _UPRIGHT = {
 _FILTERS_LOCK = threading.Lock()
 
 MAX_PIXELS = 64_000_000
-BYTES_A_PIXEL = 17  # memory of decoding: 17 bytes for WebP, up to 14 for other formats
+# Memory of decoding: 17 bytes for WebP, up to 14 for other formats; AVIF's planes take 4 more for 10 or 12 bits.
+BYTES_A_PIXEL = 18
 MAX_MEMORY = MAX_PIXELS * BYTES_A_PIXEL  # of all images that are being decoded
 _LARGE = MAX_MEMORY // 16  # from this size on, an image's memory is returned to the system at once
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
@@ -126,7 +127,7 @@ def to_square(
     level on average.
 
     Everything except damaged pixels is refused before pixels are unpacked. One image takes up to BYTES_A_PIXEL bytes
-    a pixel, and all threads together MAX_MEMORY (1.1 GB). Three bytes for each byte of the files come on top.
+    a pixel, and all threads together MAX_MEMORY (1.2 GB). Three bytes for each byte of the files come on top.
 
     Args:
       data: the bytes of the file.
@@ -187,7 +188,9 @@ def _decode(
         raise ImageError("the file is empty")
     if len(data) > size_limits.IMAGE:
         raise ImageError(f"the file has more than the {size_limits.IMAGE} bytes allowed")
-    scans = headers.check(data)
+    cost = headers.check(data)
+    if cost.pixels > max_pixels:
+        raise ImageError(f"a frame of {cost.pixels} pixels is more than the {max_pixels} allowed")
     _silence_pillow()
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -201,14 +204,15 @@ def _decode(
             scales = frame.width / (right - left), frame.height / (bottom - top)
             drafted = image.draft(None, (math.ceil(2 * full[0] * scales[0]), math.ceil(2 * full[1] * scales[1])))
             # libjpeg keeps all coefficients of several scans, but only a few rows of a single scan.
-            kept = full_pixels if scans > 1 or "progressive" in image.info else image.width * image.height
+            kept = full_pixels if cost.scans > 1 or "progressive" in image.info else image.width * image.height
             # Closed before its bytes are free for others: an exception's traceback would otherwise keep the pixels.
-            with _MEMORY.reserve(kept * BYTES_A_PIXEL), contextlib.closing(image):
+            with _MEMORY.reserve(max(kept, cost.pixels) * BYTES_A_PIXEL), contextlib.closing(image):
                 return _resized(image, frame, _scaled(frame.box, full, drafted and drafted[1]), resample)
     except ImageError as error:
         reason = str(error)
     except UnidentifiedImageError:
-        reason = f"not an image, or a damaged header (expected {', '.join(FORMATS)})"
+        found = unreadable(data)
+        reason = f"{f'found {found}' if found else 'not an image, or a damaged header'} (expected {', '.join(FORMATS)})"
     except Image.DecompressionBombError as error:
         reason = f"too many pixels: {error}"
     except Exception as error:  # Pillow 13's decoders raise many kinds for damaged files

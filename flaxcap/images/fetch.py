@@ -1,9 +1,8 @@
-"""Image files from the user's sources: files, directories and web addresses."""
+"""The bytes of image files, from disks and from web addresses."""
 
 import concurrent.futures
 import http.client
 import ipaddress
-import os
 import pathlib
 import socket
 import ssl
@@ -13,7 +12,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 
 from flaxcap.errors import UserError, cut, plain
 from flaxcap.files import integrity, size_limits
@@ -21,36 +19,12 @@ from flaxcap.files import integrity, size_limits
 MAX_BYTES = size_limits.IMAGE
 TIMEOUT_S = 20  # without data from the server
 TOTAL_S = 60  # for a complete download
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses, as an IPv6-only network reaches them
 
 
 class FetchError(UserError):
     """An image file that cannot be read or downloaded; the message is the reason."""
-
-
-def names(sources: list[str]) -> Iterator[str]:
-    """Yields files and addresses unchanged, and for a directory its image files, sorted by name.
-
-    Raises:
-      FetchError: a file or directory does not exist, or a directory contains no image file.
-    """
-    for source in sources:
-        if integrity.is_remote(source):
-            yield source
-            continue
-        path = os.path.expanduser(source)
-        if os.path.isdir(path):
-            folder = pathlib.Path(path)
-            found = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-            if not found:
-                raise FetchError(f"{source}: found no image in the directory, expected {', '.join(sorted(SUFFIXES))}")
-            yield from found
-        elif os.path.isfile(path):
-            yield path
-        else:
-            raise FetchError(f"{source}: no such file or directory, and not an http(s) address")
 
 
 def read(name: str, *, private: bool = False) -> bytes:

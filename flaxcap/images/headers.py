@@ -4,11 +4,16 @@ Pillow limits only the number of pixels. A few bytes of a header can cost much m
 
 - a scan of a JPEG makes the decoder process all pixels once more;
 - for a segment of a JPEG, a chunk of a PNG, a comment of a GIF or a strip of a TIFF, Pillow keeps a Python object;
+- an AVIF's frame can be larger than the file says, see avif.py;
 - for each EXIF segment of a JPEG or comment of a PPM, Pillow copies data that it has read already.
 """
 
 import re
 import struct
+from typing import NamedTuple
+
+from flaxcap.images import avif
+from flaxcap.images.avif import ImageError
 
 MAX_SEGMENTS = 1_000  # of a JPEG; a colour profile has up to 255, a depth map a similar number
 MAX_SCANS = 100  # of a JPEG; a progressive one has about ten
@@ -27,14 +32,15 @@ _INTEGERS = {1: 1, 3: 2, 4: 4, 6: 1, 8: 2, 9: 4, 16: 8, 17: 8}  # TIFF's type ->
 _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT = 256, 257, 322, 323
 
 
-class ImageError(ValueError):
-    """Bytes that are not a usable image; the message is the reason."""
+class Cost(NamedTuple):
+    """The effort of decoding an image, as far as its header tells."""
+
+    scans: int = 1  # of a JPEG: how often the decoder processes all pixels
+    pixels: int = 0  # of an AVIF's largest coded frame
 
 
-def check(data: bytes) -> int:
-    """Returns how often a decoder processes the pixels: the number of a JPEG's scans, 1 for other formats.
-
-    Other damage is left to the decoder.
+def check(data: bytes) -> Cost:
+    """Returns the cost of decoding an image. Other damage than excess is left to the decoder.
 
     Args:
       data: the bytes of the file.
@@ -43,7 +49,9 @@ def check(data: bytes) -> int:
       ImageError: a count or size in the header exceeds its limit, or the file is a PPM in text form.
     """
     if data.startswith(b"\xff\xd8"):
-        return _check_jpeg(data)
+        return Cost(scans=_check_jpeg(data))
+    if data[4:8] == b"ftyp":
+        return Cost(pixels=avif.check(data))
     if data.startswith(b"\x89PNG"):
         _check_png(data)
     elif data.startswith(b"GIF8"):
@@ -52,7 +60,7 @@ def check(data: bytes) -> int:
         _check_tiff(data)
     elif data.startswith((b"P1", b"P2", b"P3")):
         raise ImageError("found a PPM, PGM or PBM in text form, expected its binary form")
-    return 1
+    return Cost()
 
 
 def _check_jpeg(data: bytes) -> int:

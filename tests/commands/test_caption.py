@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import pathlib
+import re
 import struct
 import zlib
 
@@ -12,6 +13,7 @@ from PIL import ExifTags, Image
 from trained import Trained
 
 from flaxcap.commands import caption
+from flaxcap.commands.main import main
 from flaxcap.images import decode as decode_lib
 from flaxcap.inference import loading
 from flaxcap.inference.captioner import Captioner
@@ -144,3 +146,26 @@ def test_attention_is_plotted_over_the_image(captioner, tmp_path, monkeypatch):
             assert image.format == "PNG"
             assert 300 < image.width < 2000
             assert 100 < image.height < 3000
+
+
+def test_a_directory_is_captioned_and_the_rest_reported(trained: Trained, tmp_path, capsys):
+    """The status is 1 for a dead link. Files that are no images do not change it."""
+    jpeg = io.BytesIO()
+    Image.open(io.BytesIO(png(1))).save(jpeg, "JPEG")
+    for name in ("b.jfif", "a.jpe", "sub/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg.getvalue())
+    (tmp_path / "notes.txt").write_text("a dog")
+    command = ["caption", str(tmp_path), f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == [str(tmp_path / name) for name in ("a.jpe", "b.jfif")]
+    skipped, subdirectory = err.splitlines()
+    assert re.fullmatch(r"flaxcap caption: skipped 1 file: not an image \(expected JPEG.*\): 'notes\.txt'", skipped)
+    assert subdirectory.startswith("flaxcap caption: 1 subdirectory was not read: ")
+    (tmp_path / "dead.jpg").symlink_to("gone.jpg")
+    assert main([*command, "--recursive"]) == 1
+    out, err = capsys.readouterr()
+    expected = [str(tmp_path / name) for name in ("a.jpe", "b.jfif", "sub/c.jpg")]
+    assert [line.split(": ")[0] for line in out.splitlines()] == expected
+    assert f"{tmp_path / 'dead.jpg'}: a dead link: there is no gone.jpg" in err.splitlines()

@@ -18,8 +18,8 @@ FLAGS = {
     " max_bad_steps",
     "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed manual_dir predictions"
     " split out_dir",
-    "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images npy_dir [no]plot"
-    " out_dir [no]allow_private_urls",
+    "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir"
+    " npy_dir [no]recursive [no]allow_private_urls",
     "export": "config data_dir verbosity workdir out",
     "verify": "config data_dir verbosity workdir",
     "bench": "config verbosity images steps warmup repeats workers against out",

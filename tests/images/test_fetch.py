@@ -1,7 +1,6 @@
 """Image files from files, directories and the web: reading, refusals and time limits."""
 
 import ipaddress
-import os
 import socket
 
 import pytest
@@ -27,42 +26,6 @@ def read(url: str) -> bytes:
 
 
 # Files
-
-
-def test_sources_are_files_directories_and_addresses(tmp_path, server):
-    for name in ("b.PNG", "a.png", "notes.txt", "c.jpeg"):
-        (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "folder.jpg").mkdir()
-    url = f"{server.url}/x y/ü.png?a=%20b"
-    found = list(fetch.names([url, str(tmp_path), str(tmp_path / "notes.txt")]))
-    names = ["a.png", "b.PNG", "c.jpeg", "notes.txt"]
-    assert found == [url, *(str(tmp_path / name) for name in names)]
-    assert [read(name) for name in found] == [BODY, *(name.encode() for name in names)]
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nothere", "no such file or directory"),
-        ("", "found no image in the directory, expected .bmp, "),
-        ("here.png/x", "no such file"),
-        ("x" * 5000, "no such file"),
-        ("a\0b", "no such file"),
-        ("fifo.png", "no such file"),
-    ],
-)
-def test_the_error_of_a_bad_source_names_it(source, message, tmp_path):
-    os.mkfifo(tmp_path / "fifo.png")  # opening it would block forever
-    path = str(tmp_path / source)
-    with pytest.raises(FetchError) as error:
-        list(fetch.names([path]))
-    assert str(error.value).startswith(f"{path}: ")
-    assert message in str(error.value)
-
-
-def test_the_home_of_an_unknown_user_is_refused():
-    with pytest.raises(FetchError, match=r"^~nobody-of-this-name/a\.png: no such file"):
-        list(fetch.names(["~nobody-of-this-name/a.png"]))
 
 
 def test_a_file_that_is_too_large_is_refused(tmp_path, monkeypatch):

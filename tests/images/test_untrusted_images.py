@@ -140,9 +140,9 @@ def test_large_profiles_tiles_and_many_parts_are_accepted(monkeypatch):
     headers.check(tiff((34675, 7, 3_000_000, 8), (270, 2, 300_000, 8), *SIZE, (322, 3, 1, 512), (323, 3, 1, 512)))
     headers.check(tiff((256, 4, 1, 8000), (257, 4, 1, 8000), (322, 4, 1, 8000), (323, 4, 1, 8000)))
     for cut_off in CUT_OFF:
-        assert headers.check(cut_off) == 1
+        assert headers.check(cut_off) == headers.Cost()
     progressive = torture_images.sound()["progressive.jpg"]
-    assert 5 < headers.check(progressive) < 20
+    assert 5 < headers.check(progressive).scans < 20
     # Any data may follow the image's end: phones append a video.
     video = np.random.default_rng(0).bytes(8 << 20)
     assert video.count(b"\xff\xda") > 100
