@@ -201,7 +201,7 @@ def sample_and_score() -> Recorder:
         bind, init = create(config)
         optimizer, schedule = make_optimizer(config.train), learning_rate(config.train, 10)
         state = init_state(init, optimizer, 0, mesh)
-        sample = self_critical.SelfCritical(bind, config, mesh, feed, WORDS, [["aa ab"]] * IMAGES)
+        sample = self_critical.SelfCritical(bind, config, mesh, feed, WORDS, [["aa ab"], *[["ac"]] * (IMAGES - 1)])
         inputs, _ = sample(state, feed(batches), batches)
         train_step = self_critical.make_train_step(bind, optimizer, schedule, mesh, config.train)
         jax.eval_shape(train_step, state, inputs)

@@ -36,7 +36,7 @@ def tiny_config(**train: Any) -> Config:
 
 
 def write_store(
-    data_dir: pathlib.Path, config: Config, images: int = 40, text: Callable[[str], str] = str
+    data_dir: pathlib.Path, config: Config, images: int = 40, text: Callable[[str], str] = str, val: int = 11
 ) -> store.Store:
     """Writes the store. The captions name a kind of image that the features show, so a model can learn it.
 
@@ -45,11 +45,12 @@ def write_store(
       config: names the store and its tokenizer.
       images: of the training split.
       text: returns the caption to write, of one of `WORDS`.
+      val: images of the validation split.
     """
     path = store.path_for(data_dir, config)
     rng = np.random.default_rng(0)
     splits = {}
-    for role, count in (("train", images), ("val", 11), ("test", 7)):
+    for role, count in (("train", images), ("val", val), ("test", 7)):
         kinds = rng.integers(4, size=count)
         rows = [
             Row(i, f"{role}{i}.jpg", tuple(text(_caption(rng, k)) for _ in range(int(rng.integers(1, 5)))))

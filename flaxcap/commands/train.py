@@ -47,8 +47,9 @@ def train(
     profile_dir: epath.PathLike | None = None,
     max_bad_steps: int = 10,
 ) -> float:
-    """Trains to the preset's last epoch and returns the best validation score: the CIDEr of generated captions.
+    """Trains to the preset's last epoch and returns the best validation score.
 
+    The score is the CIDEr of generated captions. Where that cannot rise, it is minus the validation loss.
     The run starts from the newest checkpoint in `workdir`. Without one it starts from the parameters of `init_from`.
     Without both it starts from random parameters.
 
@@ -74,6 +75,8 @@ def train(
         _claim(workdir, config, prepared, resume)
         source = _training_source(config, prepared, data_dir, init_from)
         parts, fresh = _join(config, workdir, prepared, source)
+        if notice := parts.validate.notice():
+            print(notice)
         state, progress = _first_state(fresh, parts.checkpoints, init_from, config, prepared.vocabulary(), data_dir)
         if int(state.step) < timeline(config.train, parts.plan).total:
             _check_memory(config, parts)

@@ -16,7 +16,11 @@ SIGMA = 6.0  # of the Gaussian, in words
 
 
 class Cider:
-    """CIDEr with the document frequencies of `references`."""
+    """CIDEr with the document frequencies of `references`.
+
+    Attributes:
+      informative: True if some n-gram tells images apart. With one image none does, and CIDEr is 0.
+    """
 
     def __init__(self, references: References):
         self._log_images = np.log(len(references.num_references))
@@ -25,6 +29,8 @@ class Cider:
             references.entry_reference, references.entry_order, weights, len(references.lengths)
         )
         self._reference_lengths = references.lengths
+        # False: every n-gram has a weight of 0, and so has every caption.
+        self.informative = bool((references.entry_images < len(references.num_references)).any())
 
     def cider_d(self, matches: Matches) -> np.ndarray:
         """Returns the CIDEr-D of each candidate, float64 from 0 to 10; pycocoevalcap calls it CIDEr."""

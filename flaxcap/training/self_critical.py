@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from flaxcap.config import Config, Decode, Dropout, Train
+from flaxcap.config import Config, ConfigError, Decode, Dropout, Train
 from flaxcap.decoding import generate
 from flaxcap.input_pipeline import device_feed
 from flaxcap.input_pipeline.batching import Batch
@@ -54,6 +54,9 @@ class SelfCritical:
           feed: of the training split.
           vocabulary: of the data set.
           captions: the true captions of each row of the store.
+
+        Raises:
+          ConfigError: no words tell the images apart, so that every caption's reward is 0.
         """
         self._config, self._feed, self._vocabulary = config, feed, vocabulary
         self._lengths = [*feed.lengths, config.decode.max_length + 1]
@@ -61,6 +64,11 @@ class SelfCritical:
         self._tokenize = unit_of(captions).tokenize
         self._references = References([[[*self._tokenize(text), _END] for text in texts] for texts in captions])
         self._cider = Cider(self._references)
+        if not self._cider.informative:
+            raise ConfigError(
+                f"--config.train.cider_epochs={config.train.cider_epochs}: found {len(captions)} training images whose"
+                " captions are alike, so that every caption has a CIDEr of 0; expected images with different captions"
+            )
 
     def __call__(self, state: TrainState, inputs: Inputs, batches: Sequence[Batch]) -> tuple[Inputs, np.ndarray]:
         """Returns the inputs with sampled captions and their weights.

@@ -129,12 +129,16 @@ class Trainer:
                 f" {self._save_batch(e.first)} holds the batch of the first. The newest checkpoint is not affected. If"
                 " the batch is correct, try a lower --config.train.learning_rate"
             ) from None
-        best = self._early_stopping.best
         print(
-            f"trained {self._step} steps in {self._clock.seconds:.0f} s, best validation CIDEr {best:.4f}:"
+            f"trained {self._step} steps in {self._clock.seconds:.0f} s, best validation {self._best()}:"
             f" {self._parts.workdir}"
         )
-        return best
+        return self._early_stopping.best
+
+    def _best(self) -> str:
+        """Returns the best score with its name."""
+        best = self._early_stopping.best
+        return f"CIDEr {best:.4f}" if self._parts.validate.follows_cider else f"loss {-best:.4f}"
 
     def _train(self) -> None:
         """Runs the dispatches up to the last step, or until there is no progress."""
@@ -217,15 +221,16 @@ class Trainer:
           Interrupted: a SIGTERM arrived during the validation.
         """
         found = self._parts.validate(self._state.best_params, self._preemption.received)
-        self._state = self._early_stopping.record(found["cider"], self._state)
+        score = self._parts.validate.score(found)
+        self._state = self._early_stopping.record(score, self._state)
         epoch = self._step // self._timeline.epoch
         self._metrics.write(self._step, {"epoch": epoch, **{f"val/{name}": value for name, value in found.items()}})
         self._bar.write(
             f"epoch {epoch}: validation loss {found['loss']:.4f}, accuracy {found['accuracy']:.1%},"
-            f" CIDEr {found['cider']:.4f}, best {self._early_stopping.best:.4f}"
+            f" CIDEr {found['cider']:.4f}, best {self._best()}"
         )
         self._parts.after_epoch()
-        return found["cider"]
+        return score
 
     def _save_state(self, window: dict, score: float | None, **more: bool) -> None:
         """Saves the state with its progress; `window` is the progress of the open log line."""

@@ -1,5 +1,6 @@
 """Validation on a prepared split: the loss of the true captions, and generated captions with their CIDEr."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -159,8 +160,33 @@ def _exchange(mine: list, batches: int, size: int, length: int) -> list:
     return [tuple(part[n % processes, n // processes] for part in gathered) for n in range(batches)]
 
 
+def _can_rise(
+    scored: scorer.Scorer, references: Sequence[Sequence[str]], vocabulary: Vocabulary, max_length: int
+) -> bool:
+    """Returns True if a caption that the model can write has a CIDEr above 0.
+
+    The best captions are the references themselves, as far as the vocabulary has their words.
+
+    Args:
+      scored: the scorer of the references.
+      references: for each image, its captions.
+      vocabulary: of the model.
+      max_length: ids of a caption.
+    """
+    candidates = ((n, text) for n, some in enumerate(references) for text in some)
+    while some := list(itertools.islice(candidates, 256)):
+        texts = [vocabulary.decode(vocabulary.encode(text, max_length)) for _, text in some]
+        if scored.cider(texts, [n for n, _ in some]).any():
+            return True
+    return False
+
+
 class Validation:
-    """The validation of a run on one split."""
+    """The validation of a run on one split.
+
+    Attributes:
+      follows_cider: True if the CIDEr can rise. It cannot for a single image, nor if all images have the same captions.
+    """
 
     def __init__(
         self,
@@ -189,8 +215,29 @@ class Validation:
         self._source, self._frozen = source or split, frozen
         self._encode = encode and jax.jit(encode, compiler_options=devices.convolving())
         self._plan, self._feed = make_feed(config, split, vocabulary, mesh, source=source, frozen=frozen)
-        self._scorer = scorer.Scorer([split.rows[row].captions for row in self._rows])
+        references = [split.rows[row].captions for row in self._rows]
+        self._scorer = scorer.Scorer(references)
         self.unit = self._scorer.unit.name  # "words" or "characters": what CIDEr counts
+        self.follows_cider = _can_rise(self._scorer, references, vocabulary, config.data.max_length)
+
+    def score(self, found: dict[str, float]) -> float:
+        """Returns the number that rises with a better model: the CIDEr, or minus the loss where no CIDEr can rise.
+
+        Args:
+          found: of a call.
+        """
+        return found["cider"] if self.follows_cider else -found["loss"]
+
+    def notice(self) -> str:
+        """Returns a line for the start of a run that follows the loss, "" for one that follows the CIDEr."""
+        if self.follows_cider:
+            return ""
+        count = len(self._rows)
+        reason = "it has one image" if count == 1 else f"no words that the model knows tell its {count} images apart"
+        return (
+            f"the CIDEr of the validation split is always 0, because {reason}: the best checkpoint, early stopping and"
+            " the plateau schedule follow the validation loss"
+        )
 
     def __call__(self, params: Params, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Returns "loss" (nats per token) and "accuracy" of the true captions, and the "cider" of generated ones.
