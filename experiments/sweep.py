@@ -77,7 +77,7 @@ def drawn(workdir: pathlib.Path, data_dir: str, count: int = 20) -> list[dict]:
     """Returns captions of random images of the dev split, with their CIDEr-D. The images are the same for all runs."""
     split = store.Store.finished(data_dir, presets.load(str(workdir / "config.json"))).split("val")
     rows = [split.rows[n] for n in split.present()]
-    texts = coco_results.read(workdir / "val" / "predictions.json", rows)
+    _, texts = coco_results.read(workdir / "val" / "predictions.json", rows)
     cider_I = scorer.Scorer([row.captions for row in rows]).cider(texts)
     chosen = np.random.default_rng(0).choice(len(rows), count, replace=False)
     return [{"image": rows[n].filename, "caption": texts[n], "CIDEr": round(float(cider_I[n]), 3)} for n in chosen]

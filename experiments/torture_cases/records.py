@@ -290,10 +290,10 @@ def judge_results(file: pathlib.Path, content: str) -> str:
     """Reads predictions."""
     file.write_bytes(content.encode())
     try:
-        found = coco_results.read(file, ROWS)
+        _, found = coco_results.read(file, ROWS)
     except coco_results.PredictionsError as error:
         return "" if str(file) in str(error) and len(str(error)) < 1000 else f"not named in {str(error)[:300]}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
-    wanted = {record["image_id"]: record["caption"] for record in json.loads(content)}
+    wanted = {int(record["image_id"]): record["caption"] for record in json.loads(content)}
     return "" if found == [wanted[row.image_id] for row in ROWS] else f"found {found}"

@@ -41,6 +41,8 @@ class Report(NamedTuple):
     scores: dict[str, float]
     missing: dict[str, str]  # the reason for each score that could not be computed
     unit: str  # what scores count: "words", or "characters" in languages without spaces between words
+    images: int  # that are scored
+    split_images: int  # with those that the predictions leave out
 
 
 def evaluate(
@@ -107,8 +109,12 @@ def evaluate_file(
     out_dir: epath.PathLike,
     *,
     manual_dir: epath.PathLike | None = None,
+    subset: bool = False,
 ) -> Report:
     """Scores a file of captions against a split of the preset's data set, without a model.
+
+    CIDEr's document frequencies are those of the references of the scored images, as in pycocoevalcap: the CIDEr of a
+    subset is not the mean of its images' values in a score of the complete split.
 
     Args:
       predictions: a file in COCO's results format.
@@ -117,6 +123,7 @@ def evaluate_file(
       split_name: "train", "val" or "test".
       out_dir: where `predictions.json` and `scores.json` are written.
       manual_dir: the user's files of the data set.
+      subset: scores only the images that the file names.
 
     Returns:
       The scores.
@@ -134,8 +141,8 @@ def evaluate_file(
         builder = datasets.prepare_for(config, data_dir, manual_dir=manual_dir)
         rows = _rows(builder, config, split_name)
         vocabulary = _vocabulary_of(rows)
-    texts = coco_results.read(predictions, rows)
-    return _report(config, split_name, rows, texts, vocabulary, out_dir, {})
+    named, texts = coco_results.read(predictions, rows, subset=subset)
+    return _report(config, split_name, named, texts, vocabulary, out_dir, {}, len(rows))
 
 
 def _report(
@@ -146,8 +153,21 @@ def _report(
     vocabulary: Vocabulary,
     out_dir: epath.PathLike,
     found: dict[str, float],
+    split_images: int = 0,
 ) -> Report:
-    """Scores captions, writes captions and scores, and returns the report. `found`: scores known already."""
+    """Scores captions, writes captions and scores, and returns the report.
+
+    Args:
+      config: the preset.
+      split_name: "train", "val" or "test".
+      rows: the scored images.
+      texts: their captions.
+      vocabulary: the words that the captions may contain.
+      out_dir: receives both files.
+      found: scores known already.
+      split_images: images of the split; 0: as many as are scored.
+    """
+    split_images = split_images or len(rows)
     more, missing, unit = score_split(rows, texts, vocabulary, datasets.caption_truth(config))
     found |= more
     out_dir = epath.Path(out_dir)
@@ -156,12 +176,13 @@ def _report(
         "dataset": config.dataset,
         "split": split_name,
         "images": len(rows),
+        "split_images": split_images,
         "unit": unit,
         "scores": found,
         "missing": missing,
     }
     integrity.write_atomically(out_dir / "scores.json", json.dumps(described, indent=2) + "\n")
-    return Report(found, missing, unit)
+    return Report(found, missing, unit, len(rows), split_images)
 
 
 def _vocabulary_of(rows: Sequence[Row]) -> Vocabulary:
@@ -225,11 +246,15 @@ def _caption_images(
 def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> int:
     """Runs `flaxcap evaluate` and returns its exit status."""
     source = flags.data_dir, flags.split
+    if flags.subset and not flags.predictions:
+        raise UserError("--subset scores a part of a split: give it with --predictions=FILE")
     if flags.predictions:
         if flags.workdir or flags.model:
             raise UserError("--predictions holds a model's captions: give it without --workdir and --model")
         out_dir = flags.out_dir or os.path.join("evaluation", flags.split)
-        report = evaluate_file(flags.predictions, config, *source, out_dir, manual_dir=flags.manual_dir)
+        report = evaluate_file(
+            flags.predictions, config, *source, out_dir, manual_dir=flags.manual_dir, subset=flags.subset
+        )
     else:
         out_dir = flags.out_dir or os.path.join(flags.workdir[0] if flags.workdir else "evaluation", flags.split)
         captioner = from_flags.captioner(flags, config)

@@ -111,6 +111,7 @@ def _define_train(to: dict[str, Any]) -> None:
 
 def _define_evaluate(to: dict[str, Any]) -> None:
     flags.DEFINE_string("predictions", None, "score this file (COCO's results format) instead of a captioner", **to)
+    flags.DEFINE_boolean("subset", False, "score only the images that --predictions names", **to)
     flags.DEFINE_enum("split", "val", _SPLITS, "the split", **to)
     flags.DEFINE_string("out_dir", None, "directory for predictions.json and scores.json; default: WORKDIR/SPLIT", **to)
 

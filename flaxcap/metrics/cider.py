@@ -6,6 +6,8 @@ formula is the mean cosine of the candidate's vector with those of the image's r
 
 CIDEr-D changes three things: a candidate's counts are clipped to the reference's, a Gaussian of the difference in
 length lowers the cosine, and the result is multiplied by ten. Neither formula stems words here.
+
+"Images" are those that are scored: with a subset of a split, the subset's. pycocoevalcap's mode "corpus" does the same.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ FLAGS = {
     "train": "config data_dir verbosity compilation_cache_dir distributed workdir [no]resume init_from profile_dir"
     " max_bad_steps",
     "evaluate": "config data_dir verbosity compilation_cache_dir workdir model seed manual_dir predictions"
-    " split out_dir",
+    " [no]subset split out_dir",
     "caption": "config data_dir verbosity compilation_cache_dir workdir model seed split num_images [no]plot out_dir"
     " npy_dir [no]recursive [no]allow_private_urls",
     "export": "config data_dir verbosity workdir out",
