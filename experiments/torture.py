@@ -18,9 +18,14 @@ import tempfile
 import time
 import traceback
 
-from torture_cases import disk as torture_disk
-from torture_cases import inputs as torture_inputs
-from torture_cases import runs as torture_runs
+try:
+    from torture_cases import disk as torture_disk
+    from torture_cases import inputs as torture_inputs
+    from torture_cases import runs as torture_runs
+except ModuleNotFoundError as missing:
+    if missing.name is None or missing.name.startswith("torture_cases"):
+        raise
+    sys.exit(f"torture.py: {missing.name} is not installed, expected the extra test: pip install 'flaxcap[test]'")
 
 CASES = (*torture_runs.CASES, *torture_disk.CASES, *torture_inputs.CASES)
 RESULTS = pathlib.Path(__file__).parent / "results" / "torture.json"

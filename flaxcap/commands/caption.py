@@ -19,7 +19,7 @@ from flaxcap.features.npy_maps import FeatureShape, read_filled
 from flaxcap.features.shards import StoreError
 from flaxcap.files.integrity import is_inside
 from flaxcap.images import decode, fetch
-from flaxcap.images.sources import Sources
+from flaxcap.images.sources import ImageSources
 from flaxcap.inference import plots
 from flaxcap.inference.captioner import Caption, Captioner, stem
 
@@ -119,7 +119,7 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     if bool(positional) == bool(flags.split):
         raise UserError("name images to caption (files, directories, addresses), or a --split")
     captioner = from_flags.captioner(flags, config)
-    sources = Sources(positional, recursive=flags.recursive)
+    sources = ImageSources(positional, recursive=flags.recursive)
     if positional:
         images = from_sources(sources.images, private_urls=flags.allow_private_urls)
     else:

@@ -150,6 +150,27 @@ def _define_bench(to: dict[str, Any]) -> None:
     flags.DEFINE_string("out", None, "file that the line of JSON is appended to", **to)
 
 
+def elsewhere(command: str, name: str) -> str:
+    """Returns the end of an error message for an unknown flag that other commands have; "" if none has it.
+
+    Args:
+      command: the command that lacks the flag.
+      name: the flag.
+    """
+    having = []
+    for other in COMMANDS:
+        values = flags.FlagValues()
+        define(other, values)
+        if name in values:
+            having.append(f"`flaxcap {other}`")
+    if not having:
+        return ""
+    why = ""
+    if command in ("train", "export") and name in ("manual_dir", "npy_dir", "encoder_weights"):
+        why = f"; `flaxcap {command}` reads what `flaxcap prepare` wrote to --data_dir"
+    return f" It is a flag of {', '.join(having)}{why}"
+
+
 def overview() -> str:
     """Returns the text of `flaxcap --help`."""
     lines = [

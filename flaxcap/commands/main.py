@@ -63,6 +63,8 @@ def main(args: Sequence[str]) -> int:
         flags = types.SimpleNamespace(**values.flag_values_dict())
         _check(command, values, positional)
         return _run(command, flags, overrides, positional)
+    except absl.flags.UnrecognizedFlagError as e:
+        print(plain(f"flaxcap {command}: {e}{flags_lib.elsewhere(command, e.flagname)}"), file=sys.stderr)
     except (UserError, absl.flags.Error) as e:
         print("\n".join(map(plain, f"flaxcap {command}: {e}".split("\n"))), file=sys.stderr)
     except OSError as e:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 import types
 
 import jax
@@ -259,6 +260,8 @@ def _write_summary(store: Store) -> None:
 
 def run(flags: types.SimpleNamespace, config: config_lib.Config, positional: list[str]) -> int:
     """Runs `flaxcap prepare` and returns its exit status."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()  # of downloads: tfds 4.9 also draws it into files
     prepare(
         config,
         flags.data_dir,

@@ -82,7 +82,10 @@ class Store:
         self.path = epath.Path(path)
         file, copy = self.path / manifest, self.path / COPY
         if not file.exists() and not copy.exists():
-            raise StoreError(f"no prepared features at {self.path}; `flaxcap prepare` computes them")
+            raise StoreError(
+                f"no prepared features at {self.path}; give the --data_dir that holds them, or `flaxcap prepare`"
+                " computes them"
+            )
         try:
             self.manifest = read_manifest(file)
             self.positions, self.feature_dim = (int(self.manifest[name]) for name in ("positions", "feature_dim"))

@@ -12,6 +12,9 @@ from etils import epath
 
 from flaxcap.errors import UserError
 from flaxcap.files import disk_space, integrity
+from flaxcap.runtime import library_logs
+
+library_logs.hide()
 
 _METADATA_BYTES = 1 << 20  # Orbax 0.12 writes about forty small files beside the arrays
 

@@ -21,7 +21,7 @@ class FoundImage(NamedTuple):
     reason: str = ""
 
 
-class Sources:
+class ImageSources:
     """The images of files, directories and addresses, in their order; those of a directory are sorted by name.
 
     A directory's images are the files with a suffix of `formats.suffixes()`, and those that begin as an image.

@@ -62,6 +62,12 @@ def test_an_unknown_command_names_the_nearest(capsys):
         ("prepare --config=.", "--config=.: a preset is a .py or a .json file"),
         ("prepare --conf=p", "Unknown command line flag 'conf'. Did you mean: config"),
         ("prepare --workdir=w --config=p", "Unknown command line flag 'workdir'"),
+        (
+            "train --config=p --workdir=w --manual_dir=d",
+            "Unknown command line flag 'manual_dir'. Did you mean: data_dir ? It is a flag of `flaxcap prepare`,"
+            " `flaxcap evaluate`; `flaxcap train` reads what `flaxcap prepare` wrote to --data_dir",
+        ),
+        ("prepare --config=p --beam_width=3", "Unknown command line flag 'beam_width'\n"),
         ("prepare p.py", "unexpected 'p.py'; values are given as --flag=value"),
         ("prepare --config=p --num_workers=0", "--num_workers=0"),
         ("prepare --config=p --distributed=host:1,2", "--distributed=host:1,2: expected auto, or COORDINATOR:PORT,"),
@@ -143,6 +149,7 @@ def test_a_preset_of_any_kind_can_be_overridden(tmp_path, refused):
     }
     assert len(names) == 3  # each override changes the store's name
     assert all("no prepared features at" in name for name in names)
+    assert all("; give the --data_dir that holds them, or `flaxcap prepare` computes them" in name for name in names)
 
 
 def test_an_unwritable_output_is_named(trained: Trained, refused, tmp_path):

@@ -30,6 +30,15 @@ def test_the_script_runs_a_case_and_writes_its_result(tmp_path):
     assert case["steps_skipped"] > 0
 
 
+def test_the_script_names_the_extra_that_it_needs():
+    block = "import runpy, sys; sys.modules['hypothesis'] = None; sys.path.insert(0, sys.argv[1])"
+    run = f"{block}; runpy.run_path(sys.argv[1] + '/torture.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", run, str(EXPERIMENTS)], capture_output=True, text=True)
+    assert done.returncode == 1
+    message = "torture.py: hypothesis is not installed, expected the extra test: pip install 'flaxcap[test]'\n"
+    assert done.stderr == message
+
+
 def test_the_table_of_promises_names_every_case_and_existing_tests():
     rows = [line for line in RELIABILITY.read_text().splitlines() if line.startswith("|")]
     cells = [row.strip("|").split("|")[1:] for row in rows if row.count("|") == 4]

@@ -10,7 +10,7 @@ from torture_cases import images as torture_images
 
 from flaxcap.images import formats
 from flaxcap.images.decode import ImageError, to_square
-from flaxcap.images.sources import Sources
+from flaxcap.images.sources import ImageSources
 
 NOT_AN_IMAGE = f"not an image (expected {', '.join(formats.FORMATS)})"
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
@@ -25,7 +25,7 @@ def encoded(format: str) -> bytes:
 JPEG, PPM = encoded("JPEG"), encoded("PPM")
 
 
-def reasons(found: Sources) -> dict[str, str]:
+def reasons(found: ImageSources) -> dict[str, str]:
     return dict.fromkeys(map(os.path.basename, found.images), "") | {
         os.path.basename(name): reason for name, reason in found.failed
     }
@@ -36,7 +36,7 @@ def test_sources_keep_their_order_and_directories_are_sorted(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "folder.jpg").mkdir()
     url = "http://host/x y/ü.png?a=%20b"
-    found = Sources([url, str(tmp_path), str(tmp_path / "notes.txt")])
+    found = ImageSources([url, str(tmp_path), str(tmp_path / "notes.txt")])
     names = ["a.png", "b.PNG", "c.jpeg", "notes.txt"]
     assert found.images == [url, *(str(tmp_path / name) for name in names)]
 
@@ -61,7 +61,7 @@ def test_a_directory_gives_every_file_that_is_read_when_it_is_named(tmp_path):
     files |= {f"{n}.unknown": data for n, data in enumerate(sound.values())}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    found = Sources([str(tmp_path)])
+    found = ImageSources([str(tmp_path)])
     assert found.images == [str(tmp_path / name) for name in sorted(files)]
     assert found.notes() == []
 
@@ -80,7 +80,7 @@ def test_skipped_files_are_counted_by_reason(tmp_path):
         (tmp_path / name).write_text("BMW, Python, P1 and others")
     (tmp_path / "photo.heic").write_bytes(HEIC)
     os.mkfifo(tmp_path / "fifo.png")  # opening it would block forever
-    found = Sources([str(tmp_path)])
+    found = ImageSources([str(tmp_path)])
     assert reasons(found) == {"a.jpg": ""}
     assert sorted(found.notes()) == [
         "skipped 1 file: HEIC, which Pillow cannot read; convert it to JPEG, for example with the package pillow-heif:"
@@ -102,12 +102,12 @@ def test_subdirectories_are_mentioned_or_read(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(JPEG if name.endswith("jpg") else b"")
     (tmp_path / "c" / "back").symlink_to(tmp_path)
-    flat = Sources([str(tmp_path)])
+    flat = ImageSources([str(tmp_path)])
     assert reasons(flat) == {"b.jpg": ""}
     (note,) = flat.notes()
     assert note.startswith("3 subdirectories were not read: ")
     assert note.endswith("; --recursive reads them")
-    deep = Sources([str(tmp_path)], recursive=True)
+    deep = ImageSources([str(tmp_path)], recursive=True)
     expected = ["a/z.jpg", "b.d/f.jpg", "b.jpg", "c/d/e.jpg"]
     assert deep.images == [str(tmp_path / name) for name in expected]
     assert deep.notes() == ["skipped 1 file: a link to a directory: 'back'", f"skipped 1 file: {NOT_AN_IMAGE}: 'x.txt'"]
@@ -118,8 +118,8 @@ def test_a_dead_link_is_reported_and_other_files_are_found(tmp_path):
     (tmp_path / "b.jpg").symlink_to("gone.jpg")
     (tmp_path / "c.jpg").write_bytes(JPEG)
     (tmp_path / "d.jpg").symlink_to("a.jpg")
-    in_directory = Sources([str(tmp_path)])
-    by_name = Sources([str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg")])
+    in_directory = ImageSources([str(tmp_path)])
+    by_name = ImageSources([str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg", "d.jpg")])
     for found in (in_directory, by_name):
         assert reasons(found) == {"a.jpg": "", "b.jpg": "a dead link: there is no gone.jpg", "c.jpg": "", "d.jpg": ""}
 
@@ -140,7 +140,7 @@ def test_a_source_that_cannot_be_read_has_a_reason_and_the_others_are_found(sour
     (tmp_path / "empty").mkdir()
     (tmp_path / "here.png").write_bytes(JPEG)
     path = str(tmp_path / source)
-    found = Sources([path, str(tmp_path / "here.png")])
+    found = ImageSources([path, str(tmp_path / "here.png")])
     (bad,) = found.failed
     assert bad.name == path
     assert bad.reason.startswith(reason)
@@ -148,5 +148,5 @@ def test_a_source_that_cannot_be_read_has_a_reason_and_the_others_are_found(sour
 
 
 def test_the_home_of_an_unknown_user_is_not_found():
-    (found,) = Sources(["~nobody-of-this-name/a.png"]).failed
+    (found,) = ImageSources(["~nobody-of-this-name/a.png"]).failed
     assert found == ("~nobody-of-this-name/a.png", "no such file or directory, and not an http(s) address")
