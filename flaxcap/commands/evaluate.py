@@ -265,5 +265,7 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     for name, reason in report.missing.items():
         print(f"{name:{width}}  none: {reason}")
     print(f"scores count {UNITS[report.unit]}")
+    if flags.subset:
+        print(f"{report.images} of {report.split_images} images")
     print(f"{out_dir}/predictions.json, {out_dir}/scores.json")
     return 0

@@ -222,8 +222,13 @@ class Examples(Sequence[Example]):
         except (ValueError, NotImplementedError) as error:
             existing = ", ".join(f"{name} ({info.num_examples} images)" for name, info in builder.info.splits.items())
             setting = f"{flag}={split}: " if flag else ""
-            remedy = f"Set {flag} to one of these, or to a part such as train[95%:]. " if flag else ""
-            raise DataError(f"{setting}{self._where}: {error}\n{remedy}Existing splits: {existing}.") from error
+            remedy = f" Set {flag} to one of these, or to a part such as train[95%:]." if flag else ""
+            # TFDS lists its splits again for an unknown one, and says something of its own for a damaged notation.
+            reason = str(error).partition("\n")[0]
+            reason = "" if reason.startswith("Unknown split") else f" ({reason})"
+            raise DataError(
+                f"{setting}{self._where}: found no such split{reason}. Existing splits: {existing}.{remedy}"
+            ) from error
 
     def __len__(self) -> int:
         return self._length

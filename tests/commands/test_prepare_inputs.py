@@ -228,6 +228,7 @@ def test_a_missing_train_or_val_split_is_an_error(tmp_path, role):
     del splits[role]
     with pytest.raises(DataError, match=rf"'{role}'.*(\n.*)*Existing splits: ") as error:
         imported(tmp_path, splits)
+    assert "Unknown split" not in str(error.value)  # TFDS's words for it
     assert all(f"{other} (1 images)" in str(error.value) for other in splits)
     assert str(error.value).startswith(f"--config.data.{role}_split={role}: ")
     assert f"Set --config.data.{role}_split to one of these" in str(error.value)

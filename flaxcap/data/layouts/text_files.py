@@ -7,7 +7,7 @@ from flaxcap.data import splits
 from flaxcap.data.layouts.listing import Listing, join
 from flaxcap.data.layouts.record import Dropped, ImageRecord, Layout, Match
 from flaxcap.data.records import check_text, read_text
-from flaxcap.images.fetch import SUFFIXES
+from flaxcap.images import formats
 
 DEPTH = 2  # folders in the folder, as in img/10_dog/NAME.jpg
 
@@ -44,10 +44,11 @@ def _folders(listing: Listing, folder: str, depth: int) -> Iterator[str]:
 
 def _pairs(listing: Listing, folder: str) -> Iterator[tuple[str, str | None]]:
     """Yields each image of a folder and its text file, or None."""
+    suffixes = formats.suffixes()
     texts = {pathlib.PurePosixPath(name).stem: name for name in listing.files(folder, ".txt")}
     for name, is_directory in listing.entries(folder).items():
         path = pathlib.PurePosixPath(name)
-        if not is_directory and path.suffix.lower() in SUFFIXES:
+        if not is_directory and path.suffix.lower() in suffixes:
             text = texts.get(path.stem)
             yield join(folder, name), text and join(folder, text)
 
