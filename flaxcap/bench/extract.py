@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tqdm
 from etils import epath
 from PIL import Image
 
@@ -19,6 +18,7 @@ from flaxcap.encoders import base as encoders
 from flaxcap.features import extract
 from flaxcap.features.shards import Split
 from flaxcap.images import decode
+from flaxcap.runtime import progress
 
 PHOTOGRAPHS = 256  # different files; later images repeat them, to save start-up time
 WIDTH, HEIGHT, QUALITY = 640, 480, 90  # as COCO's
@@ -60,7 +60,7 @@ class _Extraction:
         self._config, self._args = config.encoder, args
         encoder = encoders.make(config.encoder)
         rng = np.random.default_rng(config.seed)
-        numbers = tqdm.trange(min(args.images, PHOTOGRAPHS), desc="photographs", disable=None)
+        numbers = progress.bar(range(min(args.images, PHOTOGRAPHS)), "photographs", "photographs")
         self._files = [photograph(rng) for _ in numbers]
         self._preprocess = encoder.preprocess
         self._batch, self._at_once = extract.batch_size(config.encoder), extract.batches_at_once()

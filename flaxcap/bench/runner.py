@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import tqdm
-
 from flaxcap import config as config_lib
-from flaxcap.bench import decode, extract, inputs, machine, score, train
+from flaxcap.bench import decode, extract, inputs, machine, score, self_critical, train
 from flaxcap.bench.base import BenchArgs, Benchmark, Figures, flat, medians
 from flaxcap.bench.baselines import Baseline
 from flaxcap.encoders import base as encoders
 from flaxcap.errors import UserError, nearest
+from flaxcap.runtime import progress
 
 BENCHMARKS: dict[str, Callable[[config_lib.Config, BenchArgs], AbstractContextManager[Benchmark]]] = {
     "train": train.benchmark,
@@ -25,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[config_lib.Config, BenchArgs], AbstractContextMa
     "extract": extract.benchmark,
     "input": inputs.benchmark,
     "score": score.benchmark,
+    "self_critical": self_critical.benchmark,
 }
 
 
@@ -39,6 +39,7 @@ def bench(
     workers: int,
     against: Sequence[str] = (),
     out: str | None = None,
+    peak: bool = True,
 ) -> dict[str, Any]:
     """Measures, and prints a table and a line of JSON.
 
@@ -52,6 +53,7 @@ def bench(
       workers: threads that decode images.
       against: command lines of baselines. Each runs once after each repetition.
       out: a file that the line of JSON is appended to.
+      peak: measures the machine's matrix products too, where the benchmark has floating-point operations to compare.
 
     Returns:
       The content of the line. It names `what`, `given` and `peers` as the files in `experiments/results` do.
@@ -67,6 +69,8 @@ def bench(
     encoder = encoders.make(config.encoder)
     args = BenchArgs(images, steps, warmup, workers, encoder.positions, encoder.features)
     with BENCHMARKS[what](config, args) as benchmark:
+        if not peak:
+            benchmark = dataclasses.replace(benchmark, peak_dtype="")
         repetitions, peaks = _repeat(benchmark, what, repeats, baselines)
     ours = [figures[benchmark.rate] for figures in repetitions]
     result = {
@@ -111,7 +115,7 @@ def _repeat(
             peaks.append(machine.matmul_flop_s(benchmark.peak_dtype))
 
     peak()
-    for _ in tqdm.trange(repeats, desc=what, unit=" repetitions", disable=None):
+    for _ in progress.bar(range(repeats), what, "repetitions"):
         load = os.getloadavg()[0]
         repetitions.append(benchmark.repeat() | {"load_before": load})
         peak()

@@ -12,7 +12,8 @@ from flaxcap.text.vocabulary import END, SPECIAL, START, Vocabulary
 
 CAPTIONS = 5  # an image
 SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, with <start> and <end>
-BLOCK = 256  # images with different features; later images repeat them, to save host memory
+_LETTERS = str.maketrans("0123456789", "abcdefghij")
+BLOCK = 256  # images with different features; later images repeat them, to save host memory and time
 
 
 def vocabulary_size(data: config_lib.Data) -> int:
@@ -48,6 +49,23 @@ def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:
     return Tokens(ids, starts, np.repeat(np.arange(images, dtype=np.int32), CAPTIONS))
 
 
+def vocabulary(data: config_lib.Data) -> Vocabulary:
+    """Returns a vocabulary of made-up words."""
+    return Vocabulary([*SPECIAL, *map(_word, range(len(SPECIAL), vocabulary_size(data)))])
+
+
+def texts(images: int, data: config_lib.Data, seed: int) -> list[list[str]]:
+    """Returns the captions of each image as text, in the words of `vocabulary`."""
+    tokens = captions(images, data, seed)
+    found = [" ".join(_word(n) for n in ids if n > END) for ids in np.split(tokens.ids, tokens.starts[1:-1])]
+    return [found[n : n + CAPTIONS] for n in range(0, len(found), CAPTIONS)]
+
+
+def _word(token: int) -> str:
+    """Returns the word of a token id: its digits as letters."""
+    return str(token).translate(_LETTERS)
+
+
 class SyntheticFeatures:
     """Features `|normal|`, which resemble those after a relu; a source for the device feed."""
 
@@ -63,13 +81,13 @@ class SyntheticFeatures:
         """
         rng = np.random.default_rng(seed)
         feats_NPF = rng.standard_normal((min(images, BLOCK), positions, feature_dim), np.float32)
-        self._block_NPF = np.abs(feats_NPF, out=feats_NPF).astype(dtype)
+        self.block_NPF = np.abs(feats_NPF, out=feats_NPF).astype(dtype)
         self.shape = (images, positions, feature_dim)
-        self.dtype = self._block_NPF.dtype
+        self.dtype = self.block_NPF.dtype
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns the features of some rows, `[len(rows), P, F]`."""
-        return self._block_NPF[np.asarray(rows) % len(self._block_NPF)]
+        return self.block_NPF[np.asarray(rows) % len(self.block_NPF)]
 
 
 def plan(images: int, config: config_lib.Config) -> Plan:

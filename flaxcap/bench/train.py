@@ -3,32 +3,52 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
-from flaxcap.bench import synthetic
+from flaxcap.bench import stored, synthetic
 from flaxcap.bench.base import BenchArgs, Benchmark, Figures, rates, spread
 from flaxcap.config import Config
 from flaxcap.input_pipeline.batching import Batch, Plan
-from flaxcap.input_pipeline.device_feed import Feed
+from flaxcap.input_pipeline.device_feed import Feed, Source
 from flaxcap.models import decoder as decoder_lib
 from flaxcap.runtime import device_memory, sharding
 from flaxcap.training import step as step_lib
 from flaxcap.training.optimizer import learning_rate, make_optimizer
-from flaxcap.training.state import init_state
+from flaxcap.training.state import TrainState, init_state
 
 Dispatches = list[list[Batch]]
 
 
 @contextlib.contextmanager
 def benchmark(config: Config, args: BenchArgs) -> Iterator[Benchmark]:
-    """Times the training loop: batches prepared ahead, steps dispatched, metrics fetched at the end."""
+    """Times the training loop: batches prepared ahead, steps dispatched, metrics fetched at the end.
+
+    With `train.features=stream`, features are read from a store on disk.
+    """
+    if config.train.features == "stream":
+        with stored.split(config, args) as (split, _):
+            yield _prepared(config, args, split)
+    else:
+        dtype = jnp.dtype(config.encoder.store_dtype)
+        yield _prepared(
+            config,
+            args,
+            synthetic.SyntheticFeatures(args.images, args.positions, args.feature_dim, dtype, config.seed),
+        )
+
+
+def _prepared(config: Config, args: BenchArgs, source: Source) -> Benchmark:
+    """Returns the benchmark of training on the features of `source`."""
     plan = synthetic.plan(args.images, config)
     dispatches = synthetic.sample(plan, args.steps)
     counted = synthetic.counts(dispatches)
     flop = _flop(config, args, counted)
-    loop = _Loop(config, args, plan)
+    loop = _Loop(parts(config, args, plan, source), config)
     compile_s = loop.compile({batches[0].tokens_ICT.shape[-1] for batches in dispatches})
     if args.warmup:
         loop.run(_first(dispatches, args.warmup))
@@ -49,25 +69,47 @@ def benchmark(config: Config, args: BenchArgs) -> Iterator[Benchmark]:
         "compile_s": compile_s,
         "step_gb": {str(length): device_memory.needed(step) / 1e9 for length, step in sorted(loop.compiled.items())},
     }
-    yield Benchmark("captions_s", facts, repeat, config.train.matmul_dtype or config.train.dtype)
+    return Benchmark("captions_s", facts, repeat, config.train.matmul_dtype or config.train.dtype)
+
+
+class TrainParts(NamedTuple):
+    """The trainer's feed and state, and what its step is made of."""
+
+    mesh: Mesh
+    feed: Feed
+    bind: decoder_lib.Bind
+    optimizer: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    last: int  # step of the run
+    state: TrainState
+
+
+def parts(config: Config, args: BenchArgs, plan: Plan, source: Source) -> TrainParts:
+    """Returns the parts of a run on synthetic captions.
+
+    Args:
+      config: the preset.
+      args: sizes of the features.
+      plan: batches of the captions.
+      source: the features.
+    """
+    mesh = sharding.make_mesh()
+    feed = Feed(source, plan, mesh, config.train.features)
+    vocabulary = synthetic.vocabulary_size(config.data)
+    bind, init = decoder_lib.create(config, decoder_lib.Sizes(args.positions, args.feature_dim, vocabulary))
+    last = config.train.epochs * plan.steps_per_epoch
+    optimizer = make_optimizer(config.train)
+    state = init_state(init, optimizer, config.seed, mesh, config.train.ema)
+    return TrainParts(mesh, feed, bind, optimizer, learning_rate(config.train, last), last, state)
 
 
 class _Loop:
     """The trainer's feed, state and compiled steps."""
 
-    def __init__(self, config: Config, args: BenchArgs, plan: Plan):
-        mesh = sharding.make_mesh()
-        dtype = jnp.dtype(config.encoder.store_dtype)
-        source = synthetic.SyntheticFeatures(args.images, args.positions, args.feature_dim, dtype, config.seed)
-        self.feed = Feed(source, plan, mesh, config.train.features)
-        vocabulary = synthetic.vocabulary_size(config.data)
-        bind, init = decoder_lib.create(config, decoder_lib.Sizes(args.positions, args.feature_dim, vocabulary))
-        last = config.train.epochs * plan.steps_per_epoch
-        schedule = learning_rate(config.train, last)
-        optimizer = make_optimizer(config.train)
-        self._step = step_lib.make_train_step(bind, optimizer, schedule, mesh, config.train, last)
-        self._state = init_state(init, optimizer, config.seed, mesh, config.train.ema)
-        self._on_cpu = mesh.devices.flat[0].platform == "cpu"
+    def __init__(self, of: TrainParts, config: Config):
+        self.feed, self._state = of.feed, of.state
+        self._step: Any = step_lib.make_train_step(of.bind, of.optimizer, of.schedule, of.mesh, config.train, of.last)
+        self._on_cpu = of.mesh.devices.flat[0].platform == "cpu"
         self.compiled: dict[int, jax.stages.Compiled] = {}  # the step for each padded length
 
     def compile(self, lengths: set[int]) -> dict[str, float]:

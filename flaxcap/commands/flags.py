@@ -36,7 +36,7 @@ COMMANDS = {
         "flaxcap verify --workdir=runs/shapes --config=experiments/shapes.py --data_dir=data",
     ),
     "bench": (
-        "Measure this machine: train, decode, extract, input or score; beside other programs, with --against.",
+        "Measure this machine: train, decode, extract, input, score or self_critical; with --against other programs.",
         "flaxcap bench train --config=experiments/coco.py",
     ),
 }

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
-import tqdm
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,6 +21,7 @@ from flaxcap.features.renewal import NOTHING_KNOWN, KnownFeatures
 from flaxcap.features.shards import Skipped, Split
 from flaxcap.images.decode import ImageError
 from flaxcap.runtime import devices as devices_lib
+from flaxcap.runtime import progress
 
 Load = Callable[[int], np.ndarray]  # row -> the image's pixels; raises ImageError
 Encode = Callable[[np.ndarray], jax.Array | np.ndarray]  # a batch of them [I, ...] -> feats_IPF
@@ -120,7 +120,7 @@ def extract(
     with ThreadPoolExecutor(num_workers, "load") as loaders, ThreadPoolExecutor(1, "write") as writer:
         rows = itertools.chain.from_iterable(to_compute.values())
         loaded = _load_ahead(loaders, load, rows, at_once * batch_size)
-        items = iter(tqdm.tqdm(loaded, name, total=images, unit=" images", disable=None))
+        items = iter(progress.bar(loaded, name, "images", images))
         written = writer.submit(list)
         for number in shards:
             span, bad = split.shard(number), []

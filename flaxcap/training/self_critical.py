@@ -81,8 +81,28 @@ class SelfCritical:
         Returns:
           The inputs, and for each batch the mean CIDEr-D of this process's samples, float32 [len(batches)].
         """
+        return self.weigh(inputs, batches, *self.sample(state, inputs))
+
+    def sample(self, state: TrainState, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Returns `tokens_JICT`, sampled on the devices, and the tokens of the longest caption, int32 []."""
         with jax.transfer_guard("allow"):
-            sampled, longest = self._sample(state.params, inputs.bank_NPF, inputs.index_JI, state.key, state.step)
+            return self._sample(state.params, inputs.bank_NPF, inputs.index_JI, state.key, state.step)
+
+    def weigh(
+        self, inputs: Inputs, batches: Sequence[Batch], sampled: jax.Array, longest: jax.Array
+    ) -> tuple[Inputs, np.ndarray]:
+        """Scores sampled captions on the host.
+
+        Args:
+          inputs: of the dispatch.
+          batches: of the dispatch.
+          sampled: `tokens_JICT`.
+          longest: tokens of the longest caption of all processes.
+
+        Returns:
+          The result of `__call__`.
+        """
+        with jax.transfer_guard("allow"):
             tokens_JICT = np.pad(self._feed.local(sampled), [(0, 0)] * 3 + [(1, 0)], constant_values=START)
             rows_JI = self._feed.local_rows(batches)
             tokens_JICT[: len(batches)][rows_JI < 0] = PAD

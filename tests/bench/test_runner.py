@@ -14,6 +14,7 @@ from flaxcap import presets
 from flaxcap.bench import machine, runner, synthetic
 from flaxcap.commands.main import main
 from flaxcap.config import Config, Data, Decode, Encoder, Model, Train
+from flaxcap.features.shards import Split
 from flaxcap.files.integrity import WriteError
 from flaxcap.models.recurrent import RecurrentDecoder
 
@@ -158,6 +159,37 @@ def test_score():
         assert figures["captions"] == 48
 
 
+def test_self_critical():
+    result = measure("self_critical")
+    check_common(result, "self_critical", "images_s")
+    counted = synthetic.counts(synthetic.sample(synthetic.plan(48, TINY), 4))
+    for figures in result["repetitions"]:
+        check_rates(figures)
+        # Padding has no captions; a random model's captions have up to 5 tokens.
+        assert (figures["images"], figures["captions"]) == (counted["images"], 5 * counted["images"])
+        assert figures["captions"] < figures["tokens"] <= 5 * figures["captions"]
+        spent = [figures[f"{part}_s"] for part in ("sampling", "scoring", "training")]
+        assert min(spent) > 0
+        assert sum(spent) <= figures["seconds"]
+        assert figures["host_share"] == near(spent[1] / sum(spent))
+    assert result["facts"]["first_dispatch_s"] > 0
+
+
+def test_training_from_a_store_on_disk(tmp_path, monkeypatch):
+    """The features are read from a file, which is deleted at the end."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    read = []
+    monkeypatch.setattr(Split, "read", lambda self, rows, read_it=Split.read: read.append(1) or read_it(self, rows))
+    stream = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, features="stream"))
+    given: dict[str, Any] = GIVEN | {"repeats": 1, "peak": False}
+    result = runner.bench("train", stream, **given)
+    assert result["facts"]["features"] == "streamed"
+    assert "peak" not in result
+    check_rates(result["repetitions"][0])
+    assert len(read) >= 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_input(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     result = measure("input")
@@ -194,9 +226,9 @@ def test_a_disk_that_is_too_small_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "found nothing, expected one of train, decode, extract, input, score"),
-        ("train decode", "found train decode, expected one of train, decode, extract, input, score"),
-        ("trian", "trian: expected one of train, decode, extract, input, score; did you mean 'train'?"),
+        ("", "found nothing, expected one of train, decode, extract, input, score, self_critical"),
+        ("train decode", "found train decode, expected one of train, decode, extract, input, score, self_critical"),
+        ("trian", "trian: expected one of train, decode, extract, input, score, self_critical; did you mean 'train'?"),
         ("train --steps=0", "flag --steps=0: "),
         ("train --repeats=0", "flag --repeats=0: "),
         ("train --warmup=-1", "flag --warmup=-1: "),

@@ -133,3 +133,22 @@ def test_a_step_does_not_convert_the_bank_to_another_dtype():
     train_step, state = small_step.made(mesh)
     compiled = train_step.lower(state, feed.spec(8)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < images * 64 * small_step.F * source.dtype.itemsize / 2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_features_that_repeat_are_placed_by_the_device(dtype, monkeypatch):
+    """The device's own copy of the rows is that of `read`, which is not called."""
+    monkeypatch.setattr(synthetic, "BLOCK", 7)
+    source = synthetic.SyntheticFeatures(20, 4, 3, np.dtype(dtype))
+    given = synthetic.plan(20, small_step.changed(batch_images=8))
+    expected = source.read(np.arange(20))
+    monkeypatch.setattr(source, "read", lambda rows: pytest.fail("the host copied features"))
+    feed = Feed(source, given, sharding.make_mesh(jax.devices()[:2]), "device")
+    for batches in given.dispatches(0, given.steps_per_epoch):
+        inputs = feed(batches)
+        shards = sorted(inputs.bank_NPF.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        for j, batch in enumerate(batches):
+            for columns, shard in zip(np.split(np.arange(8), 2), shards, strict=True):
+                found = np.asarray(rows(shard.data, np.asarray(inputs.index_JI)[j, columns]))
+                present = batch.rows_I[columns] >= 0
+                np.testing.assert_array_equal(found[present], expected[batch.rows_I[columns]][present])

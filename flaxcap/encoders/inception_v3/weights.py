@@ -6,8 +6,8 @@ import os
 import pathlib
 import re
 import zlib
+from typing import TYPE_CHECKING
 
-import h5py
 import jax
 import numpy as np
 
@@ -17,6 +17,10 @@ from flaxcap.encoders.inception_v3 import network
 from flaxcap.encoders.inception_v3.network import Params
 from flaxcap.files import size_limits
 from flaxcap.images.preprocess import Preprocess
+
+# Functions that read HDF5 import h5py: random weights do not need it, and jax, flax and orbax do not install it.
+if TYPE_CHECKING:
+    import h5py
 
 OFFICIAL_URL = (
     "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
@@ -75,6 +79,8 @@ def read(path: str | os.PathLike[str], block: str = "mixed10") -> Params:
     Raises:
       WeightsError: the file is not HDF5, or a layer is missing, has another shape, is not float or not finite.
     """
+    import h5py
+
     path = pathlib.Path(path)
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}: expected 'imagenet', 'random' or an HDF5 file's path")
@@ -89,7 +95,7 @@ def read(path: str | os.PathLike[str], block: str = "mixed10") -> Params:
         raise WeightsError(f"{path} is not a readable HDF5 file: {error}") from error
 
 
-def _read(file: h5py.File, shapes: dict[str, tuple[int, int, int, int]]) -> Params:
+def _read(file: "h5py.File", shapes: dict[str, tuple[int, int, int, int]]) -> Params:
     kernels = _numbered(file, "conv2d", len(shapes))
     norms = _numbered(file, "batch_normalization", len(shapes))
     params: Params = {}
@@ -102,7 +108,7 @@ def _read(file: h5py.File, shapes: dict[str, tuple[int, int, int, int]]) -> Para
     return params
 
 
-def _numbered(file: h5py.File, kind: str, count: int) -> list[str]:
+def _numbered(file: "h5py.File", kind: str, count: int) -> list[str]:
     """Returns the names of the first `count` layers of a kind, by number. Raises WeightsError if one is missing."""
     matches = [re.fullmatch(kind + r"(?:_(\d{1,6}))?", str(name)) for name in file]
     numbers = {int(match[1] or 0): match[0] for match in matches if match}
@@ -116,7 +122,7 @@ def _numbered(file: h5py.File, kind: str, count: int) -> list[str]:
     return [numbers[number] for number in range(first, first + count)]
 
 
-def _array(file: h5py.File, layer: str, weight: str, shape: tuple[int, ...]) -> np.ndarray:
+def _array(file: "h5py.File", layer: str, weight: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns a layer's weight as float32. Raises WeightsError if it is not what is expected."""
     where = f"{file.filename}: layer {layer}, {weight}"
     found = _find(file, layer, weight)
@@ -135,8 +141,10 @@ def _array(file: h5py.File, layer: str, weight: str, shape: tuple[int, ...]) -> 
     return array
 
 
-def _check_packed(found: h5py.Dataset, chunk: tuple[int, ...], where: str) -> None:
+def _check_packed(found: "h5py.Dataset", chunk: tuple[int, ...], where: str) -> None:
     """Raises WeightsError unless gzip alone unpacks each chunk to at most its size. HDF5 itself sets no bound."""
+    import h5py
+
     how = found.id.get_create_plist()
     filters = [how.get_filter(n)[0] for n in range(how.get_nfilters())]
     if not set(filters) <= {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE} or len(set(filters)) < len(filters):
@@ -152,8 +160,10 @@ def _check_packed(found: h5py.Dataset, chunk: tuple[int, ...], where: str) -> No
             raise WeightsError(f"{where}: found a chunk that unpacks to more than its {size} bytes")
 
 
-def _find(file: h5py.File, layer: str, weight: str) -> h5py.Dataset | None:
+def _find(file: "h5py.File", layer: str, weight: str) -> "h5py.Dataset | None":
     """Returns the data set `weight` or `weight:0` below the layer's group, at any depth."""
+    import h5py
+
     below: list[tuple[h5py.Group, str]] = [(file, layer)]
     for _ in range(64):  # a layer holds few names; groups linked in a circle have no end
         if not below:
