@@ -20,8 +20,7 @@ import sys
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # flaxcap may not be installed
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # flaxcap may not be installed
 
 from accelerator_parts import plan, run, table
 
@@ -58,7 +57,8 @@ def _one(measurement: plan.Measurement, a: argparse.Namespace, scratch: pathlib.
         print(f"{measurement.name:22} done before", flush=True)
         return plan.DONE
     record = run.measure(measurement, a.out, scratch, end - time.monotonic(), a.tiny)
-    plan.write(file, record)
+    if record["status"] != plan.SKIPPED or not (before and before.get("figures")):  # an older figure is worth more
+        plan.write(file, record)
     seconds = f"{record['seconds']:.1f} s" if "seconds" in record else ""
     print(f"{measurement.name:22} {record['status']:8} {seconds} {record.get('reason', '')}", flush=True)
     if record["status"] == plan.INTERRUPTED:

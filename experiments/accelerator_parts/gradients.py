@@ -42,9 +42,7 @@ def compare(config: Config, images: int) -> Iterator[dict[str, Any]]:
     yield rounded(_gradients(half, sizes, params, given, device), expected)
 
 
-def _gradients(
-    config: Config, sizes: Any, params: Any, given: tuple, device: Any
-) -> tuple[float, dict[str, np.ndarray]]:
+def _gradients(config: Config, sizes: decoder_lib.Sizes, params: Any, given: tuple, device: Any) -> tuple[float, dict]:
     """Returns the loss of a token, and the gradient of each layer as one vector."""
     bind, _ = decoder_lib.create(config, sizes)
 
@@ -66,7 +64,9 @@ def layers(grads: Any) -> dict[str, np.ndarray]:
     """
     found: dict[str, list[np.ndarray]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
-        found.setdefault(jax.tree_util.keystr(path[:-1]), []).append(np.ravel(leaf).astype(np.float64))
+        found.setdefault(jax.tree_util.keystr(path[:-1], simple=True, separator="."), []).append(
+            np.ravel(leaf).astype(np.float64)
+        )
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
@@ -76,7 +76,7 @@ def exact(found: tuple[float, dict], expected: tuple[float, dict]) -> dict[str, 
     errors = {name: _relative(grads[name], expected_grads[name]) for name in expected_grads}
     worst = max(errors, key=lambda name: errors[name])
     total = _relative(*(np.concatenate([g[name] for name in expected_grads]) for g in (grads, expected_grads)))
-    notes = f"at most {EXACT:g}; all layers together {total:.2g}; loss {loss:.6f} and {expected_loss:.6f}"
+    notes = f"limit {EXACT:g}; all layers together {total:.2g}; loss {loss:.6f} and {expected_loss:.6f}"
     return {
         "dtype": "float32",
         "passes": bool(errors[worst] <= EXACT),
@@ -91,7 +91,7 @@ def rounded(found: tuple[float, dict], expected: tuple[float, dict]) -> dict[str
     ours, theirs = (np.concatenate([g[name] for name in expected_grads]) for g in (grads, expected_grads))
     norms = np.linalg.norm(ours), np.linalg.norm(theirs)
     cosine, ratio = float(ours @ theirs / (norms[0] * norms[1])), float(norms[0] / norms[1])
-    notes = f"above {COSINE}; norm {ratio:.4f} times, within {NORM:.0%}; loss {loss:.5f} and {expected_loss:.5f}"
+    notes = f"limit {COSINE}; ratio of norms {ratio:.4f}, limit 1 ± {NORM}; loss {loss:.5f} and {expected_loss:.5f}"
     return {
         "dtype": "bfloat16",
         "passes": bool(cosine > COSINE and abs(ratio - 1) < NORM),

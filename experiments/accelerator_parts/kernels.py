@@ -20,8 +20,8 @@ def profile(config: Config, images: int) -> dict[str, Any]:
     """Runs a dispatch twice, the second time with a trace.
 
     Returns:
-      `device_ms`, `dispatch_ms` (on the host), `steps`, `events`, and for each of the `TOP` kernels of the longest total
-      time its name, ms, share of the device's time, and count.
+      `device_ms`, `dispatch_ms` (on the host), `steps`, `events`, and `kernels`: name, ms, share and count of the `TOP`
+      kernels of the longest total time.
     """
     encoder = encoders.make(config.encoder)
     steps = config.train.steps_per_dispatch

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import subprocess
-from typing import Any
+import typing
 
 import jax
 
@@ -15,7 +15,7 @@ PACKAGES = ("flax", "optax", "orbax-checkpoint", "tensorstore", "pillow", "torch
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
 
 
-def describe(products: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+def describe(products: tuple[tuple[int, int, int], ...]) -> dict[str, typing.Any]:
     """Returns the description.
 
     Args:
@@ -26,13 +26,13 @@ def describe(products: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found["versions"][name] = importlib.metadata.version(name)
     device = jax.local_devices()[0]
-    smi = _nvidia_smi()
+    smi, settings = _nvidia_smi(), typing.cast(typing.Any, jax.config)
     return found | {
         "driver": smi.split(", ")[1] if smi.count(", ") else "unknown",
         "nvidia_smi": smi,
         "platform_version": device.client.platform_version,
         # None: XLA multiplies float32 matrices on a GPU in TF32.
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        "matmul_precision": str(settings.jax_default_matmul_precision),
         "flags": {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))},
         "device_gb": device_memory.capacity(jax.local_devices()) / 1e9,
         "products": {dtype: machine.matmul_flop_s(dtype, products) for dtype in ("bfloat16", "float32")},

@@ -6,14 +6,17 @@ python -m accelerator_parts.measure NAME FILE [--tiny]
 import argparse
 import collections
 import pathlib
+import sys
+import traceback
 
-import jax
 from accelerator_parts import plan, programs, sizes
+from jax import monitoring
 
 from flaxcap.runtime import devices
 
 
-def main() -> None:
+def main() -> int:
+    """Measures, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(programs.PROGRAMS))
     parser.add_argument("file", type=pathlib.Path)
@@ -22,15 +25,21 @@ def main() -> None:
     devices.check_flax()
     devices.keep_compiled(None)
     events = collections.Counter()
-    jax.monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
-    figures, details = [], []
-    for found in programs.PROGRAMS[a.name](sizes.TINY if a.tiny else sizes.FULL):
-        figures += found.figures
-        details.append(found.details)
-        # Cache hits mark compile times that are no times of compilation.
-        cache = {name: events[name] for name in ("cache_hits", "cache_misses")}
-        plan.write(a.file, {"figures": figures, "details": details, "compilation_cache": cache})
+    monitoring.register_event_listener(lambda event, **_: events.update([event.rpartition("/")[2]]))
+    record: plan.Record = {"figures": [], "details": []}
+    try:
+        for found in programs.PROGRAMS[a.name](sizes.TINY if a.tiny else sizes.FULL):
+            record["figures"] += found.figures
+            record["details"].append(found.details)
+            # With a hit, a time of compilation is the time of reading the cache.
+            record["compilation_cache"] = {name: events[name] for name in ("cache_hits", "cache_misses")}
+            plan.write(a.file, record)
+    except Exception as e:
+        traceback.print_exc()
+        plan.write(a.file, record | {"problem": f"{type(e).__name__}: {e}".partition("\n")[0]})
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,7 @@ class Measurement(NamedTuple):
 # Cheap and certain ones first. The last ones compile the most or need the most memory.
 MEASUREMENTS = (
     Measurement("machine", 10, 60),
-    Measurement("train_bf16_1024", 30, 120),
+    Measurement("train_bf16_1024", 30, 180),
     Measurement("decode_greedy", 20, 90),
     Measurement("gradients", 20, 90),
     Measurement("train_bf16_256", 25, 100),

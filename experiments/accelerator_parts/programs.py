@@ -175,7 +175,9 @@ def extract(sizes: Sizes) -> Iterator[Found]:
         notes = f"decoding alone {decoding:.4g}, the network alone {network:.4g} images/s; bottleneck:"
         bottleneck = limit(result["images_s"], decoding, network)
         rows.append(
-            figure(f"from JPEG files, {threads} threads", result["images_s"], "images/s", f"{notes} {bottleneck}")
+            figure(
+                f"from JPEG files, decoder threads: {threads}", result["images_s"], "images/s", f"{notes} {bottleneck}"
+            )
         )
         yield Found(rows, result | {"bottleneck": bottleneck})
 
@@ -194,10 +196,9 @@ def torch_decode(sizes: Sizes) -> Iterator[Found]:
     """Times greedy decoding of a batch, and beam search, in pairs with PyTorch."""
     images, steps = max(sizes.decoded[:3]), f"--steps={max(2, sizes.steps // 3)}"
     greedy = _peer("decode_torch.py", f"--mode=greedy --batch={images}", steps)
+    beam = _peer("decode_torch.py", "--mode=beam --k=5", steps)
     yield _decoded(sizes, "greedy", images, False, (greedy,))
-    yield _decoded(
-        sizes, "beam", min(sizes.decoded[-1], 32), False, (_peer("decode_torch.py", "--mode=beam --k=5", steps),)
-    )
+    yield _decoded(sizes, "beam", min(images, 32), False, (beam,))
 
 
 def _peer(script: str, *options: str) -> str:

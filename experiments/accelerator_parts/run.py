@@ -33,11 +33,13 @@ def has_torch() -> bool:
         return False
 
 
-def environment(scratch: pathlib.Path) -> dict[str, str]:
+def environment(measurement: Measurement, scratch: pathlib.Path) -> dict[str, str]:
     """Returns the environment of a measurement. Temporary files and compiled programs go to `scratch`."""
     paths = [str(EXPERIMENTS), str(EXPERIMENTS.parent), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TMPDIR": str(scratch)}
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(scratch / "compiled"))
+    # By default JAX takes 75% of a GPU's memory at its start, which leaves PyTorch too little.
+    env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if measurement.needs_torch else {}
     platforms = env.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms.split(","):
         env["JAX_PLATFORMS"] = f"{platforms},cpu"  # the measurement "gradients" compares with a CPU
@@ -87,7 +89,7 @@ def measure(measurement: Measurement, out: pathlib.Path, scratch: pathlib.Path, 
     timeout, begin = min(left, measurement.most), time.perf_counter()
     status, reason = INTERRUPTED, "the command was interrupted"
     try:
-        code = execute([*command, *(["--tiny"] if tiny else [])], environment(scratch), log, timeout)
+        code = execute([*command, *(["--tiny"] if tiny else [])], environment(measurement, scratch), log, timeout)
         status, reason = DONE, ""
         if code is None:
             status, reason = TIMEOUT, f"killed after {timeout:.0f} s"
@@ -98,5 +100,6 @@ def measure(measurement: Measurement, out: pathlib.Path, scratch: pathlib.Path, 
     record |= {"status": status, "reason": reason, "seconds": round(time.perf_counter() - begin, 1)}
     record |= read(part) or {}
     if status != DONE:
-        record["error"] = log.read_text(errors="replace").splitlines()[-ERROR_LINES:] if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        record = {"problem": next(filter(None, reversed(lines)), "")} | record | {"error": lines[-ERROR_LINES:]}
     return record

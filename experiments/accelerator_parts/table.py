@@ -12,15 +12,14 @@ def markdown(records: list[Record]) -> str:
         figures = record.get("figures", [])
         lines += [_row(record["name"], figure) for figure in figures]
         if record["status"] != DONE:
-            end = record.get("error", [])[-1:]
-            notes = ": ".join([record["reason"], *map(str.strip, end)])
+            notes = ": ".join(filter(None, [record["reason"], record.get("problem", "")]))
             lines.append(f"| {record['name']} | **{record['status']}** | | | {_cell(notes)} |")
     return "\n".join([*_machine(records), *lines, *_kernels(records), ""])
 
 
 def _row(name: str, figure: dict) -> str:
     compiled = f"{figure['compile_s']:.1f} s" if figure.get("compile_s") else ""
-    value = f"{number(figure['value'])} {figure['unit']}"
+    value = f"{number(figure['value'])} {figure['unit']}".strip()
     return f"| {name} | {_cell(figure['what'])} | {value} | {compiled} | {_cell(figure.get('notes', ''))} |"
 
 
