@@ -69,9 +69,7 @@ def bench(
     encoder = encoders.make(config.encoder)
     args = BenchArgs(images, steps, warmup, workers, encoder.positions, encoder.features)
     with BENCHMARKS[what](config, args) as benchmark:
-        if not peak:
-            benchmark = dataclasses.replace(benchmark, peak_dtype="")
-        repetitions, peaks = _repeat(benchmark, what, repeats, baselines)
+        repetitions, peaks = _repeat(benchmark, what, repeats, baselines, benchmark.peak_dtype if peak else "")
     ours = [figures[benchmark.rate] for figures in repetitions]
     result = {
         "what": what,
@@ -100,7 +98,7 @@ def _baselines(commands: Sequence[str]) -> list[Baseline]:
 
 
 def _repeat(
-    benchmark: Benchmark, what: str, repeats: int, baselines: Sequence[Baseline]
+    benchmark: Benchmark, what: str, repeats: int, baselines: Sequence[Baseline], peak_dtype: str
 ) -> tuple[list[Figures], list[dict[str, float]]]:
     """Runs the repetitions, and each baseline after each of them.
 
@@ -111,8 +109,8 @@ def _repeat(
     peaks: list[dict[str, float]] = []
 
     def peak() -> None:
-        if benchmark.peak_dtype:
-            peaks.append(machine.matmul_flop_s(benchmark.peak_dtype))
+        if peak_dtype:
+            peaks.append(machine.matmul_flop_s(peak_dtype))
 
     peak()
     for _ in progress.bar(range(repeats), what, "repetitions"):

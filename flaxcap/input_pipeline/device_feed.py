@@ -102,7 +102,7 @@ class Feed:
         self._width = images // mesh.size  # columns of a device
         self._devices = list(mesh.devices.flat)
         self._local = [d for d in self._devices if d.process_index == jax.process_index()]
-        self._block_NPF = getattr(source, "block_NPF", None)
+        self._block = getattr(source, "block_NPF", None)
         self.resident = mode == "device" or (mode == "auto" and self._fits())
         if self.resident:
             self._bank = self._load()
@@ -236,8 +236,8 @@ class Feed:
         parts = []
         for device in self._local:
             rows = self._rows(device)
-            if self._block_NPF is not None:
-                parts.append(self._repeat(self._block_NPF, np.resize(rows, shape[0]), device))
+            if self._block is not None:
+                parts.append(self._repeat(self._block, np.resize(rows, shape[0]), device))
                 continue
             feats_NPF = np.zeros(shape, self._source.dtype)
             for first in range(0, len(rows), 256):
@@ -247,12 +247,12 @@ class Feed:
         complete = (shape[0] * len(self._devices), *shape[1:])
         return jax.make_array_from_single_device_arrays(complete, over_images(self._mesh), parts)
 
-    def _repeat(self, block_NPF: np.ndarray, rows: np.ndarray, device: Any) -> jax.Array:
+    def _repeat(self, block: np.ndarray, rows: np.ndarray, device: Any) -> jax.Array:
         """Returns rows of a repeated block in a device's memory, without a copy in the host's."""
-        numbers = (rows % len(block_NPF)).astype(np.int32)
-        return _take(*jax.device_put((block_NPF.view(self._source.dtype), numbers), device))
+        numbers = (rows % len(block)).astype(np.int32)
+        return _take(*jax.device_put((block.view(self._source.dtype), numbers), device))
 
 
 @jax.jit
-def _take(block_NPF: jax.Array, numbers_N: jax.Array) -> jax.Array:
-    return block_NPF[numbers_N]
+def _take(block: jax.Array, numbers: jax.Array) -> jax.Array:
+    return block[numbers]
