@@ -12,7 +12,6 @@ from flaxcap.text.vocabulary import END, SPECIAL, START, Vocabulary
 
 CAPTIONS = 5  # an image
 SHORTEST, MEAN, DEVIATION = 8, 12.5, 2.4  # tokens of a caption, with <start> and <end>
-_LETTERS = str.maketrans("0123456789", "abcdefghij")
 BLOCK = 256  # images with different features; later images repeat them, to save host memory and time
 
 
@@ -49,21 +48,11 @@ def captions(images: int, data: config_lib.Data, seed: int = 0) -> Tokens:
     return Tokens(ids, starts, np.repeat(np.arange(images, dtype=np.int32), CAPTIONS))
 
 
-def vocabulary(data: config_lib.Data) -> Vocabulary:
-    """Returns a vocabulary of made-up words."""
-    return Vocabulary([*SPECIAL, *map(_word, range(len(SPECIAL), vocabulary_size(data)))])
-
-
 def texts(images: int, data: config_lib.Data, seed: int) -> list[list[str]]:
     """Returns the captions of each image as text, in the words of `vocabulary`."""
-    tokens = captions(images, data, seed)
-    found = [" ".join(_word(n) for n in ids if n > END) for ids in np.split(tokens.ids, tokens.starts[1:-1])]
+    tokens, words = captions(images, data, seed), vocabulary(data).tokens
+    found = [" ".join(words[n] for n in ids if n > END) for ids in np.split(tokens.ids, tokens.starts[1:-1])]
     return [found[n : n + CAPTIONS] for n in range(0, len(found), CAPTIONS)]
-
-
-def _word(token: int) -> str:
-    """Returns the word of a token id: its digits as letters."""
-    return str(token).translate(_LETTERS)
 
 
 class SyntheticFeatures:
