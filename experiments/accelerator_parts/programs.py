@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -204,7 +205,8 @@ def torch_decode(sizes: Sizes) -> Iterator[Found]:
 def _peer(script: str, *options: str) -> str:
     """Returns the command line of a script of experiments/peers, on JAX's kind of device."""
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    return " ".join([sys.executable, str(PEERS / script), f"--device={device} --dtype=bfloat16", *options])
+    program = shlex.join([sys.executable, str(PEERS / script)])
+    return " ".join([program, f"--device={device} --dtype=bfloat16", *options])
 
 
 def _pairs(result: dict[str, Any]) -> list[dict[str, Any]]:
