@@ -1,5 +1,6 @@
 """Base of the data sets that are read from a folder in one of several layouts."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -35,16 +36,20 @@ class LayoutBuilder(CaptionBuilder):
     """
 
     layouts: tuple[Layout, ...] = ()
-    _source_: _Source | None = None
     _contents_: _Contents | None = None
+
+    @functools.cached_property
+    def _listing(self) -> Listing:
+        assert self.manual_dir is not None
+        return Listing(self.manual_dir)
+
+    @functools.cached_property
+    def _matches(self) -> list[tuple[Layout, Match]]:
+        return detect.matches(self._listing, self.layouts)
 
     def _source(self) -> _Source:
         """Returns the folder's layout. Raises DataError unless there is exactly one."""
-        if self._source_ is None:
-            assert self.manual_dir is not None
-            listing = Listing(self.manual_dir)
-            self._source_ = _Source(listing, *detect.detect(listing, self.layouts))
-        return self._source_
+        return _Source(self._listing, *detect.only(self._matches, self._listing.root, self.layouts))
 
     def _contents(self) -> _Contents:
         """Returns the images, read from the files of captions.
@@ -79,8 +84,7 @@ class LayoutBuilder(CaptionBuilder):
 
     def index(self) -> list[pathlib.Path]:
         """Returns the files of captions and splits; [] where the folder is gone or holds none."""
-        assert self.manual_dir is not None
-        return list(self._source().match.files) if detect.matches(Listing(self.manual_dir), self.layouts) else []
+        return list(self._source().match.files) if self._matches else []
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         del dl_manager

@@ -48,9 +48,9 @@ def look(root: pathlib.Path, names: Iterable[str], known: Sources | None = None)
       names: the files, relative to `root`.
       known: an earlier result. A file of the same size and modification time is not read again.
     """
-    files, before = {}, known.files if known is not None else {}
+    files, before, start = {}, known.files if known is not None else {}, f"{root}{os.sep}"
     for name in names:
-        path, old = os.path.join(root, name), before.get(name)
+        path, old = start + name, before.get(name)
         try:
             stat = os.stat(path)
             size, mtime = stat.st_size, stat.st_mtime_ns

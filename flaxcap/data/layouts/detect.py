@@ -43,16 +43,20 @@ def matches(listing: Listing, layouts: tuple[Layout, ...]) -> list[tuple[Layout,
     return [(layout, match) for layout, match in found if not match.weak] or found
 
 
-def detect(listing: Listing, layouts: tuple[Layout, ...]) -> tuple[Layout, Match]:
+def only(found: list[tuple[Layout, Match]], folder: pathlib.Path, layouts: tuple[Layout, ...]) -> tuple[Layout, Match]:
     """Returns the layout of a folder, and its files.
+
+    Args:
+      found: of `matches`.
+      folder: the folder.
+      layouts: those that were tried.
 
     Raises:
       DataError: no layout matches, or more than one does.
     """
-    folder, names = listing.root, ", ".join(layout.name for layout in layouts)
+    names = ", ".join(layout.name for layout in layouts)
     if not folder.is_dir():
         raise DataError(f"--manual_dir={folder}: found no such directory, expected one with {names}")
-    found = matches(listing, layouts)
     if not found:
         raise bad_record(folder, "", "", "no captions file", f"one of {names} (docs/data.md shows each)")
     if len(found) > 1:

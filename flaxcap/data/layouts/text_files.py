@@ -1,6 +1,6 @@
 """`NAME.txt` next to `NAME.jpg`: a caption in each line, as LoRA trainers have it."""
 
-import pathlib
+import os
 from collections.abc import Iterator
 
 from flaxcap.data import splits
@@ -13,7 +13,8 @@ DEPTH = 2  # folders in the folder, as in img/10_dog/NAME.jpg
 
 
 def _match(listing: Listing) -> list[Match]:
-    texts = [text for folder in _folders(listing, "", DEPTH) for _, text in _pairs(listing, folder) if text]
+    folders = (folder for folder in _folders(listing, "", DEPTH) if listing.files(folder, ".txt"))
+    texts = [text for folder in folders for _, text in _pairs(listing, folder) if text]
     return [Match(tuple(listing.root / text for text in dict.fromkeys(texts)))] if texts else []
 
 
@@ -45,11 +46,11 @@ def _folders(listing: Listing, folder: str, depth: int) -> Iterator[str]:
 def _pairs(listing: Listing, folder: str) -> Iterator[tuple[str, str | None]]:
     """Yields each image of a folder and its text file, or None."""
     suffixes = formats.suffixes()
-    texts = {pathlib.PurePosixPath(name).stem: name for name in listing.files(folder, ".txt")}
+    texts = {os.path.splitext(name)[0]: name for name in listing.files(folder, ".txt")}
     for name, is_directory in listing.entries(folder).items():
-        path = pathlib.PurePosixPath(name)
-        if not is_directory and path.suffix.lower() in suffixes:
-            text = texts.get(path.stem)
+        stem, suffix = os.path.splitext(name)  # pathlib takes ten times as long (Python 3.11)
+        if not is_directory and suffix.lower() in suffixes:
+            text = texts.get(stem)
             yield join(folder, name), text and join(folder, text)
 
 
