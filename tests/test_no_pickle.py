@@ -110,7 +110,8 @@ def test_no_program_unpickles_or_starts_anything(trained: Trained, tmp_path):
 
     run = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}"]
     assert watched("export", *run, f"--out={tmp_path}/exported") == ""
-    assert watched("caption", pictures, f"--model={tmp_path}/exported") == ""
+    images = sorted(pictures.glob("*.png"))
+    assert watched("caption", *images, f"--model={tmp_path}/exported") == ""
 
 
 def test_python_beside_an_export_is_not_run(trained: Trained, tmp_path, monkeypatch):

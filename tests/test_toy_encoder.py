@@ -184,5 +184,7 @@ def test_it_is_benchmarked(directory, what, rate, capsys):
 def test_an_unknown_encoder_is_refused_with_a_hint(directory, capsys):
     preset, data = f"--config={directory / 'preset.json'}", f"--data_dir={directory / 'data'}"
     assert main(["prepare", preset, data, "--config.encoder.name=color_grid"]) == 1
-    message = "--config.encoder.name=color_grid: expected one of inception_v3, colour_grid; did you mean 'colour_grid'?"
+    message = (
+        "encoder.name=color_grid: expected one of imported, inception_v3, colour_grid; did you mean 'colour_grid'?"
+    )
     assert message in capsys.readouterr().err
