@@ -135,7 +135,7 @@ def _write_all_but_features(
     if (path / store_lib.MANIFEST).exists():
         found = Store(path)
         manifest = found.manifest
-        _check_same(path, manifest, builder, config, npy_dir, encoder_weights)
+        _check_same(found, builder, config, npy_dir, encoder_weights)
         repair.repair_encoder(found, config, builder, encoder_weights)
         if manifest["fingerprint"] == copies.fingerprint(builder):
             checksums = repair.repair(found, config, builder)
@@ -168,20 +168,23 @@ def _write_all_but_features(
 
 
 def _check_same(
-    path: epath.Path,
-    manifest: dict,
+    store: Store,
     builder: tfds.core.DatasetBuilder,
     config: config_lib.Config,
     npy_dir: epath.PathLike | None,
     encoder_weights: str | None,
 ) -> None:
-    """Raises StoreError if the store was made of another data set, or by other weights, than the flags say."""
+    """Raises StoreError if the store was made of another data set, weights or maps than the flags say."""
+    path, source, made_by = store.path, store.manifest["source"], store.manifest["encoder"]
     remedy = "delete it, or choose another --data_dir"
-    if manifest["source"] != builder.info.full_name:
-        raise StoreError(
-            f"{path}: found features of {manifest['source']}, expected those of {builder.info.full_name}; {remedy}"
-        )
-    made_by = manifest["encoder"]
+    if source != builder.info.full_name:
+        raise StoreError(f"{path}: found features of {source}, expected those of {builder.info.full_name}; {remedy}")
+    # Maps may have moved: then those of the first image are the same.
+    if npy_dir is not None and str(npy_dir) != made_by["imported_from"]:
+        first = epath.Path(npy_dir) / f"{store.split('train').rows[0].filename}.npy"
+        if not first.exists() or Checksum.of_file(first).sha256 != made_by["weights_sha256"]:
+            origin = made_by["imported_from"]
+            raise StoreError(f"{path}: found features imported from {origin}, expected those of {npy_dir}; {remedy}")
     # The store's name tells random weights from others, but not one file of weights from another.
     spec = encoder_weights or config.encoder.weights
     if "imported_from" not in made_by and spec not in ("imagenet", "random"):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from flaxcap.config import Config, Data, Model, Train
 from flaxcap.encoders.inception_v3 import weights
 from flaxcap.errors import UserError
 from flaxcap.features import store
+from flaxcap.features.shards import StoreError
 from flaxcap.inference import export, loading
 
 POSITIONS, WIDTH = 5, 6
@@ -123,6 +125,19 @@ def test_a_split_is_captioned_from_its_maps_with_plots(trained, tmp_path, capsys
     assert main.main(["caption", *source, "--plot", f"--out_dir={tmp_path}"]) == 0
     assert "44.png: a train here" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_a_store_takes_no_maps_of_another_network(trained, tmp_path):
+    data_dir, moved, others = tmp_path / "data", tmp_path / "moved", tmp_path / "others"
+    shutil.copytree(trained / "data", data_dir)
+    shutil.copytree(trained / "maps", moved)
+    prepare(tiny(), data_dir, manual_dir=trained / "pictures", npy_dir=moved)
+    others.mkdir()
+    for file in moved.iterdir():
+        np.save(others / file.name, np.load(file) + 1)
+    message = rf"found features imported from {trained / 'maps'}, expected those of {others}; delete it, or choose"
+    with pytest.raises(StoreError, match=message):
+        prepare(tiny(), data_dir, manual_dir=trained / "pictures", npy_dir=others)
 
 
 def test_computed_features_come_first(trained, tmp_path):
