@@ -50,6 +50,14 @@ def flickr_dir() -> pathlib.Path:
     return _from_environment("FLAXCAP_TEST_PHOTOS", "real photographs (Flickr8k's directory)")
 
 
+@pytest.fixture
+def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluates without METEOR, which takes 8 s; tests/metrics and tests/test_end_to_end.py compute it."""
+    from flaxcap.metrics import meteor_spice
+
+    monkeypatch.setattr(meteor_spice, "find_java", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def inception_h5() -> pathlib.Path:
     """Trained InceptionV3 weights in the layout of Keras's no-top file."""

@@ -16,6 +16,8 @@ from flaxcap.models import decoder, dropout, output_layer
 from flaxcap.models.decoder import Sizes
 from flaxcap.text.vocabulary import START
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 
 class Carry(NamedTuple):
     """The sum of the embeddings so far."""

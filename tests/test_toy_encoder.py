@@ -20,6 +20,8 @@ from flaxcap.images.preprocess import Preprocess
 from flaxcap.inference import loading, plots
 from flaxcap.training import logs
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 
 class ColourGrid:
     """Mean colours, their deviations and edge energies of the cells of a 3x4 grid, mixed by two layers."""

@@ -18,6 +18,8 @@ from flaxcap.features import store
 from flaxcap.features.shards import StoreError
 from flaxcap.inference import export, loading
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 POSITIONS, WIDTH = 5, 6
 KINDS = ("dog", "house", "train")
 

@@ -9,6 +9,8 @@ from flaxcap.commands import evaluate, train
 from flaxcap.features.store import StoreError
 from flaxcap.inference import export, loading
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 HAN = dict(zip(WORDS, "一狗猫跑睡上下这垫桌红蓝大小", strict=True))
 
 

@@ -24,6 +24,8 @@ from flaxcap.inference.captioner import Caption, Captioned, Captioner
 from flaxcap.models import output_layer
 from flaxcap.text.vocabulary import END, SPECIAL, START, Vocabulary
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 COUNT = 5
 
 

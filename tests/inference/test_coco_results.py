@@ -12,6 +12,8 @@ from flaxcap.inference import coco_results
 from flaxcap.inference.coco_results import PredictionsError
 from flaxcap.metrics import scorer
 
+pytestmark = pytest.mark.usefixtures("without_java")
+
 ROWS = [
     Row(7, "a.jpg", ("a dog runs on grass", "the dog is running")),
     Row(3, "b.jpg", ("a red bus in a street", "a bus stands in the street")),
