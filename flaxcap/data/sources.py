@@ -3,6 +3,7 @@
 Size and modification time detect a change, without reading a file. The content decides.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -90,7 +91,8 @@ def read(directory: epath.Path) -> Sources | None:
     try:
         tree = integrity.unseal((directory / SOURCES).read_bytes())
         columns = zip(tree["sizes"], tree["mtimes"], tree["contents"], strict=True)
-        return Sources(tree["root"], dict(zip(tree["names"], map(SourceFile._make, columns), strict=True)))
+        make = functools.partial(tuple.__new__, SourceFile)  # a third of the time of `SourceFile._make`
+        return Sources(tree["root"], dict(zip(tree["names"], map(make, columns), strict=True)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
