@@ -1,5 +1,7 @@
 """Prepared copies of data sets on disk: written once, and again when the user's files have changed."""
 
+import functools
+import gc
 import os
 import pathlib
 from collections.abc import Callable
@@ -44,6 +46,23 @@ def manual_dir_of(builder: tfds.core.DatasetBuilder) -> str | None:
     return found.root if found is not None and os.path.isdir(found.root) else None
 
 
+def _collector_paused(function: Callable[[CaptionBuilder], bool]) -> Callable[[CaptionBuilder], bool]:
+    """Pauses garbage collection, which takes a third of the time of 100,000 files (Python 3.11)."""
+
+    @functools.wraps(function)
+    def run(builder: CaptionBuilder) -> bool:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return function(builder)
+        finally:
+            if enabled:
+                gc.enable()
+
+    return run
+
+
+@_collector_paused
 def is_current(builder: CaptionBuilder) -> bool:
     """Returns True if the files in `manual_dir` are those that the copy was read from. Prints which have changed."""
     if builder.manual_dir is None:
