@@ -119,6 +119,8 @@ def run(flags: types.SimpleNamespace, config: Config, positional: list[str]) -> 
     if bool(positional) == bool(flags.split):
         raise UserError("name images to caption (files, directories, addresses), or a --split")
     captioner = from_flags.captioner(flags, config)
+    if flags.npy_dir and captioner.encoder_params is not None:
+        raise UserError("--npy_dir: found a model that encodes images, expected one that was trained on imported maps")
     sources = ImageSources(positional, recursive=flags.recursive)
     if positional:
         images = from_sources(sources.images, private_urls=flags.allow_private_urls)

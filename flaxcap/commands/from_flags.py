@@ -50,10 +50,13 @@ def captioner(flags: types.SimpleNamespace, config: Config) -> "Captioner":
     Raises:
       ConfigError: an override changes a field that the trained parameters depend on.
     """
+    from flaxcap.encoders.base import IMPORTED
     from flaxcap.inference import loading
 
     workdirs = [flags.workdir] if isinstance(flags.workdir, str) else flags.workdir
     found = loading.load_ensemble(workdirs=workdirs, model_dirs=getattr(flags, "model", []), data_dir=flags.data_dir)
+    if found.config.encoder.name == IMPORTED:  # a preset of the user names the encoder that it would have
+        config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, name=IMPORTED))
     if changed := difference(found.config, config, "model"):
         raise ConfigError(f"the model was trained with another preset: {'; '.join(changed)}")
     return dataclasses.replace(found, config=config)

@@ -1,10 +1,10 @@
 """Prepared copies of data sets on disk: written once, and again when the user's files have changed."""
 
-import functools
+import contextlib
 import gc
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -46,23 +46,19 @@ def manual_dir_of(builder: tfds.core.DatasetBuilder) -> str | None:
     return found.root if found is not None and os.path.isdir(found.root) else None
 
 
-def _collector_paused(function: Callable[[CaptionBuilder], bool]) -> Callable[[CaptionBuilder], bool]:
-    """Pauses garbage collection, which takes a third of the time of 100,000 files (Python 3.11)."""
-
-    @functools.wraps(function)
-    def run(builder: CaptionBuilder) -> bool:
-        enabled = gc.isenabled()
-        gc.disable()
-        try:
-            return function(builder)
-        finally:
-            if enabled:
-                gc.enable()
-
-    return run
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses garbage collection. Of 100,000 files it takes as long as all else (0.7 s, Python 3.11)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
-@_collector_paused
+@_collector_paused()
 def is_current(builder: CaptionBuilder) -> bool:
     """Returns True if the files in `manual_dir` are those that the copy was read from. Prints which have changed."""
     if builder.manual_dir is None:

@@ -64,7 +64,7 @@ def gather(records: Iterable[ImageRecord], find: Callable[[ImageRecord], str | N
             dropped[NO_CAPTION] += 1
             continue
         split = "train" if record.split is None else splits.normalised(record.split)
-        # Names in the folders of splits, train/1.jpg and val/1.jpg, are told apart by the folder.
+        # Each split has a folder, and train/1.jpg and val/1.jpg are two images: the name includes the folder.
         filename = group.location if group.location and record.folders else record.name
         image_id = number if numbered or record.image_id is None else record.image_id
         images.setdefault(split, []).append(CaptionedImage(filename, image_id, captions, group.location, record))

@@ -5,6 +5,7 @@ Size and modification time detect a change, without reading a file. The content 
 
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import zipfile
@@ -89,7 +90,7 @@ def _content(path: pathlib.Path) -> str:
 def read(directory: epath.Path) -> Sources | None:
     """Returns what `write` wrote, or None if the file is missing or damaged: the data set is then read again."""
     try:
-        tree = integrity.unseal((directory / SOURCES).read_bytes())
+        tree = json.loads((directory / SOURCES).read_bytes())
         columns = zip(tree["sizes"], tree["mtimes"], tree["contents"], strict=True)
         make = functools.partial(tuple.__new__, SourceFile)  # _make takes three times as long
         return Sources(tree["root"], dict(zip(tree["names"], map(make, columns), strict=True)))
@@ -106,4 +107,5 @@ def write(directory: epath.Path, found: Sources) -> None:
     sizes, mtimes, contents = zip(*found.files.values(), strict=True) if found.files else ((), (), ())
     # Columns: JSON of 100,000 small lists takes 0.4 s to read.
     columns = {"root": found.root, "names": list(found.files), "sizes": sizes, "mtimes": mtimes, "contents": contents}
-    integrity.write_atomically(directory / SOURCES, integrity.seal(columns))
+    # Without a checksum of its own: damage makes a file look changed, and a data set is then read again.
+    integrity.write_atomically(directory / SOURCES, json.dumps(columns))

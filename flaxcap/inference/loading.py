@@ -191,7 +191,8 @@ def _read_about(file: epath.Path, vocabulary: int) -> tuple[dict[str, Any], Size
             if not 0 < int(about[name]) <= MAX_SIZE:
                 raise ValueError(f"{name} is {cut(str(about[name]))}, expected 1 to {MAX_SIZE}")
         sizes = Sizes(int(about["positions"]), int(about["feature_dim"]), vocabulary, bool(about["positions_vary"]))
-        return about | {"files": dict(about["files"])}, sizes
+        shape = {"positions": sizes.positions, "feature_dim": sizes.features, "positions_vary": sizes.positions_vary}
+        return about | shape | {"imported_from": about["imported_from"], "files": dict(about["files"])}, sizes
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise CheckpointError(f"{file}: cannot be read ({e!r})") from e
 

@@ -79,8 +79,8 @@ def learn(captions: Iterable[str], size: int) -> list[str]:
 
     Args:
       captions: the training captions.
-      size: at most so many pieces. Pieces that would merge less than `LEAST_MERGES` times are left out. If the captions
-        have more characters than that, the rare ones are left out, and nothing merges.
+      size: most pieces. A piece that would merge less than `LEAST_MERGES` times is left out. If the captions have more
+        different characters than `size`, the rare ones are left out, and nothing merges.
 
     Returns:
       No piece if the captions have no word.

@@ -52,8 +52,8 @@ _WORD_CHARACTERS = _WordCharacters()
 def words(caption: str) -> list[str]:
     """Returns a caption's words: "A dog's ball, thrown!" -> ["a", "dog's", "ball", "thrown"].
 
-    Apostrophes, joiners and combining marks are part of a word that they stand in. They are no word alone, and begin
-    none. Soft hyphens, direction marks and other invisible characters are removed. A zero width space separates words.
+    A word contains the apostrophes, joiners and combining marks inside it. No word begins with one of these. Soft
+    hyphens, direction marks and other invisible characters are removed. A zero width space separates words.
     """
     return _split(_cleaned(caption).replace(TSHEG, " "))
 

@@ -169,3 +169,9 @@ def test_a_directory_is_captioned_and_the_rest_reported(trained: Trained, tmp_pa
     expected = [str(tmp_path / name) for name in ("a.jpe", "b.jfif", "sub/c.jpg")]
     assert [line.split(": ")[0] for line in out.splitlines()] == expected
     assert f"{tmp_path / 'dead.jpg'}: a dead link: there is no gone.jpg" in err.splitlines()
+
+
+def test_a_model_that_encodes_images_takes_no_maps(trained: Trained, tmp_path, capsys):
+    source = [f"--workdir={trained.workdir}", f"--data_dir={trained.data_dir}", f"--npy_dir={tmp_path}"]
+    assert main(["caption", "photo.jpg", *source]) == 1
+    assert "--npy_dir: found a model that encodes images, expected one that was trained on" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import flaxcap
+from flaxcap import presets
 from flaxcap.commands import caption, evaluate, main, train
 from flaxcap.commands.prepare import prepare
 from flaxcap.config import Config, Data, Model, Train
@@ -16,6 +17,7 @@ from flaxcap.encoders.inception_v3 import weights
 from flaxcap.errors import UserError
 from flaxcap.features import store
 from flaxcap.features.shards import StoreError
+from flaxcap.files.params import CheckpointError
 from flaxcap.inference import export, loading
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -127,6 +129,24 @@ def test_a_split_is_captioned_from_its_maps_with_plots(trained, tmp_path, capsys
     assert main.main(["caption", *source, "--plot", f"--out_dir={tmp_path}"]) == 0
     assert "44.png: a train here" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_a_preset_need_not_say_that_features_are_imported(trained, tmp_path, capsys):
+    (tmp_path / "preset.json").write_text(presets.to_json(tiny()))
+    source = [f"--workdir={trained / 'run'}", f"--data_dir={trained / 'data'}", f"--out_dir={tmp_path}"]
+    assert main.main(["evaluate", *source, f"--config={tmp_path / 'preset.json'}"]) == 0
+    assert "CIDEr" in capsys.readouterr().out
+
+
+def test_an_export_says_where_its_features_come_from(trained, tmp_path):
+    export.write(loading.load(trained / "run", data_dir=trained / "data"), tmp_path)
+    about = json.loads((tmp_path / "about.json").read_text())
+    (tmp_path / "about.json").write_text(json.dumps(about | {"positions": str(POSITIONS)}))
+    assert loading.load(tmp_path).feature_shape == (POSITIONS, WIDTH, False)
+    del about["imported_from"]
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"about\.json: cannot be read \(KeyError\('imported_from'\)\)"):
+        loading.load(tmp_path)
 
 
 def test_a_store_takes_no_maps_of_another_network(trained, tmp_path):

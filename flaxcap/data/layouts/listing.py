@@ -28,6 +28,7 @@ class Listing:
         self.differing: dict[str, list[tuple[str, str]]] = {}  # {"letter case": [(name looked for, name found), …]}
         self._entries: dict[str, dict[str, bool]] = {}
         self._folded: dict[str, dict[str, list[str]]] = {}
+        self._by_suffix: dict[str, dict[str, list[str]]] = {}
         self._image_folders: list[str] | None = None
 
     def entries(self, folder: str) -> dict[str, bool]:
@@ -42,13 +43,18 @@ class Listing:
                             found[entry.name] = is_directory
             except (OSError, ValueError):  # ValueError: a name with a null character
                 pass
-            self._entries[folder] = dict(sorted(found.items()))
+            self._entries[folder] = {name: found[name] for name in sorted(found)}
         return self._entries[folder]
 
     def files(self, folder: str, suffix: str) -> list[str]:
-        """Returns the names of a folder's files that end in `suffix`, in any case."""
-        entries = self.entries(folder).items()
-        return [name for name, is_directory in entries if not is_directory and name.lower().endswith(suffix)]
+        """Returns the names of a folder's files with a suffix, such as ".txt", in any case."""
+        if folder not in self._by_suffix:
+            found: dict[str, list[str]] = {}
+            for name, is_directory in self.entries(folder).items():
+                if not is_directory:
+                    found.setdefault(name[name.rfind(".") :].lower(), []).append(name)
+            self._by_suffix[folder] = found
+        return self._by_suffix[folder].get(suffix, [])
 
     def subfolders(self, folder: str) -> list[str]:
         """Returns the names of a folder's directories that are not hidden."""
